@@ -24,7 +24,7 @@ from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.training.accumulation import split_into_windows
 from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.gradient import init_model, make_grad_fn
+from simplernn_jax.training.train_step import init_model, make_grad_fn
 
 from . import sizes, train_steps
 from .measure import Effort, alternate, median, on_simulated_devices, seconds_of

@@ -119,8 +119,7 @@ def _check_out(out: Path) -> None:
 
 def _write(out: Path, explanation: "Explanation", name: str, facts: dict[str, str]) -> Path:
     """Write the plots, the numbers and, last, the page; return its path."""
-    from simplernn_jax.analysis.export import to_numbers
-    from simplernn_jax.analysis.page import draw_plots, make_page
+    from simplernn_jax.analysis.page import draw_plots, make_page, to_numbers
 
     pictures = draw_plots(explanation)
     for picture in pictures.values():

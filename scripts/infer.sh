@@ -20,12 +20,11 @@ if [ $# -gt 0 ] && { [ "${rest[0]}" = -- ] || ! [[ "$1" =~ $flag ]]; }; then
 fi
 if [ -z "$(flag_value workdir "$@")" ]; then
   newest=""
-  for saved in "${from_here}runs"/*/checkpoints/complete.json; do
-    if ! compgen -G "${saved%complete.json}*/manifest.sha256" >/dev/null; then continue; fi  # nothing saved yet
-    if [ -z "$newest" ] || [ "$saved" -nt "$newest" ]; then newest="$saved"; fi
+  for saved in "${from_here}runs"/*/checkpoints/*/manifest.sha256; do
+    if [ -e "$saved" ] && { [ -z "$newest" ] || [ "$saved" -nt "$newest" ]; }; then newest="$saved"; fi
   done
   [ -n "$newest" ] || fail "no trained model under ${from_here}runs; run: bash scripts/train.sh"
-  workdir="${newest%/checkpoints/complete.json}"
+  workdir="${newest%/checkpoints/*}"
   echo "model: $workdir" >&2
   set -- --workdir "$workdir" "$@"
 fi

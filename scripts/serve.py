@@ -87,7 +87,7 @@ def main() -> None:
         from simplernn_jax.serving.states import StateFolder
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
-    from simplernn_jax.checkpoint.choice import choose_checkpoint
+    from simplernn_jax.checkpoint.folder import choose_checkpoint
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference.loading import is_exported
 

@@ -4,7 +4,7 @@ Standard library only, and no syntax after Python 3.8: this runs first, also und
 cannot run the project, and twice if the process replaces itself.
 
 SIGINT and SIGTERM end a script at once, without an exception, which a callback of JAX could
-swallow. `training.interruption` replaces these handlers while a run takes steps.
+swallow. `training.loop` replaces these handlers while a run takes steps.
 
 | when | code |
 |---|---|

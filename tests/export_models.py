@@ -1,7 +1,10 @@
 """Small models of every kind, shared by the tests of exports."""
 
 from flax import nnx
+from small_tokenizers import bpe_of, pretrained
+from test_tokenizer import char_tokenizer
 
+from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data import load_tokenizer
 from simplernn_jax.export.formats import TrainedModel
@@ -21,6 +24,13 @@ GLA = {
     **{"block": "swiglu", "mixer": "gla", "mixer_options": {"short_convolution": 3}},
     **{"num_layers": 2, "norm_epsilon": 1e-4},
 }
+TOKENIZERS = {
+    "byte": lambda: load_tokenizer("byte", None),
+    "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
+    "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
+    "trained": lambda: bpe_of(TEXT),
+}
+
 
 SIZES = {"hidden_dim": 8, "key_dim": 12, "value_dim": 18, "num_heads": 3, "mlp_dim": 11}
 

@@ -17,11 +17,9 @@ from small_runs import small_config
 from simplernn_jax.analysis import state_value
 from simplernn_jax.analysis.decomposition import decompose_layers
 from simplernn_jax.analysis.explanation import explain
-from simplernn_jax.analysis.export import to_numbers
-from simplernn_jax.analysis.map_plots import draw_bars, draw_heads
 from simplernn_jax.analysis.memory import half_gone
-from simplernn_jax.analysis.page import draw_plots, make_page, summarize
-from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure
+from simplernn_jax.analysis.page import draw_plots, make_page, summarize, to_numbers
+from simplernn_jax.analysis.plots import add_legend, draw_bars, draw_heads, line_styles, new_figure
 from simplernn_jax.analysis.state_value import ContextGain, choose_token, context_gains
 from simplernn_jax.analysis.token_text import split_into_units
 from simplernn_jax.data.tokenizer import ByteTokenizer
@@ -55,6 +53,11 @@ def explanation(mixer="simple_rnn", text=TEXT, token=60, map_tokens=16):
 @functools.cache
 def pictures(mixer="simple_rnn"):
     return draw_plots(explanation(mixer))
+
+
+def page_of(mixer="simple_rnn", **changes):
+    result = dataclasses.replace(explanation(mixer), **changes)
+    return make_page(result, pictures(mixer), "a.txt", {})
 
 
 def test_the_decomposition_is_exact_and_covers_the_token():
@@ -110,7 +113,7 @@ def test_the_page_opens_with_a_summary_in_numbers():
     assert f"only after {lives.max() * per_token:,.0f} characters ({lives.max():,.0f} token" in text
     assert "6.5% of the gain of its predictions from earlier text comes from more than 25" in text
     assert "measured on the last 1,000 predictions of this text" in text
-    page = make_page(explanation(), pictures(), "a.txt", {})
+    page = page_of()
     assert "<title>Explanation of a.txt</title>" in page
     order = ("<h1>", "In short", "<h2>1. The memory", "<h2>2. ", "<h2>3. ", "<h2>4. Attention maps")
     places = [page.index(part) for part in (*order, "<table")]
@@ -119,12 +122,11 @@ def test_the_page_opens_with_a_summary_in_numbers():
 
 
 def test_norm_and_rank_of_the_state_are_folded():
-    page = make_page(explanation(), pictures(), "a.txt", {})
+    page = page_of()
     fold = page.split("<details>")[1].split("</details>")[0]
     assert re.findall(r'alt="(\w+)', fold) == ["Norm", "Effective"]
     assert page.count('alt="Effective rank') == 1
-    attention = make_page(explanation("attention"), pictures("attention"), "a.txt", {})
-    assert "<details>" not in attention
+    assert "<details>" not in page_of("attention")
 
 
 def that_forgets_nothing():
@@ -137,6 +139,7 @@ def that_forgets_nothing():
     ("result", "sentence", "expected"),
     [
         (lambda: with_gain(1.0, -0.1), 2, "does not help"),
+        (lambda: with_gain(0.05, 0.08), 2, "All of the gain of its predictions from earlier text"),
         (lambda: with_gain(0.0, 0.0), 2, "does not improve the predictions at all"),
         (that_forgets_nothing, 0, "is gone after more characters than any text has"),
         (
@@ -154,8 +157,7 @@ def test_a_weak_contribution_looks_weak():
     chosen = explanation().chosen
     weak = chosen.from_all._replace(tokens=np.full(len(chosen.from_all.tokens), 0.01))
     chosen = dataclasses.replace(chosen, from_all=weak)
-    page = make_page(dataclasses.replace(explanation(), chosen=chosen), pictures(), "a.txt", {})
-    text = page.split("<pre>")[1].split("</pre>")[0]
+    text = page_of(chosen=chosen).split("<pre>")[1].split("</pre>")[0]
     opacities = [float(part.split(")")[0]) for part in text.split("var(--red),")[1:]]
     units = [unit.stop - unit.start for unit in chosen.units]
     assert opacities == pytest.approx([0.014 * size for size in units])
@@ -183,13 +185,6 @@ def test_the_rest_of_a_word_is_after_the_character_of_the_token():
     assert chosen(text, 5) == ("p", "rice")
 
 
-def test_nearer_text_that_makes_predictions_worse():
-    gain = ContextGain(1000, everything=0.05, far=0.08)
-    summary = summarize(dataclasses.replace(explanation(), context_gain=gain))
-    assert any("All of the gain" in sentence for sentence in summary)
-    assert not any("160" in sentence for sentence in summary)
-
-
 @pytest.mark.parametrize(
     ("text", "token", "message"),
     [
@@ -200,7 +195,7 @@ def test_nearer_text_that_makes_predictions_worse():
         ("", None, "the text is empty"),
     ],
 )
-def test_a_missing_token_is_refused(text, token, message):
+def test_a_missing_token_is_rejected(text, token, message):
     with pytest.raises(UserError, match=message):
         explain(None, ByteTokenizer(), small_config(), text, token=token)
 

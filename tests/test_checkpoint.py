@@ -4,10 +4,12 @@ import contextlib
 import errno
 import functools
 import gc
+import logging
 import os
 import re
 import resource
 import shutil
+import sys
 import threading
 import types
 from pathlib import Path
@@ -29,14 +31,15 @@ from references import assert_same_bytes
 from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint import contents, manifest, verification
+from simplernn_jax.checkpoint import contents, manifest
 from simplernn_jax.checkpoint.checkpointer import (
     Checkpointer,
     Restored,
     check_same_model,
+    drop_repeated_logs,
     read_config,
 )
-from simplernn_jax.checkpoint.contents import read_back
+from simplernn_jax.checkpoint.contents import Quality, read_arrays
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.errors import UserError
@@ -171,25 +174,14 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 4.0}
     with open_checkpointer(tmp_path, keep_best=1) as checkpointer:
         for step, loss in losses.items():
-            checkpointer.save(step, make_state(step), {}, {"validation_loss": loss})
+            checkpointer.save(step, make_state(step), {}, Quality(loss, 7))
     assert steps_in(tmp_path / "checkpoints") == [2, 4, 5]
     with open_checkpointer(tmp_path, keep_best=1) as checkpointer:
         checkpointer.restore(abstract_state())
         checkpointer.save(6, make_state(6), {})
-        checkpointer.save(7, make_state(7), {}, {"validation_loss": 0.5})
+        checkpointer.save(7, make_state(7), {}, Quality(0.5, 7))
     assert steps_in(tmp_path / "checkpoints") == [6, 7]
-    assert not (tmp_path / "checkpoints" / "pruned").exists()
-
-
-def test_a_save_does_not_ask_for_the_step_of_a_preemption(tmp_path, monkeypatch):
-    """JAX would then agree on an older step than the loop has reached."""
-    asked = []
-    monkeypatch.setattr(
-        "jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append
-    )
-    save_steps(tmp_path, 3, 5)
-    assert asked == []
-    assert restore(tmp_path).step == 5
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7", "lock"]
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):
@@ -239,7 +231,7 @@ MANIFEST, ARRAYS, QUALITY = "manifest.sha256", "state/manifest.ocdbt", "quality/
         *((damage, QUALITY) for damage in (flip_bit, functools.partial(put_odd_file, "fifo"))),
     ],
 )
-def test_a_damaged_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplog, damage, name):
+def test_a_corrupt_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplog, damage, name):
     damage(two_steps / "checkpoints" / "2" / name)
     assert_restores(two_steps, 1)
     assert steps_in(two_steps / "checkpoints") == [1]
@@ -249,7 +241,7 @@ def test_a_damaged_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplo
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_refuses_to_start_over_when_no_checkpoint_is_intact(two_steps, damage):
+def test_does_not_start_over_when_no_checkpoint_is_intact(two_steps, damage):
     for step in "12":
         damage(two_steps / "checkpoints" / step / MANIFEST)
     for _ in range(2):
@@ -259,20 +251,10 @@ def test_refuses_to_start_over_when_no_checkpoint_is_intact(two_steps, damage):
         read_config(str(two_steps))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_survives_damage_to_the_record_of_complete_steps(two_steps, damage):
-    damage(two_steps / "checkpoints" / "complete.json")
-    (two_steps / "checkpoints" / "2" / MANIFEST).unlink()
-    assert restore(two_steps).step == 1
-    assert steps_in(two_steps / "checkpoints_damaged") == [2]
-
-
 def leave_unfinished(workdir: Path, step: int) -> None:
     """Leave the folders of a kill between Orbax's rename and the manifest, and of one before."""
-    folder = workdir / "checkpoints"
-    (folder / str(step) / "state").mkdir(parents=True)
-    (folder / f"{step + 1}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    (folder / "pruned" / "0").mkdir(parents=True)
+    for name in (f"{step}.unfinished", f"{step + 1}.unfinished.orbax-checkpoint-tmp"):
+        (workdir / "checkpoints" / name / "state").mkdir(parents=True)
 
 
 def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
@@ -282,7 +264,7 @@ def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
         restored = checkpointer.restore(abstract_state())
         checkpointer.save(2, make_state(2), {})
     assert restored.step == 1
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2", "complete.json", "lock"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2", "lock"]
     assert not (tmp_path / "checkpoints_damaged").exists()
     assert "corrupted" not in caplog.text
     assert_restores(tmp_path, 2)
@@ -293,7 +275,8 @@ def test_an_unfinished_first_save_starts_from_the_beginning(tmp_path):
     leave_unfinished(tmp_path, 1)
     with pytest.raises(UserError, match="no checkpoint in"):
         read_config(str(tmp_path))
-    assert (tmp_path / "checkpoints" / "1").exists(), "a reader must not disturb a running save"
+    left = os.listdir(tmp_path / "checkpoints")
+    assert len(left) == 3, "a reader must not disturb a running save"
     assert restore(tmp_path) is None
     assert steps_in(tmp_path / "checkpoints") == []
 
@@ -319,7 +302,7 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
     assert_restores(tmp_path, 1)
 
 
-def test_a_background_save_that_the_disk_refuses_is_one_error(tmp_path, capfd, caplog):
+def test_a_background_save_that_the_disk_rejects_is_one_error(tmp_path, capfd, caplog):
     """Reports of Orbax and of TensorStore's threads only repeat the error."""
     keys = jax.random.split(jax.random.key(0), 40)
     state = {f"layer_{i}": jax.random.normal(key, (30_011,)) for i, key in enumerate(keys)}
@@ -341,12 +324,12 @@ def test_a_background_save_that_the_disk_refuses_is_one_error(tmp_path, capfd, c
     assert steps_in(tmp_path / "checkpoints") == [1]
 
 
-@pytest.mark.parametrize("name", ["2.orbax-checkpoint-tmp", "state.orbax-checkpoint-tmp"])
-def test_a_folder_that_the_disk_refuses_leaves_no_thread(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["2.unfinished", "state"])
+def test_a_folder_that_the_disk_rejects_leaves_no_thread(tmp_path, monkeypatch, name):
     """A thread that waits for it would keep the process from ending."""
 
     def refuse(path, *arguments, **options):
-        if Path(path).name == name:
+        if Path(path).name == f"{name}.orbax-checkpoint-tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         make(path, *arguments, **options)
 
@@ -396,7 +379,7 @@ def test_only_one_process_trains_in_a_workdir(tmp_path):
 @pytest.mark.parametrize(
     "name", ["run [2]", "what?", "a*b", "back\\slash", "gs:", "logs:/a", "gs://a", "\udcff"]
 )
-def test_a_path_that_cannot_be_saved_to_is_refused_before_anything_is_made(tmp_path, name):
+def test_a_path_that_cannot_be_saved_to_is_rejected_before_anything_is_made(tmp_path, name):
     workdir = name if "://" in name else str(tmp_path / name)
     with pytest.raises(UserError, match=r"^--workdir .*; (rename|mount) "):
         check_workdir(workdir)
@@ -418,7 +401,7 @@ def test_a_save_that_reads_back_differently_never_counts(tmp_path, monkeypatch):
 
     def changed(name, change):
         def read(path, names):
-            arrays = read_back(path, names)
+            arrays = read_arrays(path, names)
             if name in arrays:
                 arrays[name] = change(arrays[name])
             return arrays
@@ -427,23 +410,18 @@ def test_a_save_that_reads_back_differently_never_counts(tmp_path, monkeypatch):
 
     for function, message in [
         (changed("extra/half", lambda x: x[::-1]), "extra/half is not what was written"),
-        (changed("step", lambda x: None), "step is missing"),
+        (changed("step", lambda x: 0), "step is missing"),
         (changed("step", lambda x: x[None]), "step has a different shape or dtype"),
-        (changed("step", np.float32), "step has a different shape or dtype"),
+        (changed("step", lambda x: x.astype(np.float32)), "step has a different shape or dtype"),
     ]:
         with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
-            patch.setattr(verification, "read_back", function)
+            patch.setattr(contents, "read_arrays", function)
             checkpointer.save(2, make_state(2), {})
             match = rf"step 2 could not be saved.*read-back verification failed.*{message}.*intact"
             with pytest.raises(UserError, match=match):
                 checkpointer.save(3, make_state(3), {})
         assert steps_in(tmp_path / "checkpoints") == [1]
     assert_restores(tmp_path, 1)
-
-
-def test_a_missing_array_is_read_back_as_none(two_steps):
-    arrays = read_back(str(two_steps / "checkpoints" / "2"), ["step", "absent"])
-    assert arrays == {"step": 2, "absent": None}
 
 
 def test_a_save_does_not_read_the_shapes_of_all_arrays(tmp_path, monkeypatch):
@@ -464,18 +442,18 @@ def test_a_save_that_takes_too_long_is_not_reported_as_a_full_disk(tmp_path, mon
     assert "space" not in str(caught.value)
 
 
-def test_a_checkpoint_copied_over_a_newer_one_is_damage(two_steps, caplog):
+def test_a_checkpoint_copied_over_a_newer_one_is_corruption(two_steps, caplog):
     shutil.rmtree(two_steps / "checkpoints" / "2")
     shutil.copytree(two_steps / "checkpoints" / "1", two_steps / "checkpoints" / "2")
     with open_checkpointer(two_steps) as checkpointer:
         restored = checkpointer.restore(abstract_state())
         assert restored.step == 1
         checkpointer.save(2, make_state(2), {})
-    assert "checkpoints/2 is corrupted: it is a copy of that of step 1; moved to" in caplog.text
+    assert "checkpoints/2 is corrupted: it is a copy of step 1; moved to" in caplog.text
     assert_restores(two_steps, 2)
 
 
-def test_a_damaged_checkpoint_that_cannot_be_moved_aside_is_an_error(two_steps):
+def test_a_corrupt_checkpoint_that_cannot_be_moved_aside_is_an_error(two_steps):
     (two_steps / "checkpoints_damaged").write_bytes(b"")
     flip_bit(two_steps / "checkpoints" / "2" / "data" / "metadata")
     with pytest.raises(UserError, match=r"2 is corrupted: data/metadata .*; it cannot be moved"):
@@ -489,10 +467,9 @@ def test_folders_that_are_not_steps_are_ignored(two_steps):
     assert read_config(str(two_steps))[2] == 2
 
 
-@pytest.mark.parametrize("name", ["lock", "complete.json"])
-def test_a_pipe_in_place_of_a_file_is_an_error(two_steps, name):
-    put_odd_file("fifo", two_steps / "checkpoints" / name)
-    with pytest.raises(UserError, match=f"checkpoints/{name}: not a regular file; remove it"):
+def test_a_pipe_in_place_of_the_lock_is_an_error(two_steps):
+    put_odd_file("fifo", two_steps / "checkpoints" / "lock")
+    with pytest.raises(UserError, match="checkpoints/lock: not a regular file; remove it"):
         restore(two_steps)
     assert read_config(str(two_steps))[2] == 2
 
@@ -506,3 +483,51 @@ def test_load_model_under_x64(tmp_path):
         tokens = jnp.array([[tokenizer.bos_id, 3, 5, 7]])
         forward = nnx.jit(lambda model, tokens: model(tokens)[0])
         chex.assert_trees_all_close(forward(model, tokens), forward(expected, tokens), atol=1e-5)
+
+
+@pytest.fixture
+def unraisable(monkeypatch):
+    """Reports that reach the hook that was there before."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    drop_repeated_logs()
+    drop_repeated_logs()
+    return seen
+
+
+def test_only_closed_event_loops_and_coroutines_of_orbax_are_dropped(unraisable):
+    def report(error, of=None):
+        sys.unraisablehook(
+            types.SimpleNamespace(exc_type=type(error), exc_value=error, object=of, err_msg=None)
+        )
+
+    report(RuntimeError("Event loop is closed"))
+    code = types.SimpleNamespace(co_filename="/site-packages/orbax/checkpoint/serialization.py")
+    report(RuntimeError("coroutine ignored GeneratorExit"), of=types.SimpleNamespace(cr_code=code))
+    assert unraisable == []
+    report(RuntimeError("Event loop is closed"), of=print)
+    report(RuntimeError("another"))
+    report(ValueError("Event loop is closed"))
+    assert len(unraisable) == 3
+
+
+def test_only_the_forgotten_tasks_and_futures_of_a_save_are_dropped(unraisable, caplog):
+    logger = logging.getLogger("asyncio")
+    message = "Task exception was never retrieved\nfuture: <Task defined at %s>"
+    logger.error(message, "/site-packages/orbax/checkpoint/serialization.py:188")
+    assert caplog.messages == []
+    logger.error(
+        "Future exception was never retrieved\nfuture: <Future finished exception=ValueError("
+        '\'UNKNOWN: Error writing "values/0.0" in OCDBT database at local file "/runs/a/": Failed '
+        "to open: \"/runs/a/d/1b3f\": Input/output error [os_error_code=\\'5\\']')>"
+    )
+    future = "Future exception was never retrieved\nfuture: <Future finished exception=OSError(28)>"
+    for name in ("/site-packages/orbax/checkpoint/path/async_path.py", "/elsewhere/other.py"):
+        try:
+            exec(compile("raise OSError(28, 'No space left on device')", name, "exec"))
+        except OSError as error:
+            logger.error(future, exc_info=error)
+    assert caplog.messages == [future]
+    logger.error(message, "/elsewhere/other.py:188")
+    logger.error("something else of /orbax/checkpoint/")
+    assert len(caplog.messages) == 3

@@ -11,8 +11,8 @@ from small_runs import small_config
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
-from simplernn_jax.checkpoint.choice import choose_checkpoint, steps_to_keep
 from simplernn_jax.checkpoint.contents import Quality
+from simplernn_jax.checkpoint.folder import choose_checkpoint, steps_to_keep
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
@@ -25,9 +25,8 @@ def save(workdir, **evaluations):
     )
     with contextlib.closing(checkpointer):
         for name, evaluation in evaluations.items():
-            metrics = dict(zip(("validation_loss", "predictions"), evaluation or (), strict=False))
-            step = int(name[1:])
-            checkpointer.save(step, {"values": jnp.full(3, step)}, {}, metrics)
+            step, quality = int(name[1:]), Quality(*evaluation) if evaluation else None
+            checkpointer.save(step, {"values": jnp.full(3, step)}, {}, quality)
 
 
 def damage(workdir, step, item="data"):
@@ -57,7 +56,6 @@ def damage(workdir, step, item="data"):
             "step 3, the newest and the best by validation loss (2.5000 on 7 predictions)",
         ),
         ({"s2": (2.5, 7), "s3": (2.6, 11)}, 3, "step 3, the newest (validation losses cannot be "),
-        ({"s2": (2.5,), "s3": (2.6,)}, 3, "step 3, the newest (validation losses cannot be "),
         ({"s2": None, "s3": None}, 3, "step 3, the newest (none has a validation loss)"),
         ({"s2": (float("nan"), 7), "s3": (2.6, 7), "s5": (float("inf"), 7)}, 3, "step 3, the best"),
     ],
@@ -87,7 +85,7 @@ def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
             choose_checkpoint(str(tmp_path), word)
 
 
-def test_a_damaged_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
+def test_a_corrupt_best_is_moved_aside_and_the_next_best_used(tmp_path, caplog):
     save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s5=(2.5, 7))
     damage(tmp_path, 2)
     with pytest.raises(UserError, match=r"--checkpoint=2: .*2 is corrupted: data/metadata was"):
@@ -118,8 +116,8 @@ def test_load_model_takes_the_best_and_says_so(tmp_path, caplog):
     )
     with contextlib.closing(checkpointer):
         for step, model in models.items():
-            metrics = {"validation_loss": float(step), "predictions": 7}
-            checkpointer.save(step, {"params": nnx.state(model, nnx.Param)}, {}, metrics)
+            params = nnx.state(model, nnx.Param)
+            checkpointer.save(step, {"params": params}, {}, Quality(float(step), 7))
     with caplog.at_level("INFO"):
         for checkpoint, step in (("best", 2), ("newest", 3), (3, 3)):
             loaded, tokenizer, loaded_config = load_model(str(tmp_path), checkpoint)

@@ -116,7 +116,7 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary():
     assert dataclasses.replace(result, nats_per_token=1e4).perplexity == math.inf
 
 
-def test_a_split_without_predictions_is_refused():
+def test_a_split_without_predictions_is_rejected():
     with pytest.raises(UserError, match="nothing to score: the train split"):
         evaluation(split=make_split([0], cut_front=1))
 

@@ -116,7 +116,7 @@ def test_another_text_is_scored_as_a_whole(saved, tmp_path):
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_a_text_that_is_missing_or_not_alone_is_refused(saved, tmp_path):
+def test_a_text_that_is_missing_or_not_alone_is_rejected(saved, tmp_path):
     workdir = saved[0] / "run"
     assert_each_refused(
         "scripts/evaluate.py",

@@ -1,4 +1,4 @@
-"""Exports of a trained model: what all formats share, and those without other frameworks."""
+"""Exports of a trained model: what all formats share, and the programs of StableHLO and ONNX."""
 
 import dataclasses
 import itertools
@@ -23,18 +23,24 @@ from small_runs import untrained_run
 from small_tokenizers import pretrained, word_level
 
 from simplernn_jax import load_model
-from simplernn_jax.data.chat_template import load_template
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, checking, exporting
 from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.formats import TrainedModel, find_format, float32_model, logits_of
-from simplernn_jax.export.rounding import rounded_weights
-from simplernn_jax.inference import generate, generate_text
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    compute_logits,
+    find_format,
+    float32_model,
+    rounded_weights,
+)
+from simplernn_jax.inference import Conversation, generate, generate_text
 from simplernn_jax.models import load_gla_checkpoint
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
+OF_THE_CONVERTER = pytest.mark.filterwarnings("ignore")  # of PyTorch, to ONNX
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +48,65 @@ def workdir(tmp_path_factory):
     return untrained_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(scope="module")
+def run(workdir):
+    """(model, tokenizer, configuration)."""
+    return load_model(str(workdir))
+
+
+def export_run(run, workdir, out):
+    return export("safetensors", *run, str(out), workdir=str(workdir), tokens=TOKENS)
+
+
+def written(format_name, original, folder):
+    """Write an export; load it again."""
+    if format_name == "onnx":
+        pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    module = find_format(format_name)
+    module.write(original, folder)
+    return module.load(folder)
+
+
+def assert_logits(loaded, model):
+    expected = compute_logits(model, TOKENS)
+    logits = loaded.logits(TOKENS)
+    chex.assert_shape(logits, expected.shape)
+    chex.assert_trees_all_close(np.float32(logits), expected, atol=2e-5 * np.abs(expected).max())
+
+
 @pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("format_name", "name"),
     [
-        *itertools.product(("safetensors", "stablehlo", "html"), MODELS),
+        *itertools.product(("safetensors", "stablehlo", "html", "onnx"), MODELS),
         *itertools.product(("safetensors", "stablehlo"), ["gla"]),
     ],
 )
+@OF_THE_CONVERTER
 def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, name):
     original = trained({**MODELS, "gla": GLA}[name])
-    module = find_format(format_name)
-    module.write(original, tmp_path)
-    root = str(ROOT).encode()
-    assert not any(root in path.read_bytes() for path in tmp_path.iterdir())
-    loaded = module.load(tmp_path)
-    expected = logits_of(original.model, TOKENS)
-    logits = loaded.logits(TOKENS)
-    chex.assert_shape(logits, expected.shape)
-    chex.assert_trees_all_close(np.float32(logits), expected, atol=2e-5 * np.abs(expected).max())
+    loaded = written(format_name, original, tmp_path)
+    for path in tmp_path.iterdir():
+        assert str(ROOT).encode() not in path.read_bytes()
+        assert b"/site-packages/" not in path.read_bytes()
+    assert_logits(loaded, original.model)
     tokens = generate(original.model, [5], max_new_tokens=31).tokens[0].tolist()
     assert loaded.greedy(5, 31) == tokens
+
+
+@OF_THE_CONVERTER
+def test_the_names_of_the_onnx_programs(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    find_format("onnx").write(trained(MODELS["hybrid"]), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("prefill.onnx", "decode.onnx", "config.json", "tokenizer.json"),
+        *("example.py", "README.md"),
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    session = onnxruntime.InferenceSession(tmp_path / "decode.onnx")
+    assert [x.name for x in session.get_inputs()] == ["tokens", *config["state"]]
+    names = ["logits", *(f"next.{name}" for name in config["state"])]
+    assert [x.name for x in session.get_outputs()] == names
 
 
 def test_bfloat16_models_are_exported_in_float32(tmp_path):
@@ -73,9 +117,8 @@ def test_bfloat16_models_are_exported_in_float32(tmp_path):
     )
     chex.assert_trees_all_equal(nnx.state(exact, nnx.Param), nnx.state(model, nnx.Param))
     # What is loaded again is a bfloat16 model, for fine-tuning: it is checked in float32.
-    find_format("safetensors").write(original, tmp_path)
-    logits = find_format("safetensors").load(tmp_path).logits(TOKENS)
-    np.testing.assert_array_equal(logits, logits_of(exact, TOKENS))
+    logits = written("safetensors", original, tmp_path).logits(TOKENS)
+    np.testing.assert_array_equal(logits, compute_logits(exact, TOKENS))
 
 
 def test_parameters_of_16_bits_are_not_exported(tmp_path, workdir):
@@ -83,21 +126,15 @@ def test_parameters_of_16_bits_are_not_exported(tmp_path, workdir):
     half = jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param))
     nnx.update(model, half)
     with pytest.raises(UserError, match=r"^model: has float16 parameters; convert"):
-        export(
-            *("safetensors", model, tokenizer, config, str(tmp_path / "out")),
-            workdir=str(workdir),
-            tokens=TOKENS,
-        )
+        export_run((model, tokenizer, config), workdir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.oldest_python
-def test_an_export_is_a_model(tmp_path, workdir):
-    model, tokenizer, config = load_model(str(workdir))
+def test_an_export_is_a_model(tmp_path, workdir, run):
+    model, tokenizer, config = run
     out = tmp_path / "new" / "folder"
-    report = export(
-        "safetensors", model, tokenizer, config, str(out), workdir=str(workdir), tokens=TOKENS
-    )
+    report = export_run(run, workdir, out)
     assert report.difference < 1e-5
     assert report.num_bytes == sum(path.stat().st_size for path in out.iterdir())
     assert report.loss == report.rounded_loss
@@ -182,21 +219,54 @@ def test_a_template_that_is_more_than_text_around_messages(caplog, question, rea
     assert caplog.messages == [f"this export continues text instead of chatting: {reason}"]
 
 
-@pytest.mark.parametrize("kind", ["float16", "int8"])
-def test_rounded_weights(tmp_path, kind):
-    original = dataclasses.replace(trained(MODELS["residual"]), quantize=kind)
-    module = find_format("html")
-    module.write(original, tmp_path)
+@pytest.mark.parametrize(
+    ("format_name", "kind"), [*itertools.product(("html", "onnx"), ("float16", "int8"))]
+)
+@OF_THE_CONVERTER
+def test_rounded_weights(tmp_path, monkeypatch, format_name, kind):
+    if kind == "int8" and format_name == "onnx":  # weights in files of their own
+        monkeypatch.setattr(find_format("onnx"), "MAX_INLINE_BYTES", 0)
+    original = dataclasses.replace(trained(MODELS["hybrid"]), quantize=kind)
+    loaded = written(format_name, original, tmp_path)
     weights = named_weights(original.model)
     rounded = rounded_weights(weights, kind)
     for name, weight in weights.items():
         step = np.abs(weight).max() / 127 if kind == "int8" else np.abs(weight).max() * 2**-11
         assert np.abs(rounded[name] - weight).max() <= step
     model = model_from_weights(original.model.config, rounded, "here")
-    expected = logits_of(model, TOKENS)
-    logits = np.float32(module.load(tmp_path).logits(TOKENS))
-    chex.assert_trees_all_close(logits, expected, atol=2e-5 * np.abs(expected).max())
-    assert not np.allclose(expected, logits_of(original.model, TOKENS), atol=1e-6)
+    assert_logits(loaded, model)
+    difference = compute_logits(model, TOKENS) - compute_logits(original.model, TOKENS)
+    assert np.abs(difference).max() > 1e-6
+    if format_name == "onnx":
+        import onnx
+
+        tensors = onnx.load(tmp_path / "decode.onnx").graph.initializer
+        matrices = [x for x in tensors if len(x.dims) == 2 and min(x.dims) > 4]
+        assert len(matrices) > 10
+        stored = onnx.TensorProto.FLOAT16 if kind == "float16" else onnx.TensorProto.INT8
+        assert {x.data_type for x in matrices} == {stored}
+
+
+@OF_THE_CONVERTER
+def test_large_weights_of_onnx_are_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(find_format("onnx"), "MAX_INLINE_BYTES", 0)
+    original = trained(MODELS["plain"])
+    assert_logits(written("onnx", original, tmp_path), original.model)
+    assert (tmp_path / "prefill.onnx.data").stat().st_size > 0
+
+
+@OF_THE_CONVERTER
+def test_the_example_answers_a_message(tmp_path):
+    original = trained(MODELS["hybrid"], template=load_template("roles"))
+    written("onnx", original, tmp_path)
+    template = ChatTemplate(original.config.data.template)
+    conversation = Conversation(original.model, original.tokenizer, template)
+    answer = conversation.ask("what is 3+4?", max_new_tokens=200)
+    (prompt,) = json.loads((tmp_path / "config.json").read_text())["chat"]["first"][:1]
+    assert prompt == "\x02"
+    result = run_python("example.py", "what is", "3+4?", cwd=tmp_path)
+    assert result.output == answer + "\n"
+    assert "pip install onnxruntime" in (tmp_path / "README.md").read_text()
 
 
 def test_plain_weights_run_in_the_pytorch_project(tmp_path):
@@ -212,7 +282,7 @@ def test_plain_weights_run_in_the_pytorch_project(tmp_path):
     reference.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
     with torch.no_grad():
         logits = reference(torch.tensor(TOKENS[None]).long())[0].numpy()
-    expected = logits_of(original.model, TOKENS)
+    expected = compute_logits(original.model, TOKENS)
     chex.assert_trees_all_close(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -288,20 +358,16 @@ def test_missing_packages_are_named(monkeypatch):
     ("found", "problem"),
     [({"logits": 1.01}, "differs by"), ({"ids": [1]}, "tokenizer encodes the held-out text")],
 )
-def test_a_wrong_export_leaves_nothing(tmp_path, workdir, monkeypatch, found, problem):
-    model, tokenizer, config = load_model(str(workdir))
+def test_a_wrong_export_leaves_nothing(tmp_path, workdir, run, monkeypatch, found, problem):
+    model, tokenizer, _ = run
     ids = tokenizer.encode(tokenizer.decode(TOKENS)).tolist()
-    right = {"logits": logits_of(model, TOKENS), "ids": ids, "tokens_per_second": 1.0}
+    right = {"logits": compute_logits(model, TOKENS), "ids": ids, "tokens_per_second": 1.0}
     if "logits" in found:
         found = {"logits": found["logits"] * right["logits"]}
     wrong = exporting.run_exported.__annotations__["return"](**right | found)
     monkeypatch.setattr(exporting, "run_exported", lambda *_: wrong)
     with pytest.raises(UserError, match=problem):
-        export(
-            *("safetensors", model, tokenizer, config, str(tmp_path / "out")),
-            workdir=str(workdir),
-            tokens=TOKENS,
-        )
+        export_run(run, workdir, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -321,12 +387,11 @@ def test_a_signal_leaves_nothing(tmp_path, workdir):
 
 
 @pytest.mark.oldest_python
-def test_the_process_of_the_check(tmp_path, workdir, monkeypatch):
+def test_the_process_of_the_check(tmp_path, run, monkeypatch):
     """It imports nothing from the current folder, and names how it ended."""
-    model, tokenizer, config = load_model(str(workdir))
     folder = tmp_path / "out"
     folder.mkdir()
-    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), folder)
+    find_format("safetensors").write(TrainedModel(*run, "run"), folder)
     (tmp_path / "numpy.py").write_text("import os; os.abort()")
     monkeypatch.chdir(tmp_path)
     assert checking.run_exported("safetensors", folder, TOKENS, "a").ids == [97]
@@ -364,17 +429,16 @@ def test_only_problems_of_the_folder_name_its_flag(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_exports_are_refused(tmp_path, workdir):
-    model, tokenizer, config = load_model(str(workdir))
+def test_corrupt_exports_are_rejected(tmp_path, run):
     good = tmp_path / "good"
     good.mkdir()
-    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), good)
+    find_format("safetensors").write(TrainedModel(*run, "run"), good)
     weights = safetensors.numpy.load_file(good / "model.safetensors")
     name, value = next(iter(weights.items()))
     flipped = bytearray((good / "model.safetensors").read_bytes())
     flipped[-1] ^= 1
     whole_run = json.loads((good / "simplernn.json").read_text())
-    run = {name: whole_run[name] for name in ("config", "tokenizer")}  # as earlier versions
+    run = {name: whole_run[name] for name in ("config", "tokenizer")}  # as other programs write it
     changed = json.loads(json.dumps(whole_run["config"]))
     changed["model"]["norm_epsilon"] = 0.5
     words = json.loads(pretrained(word_level(*map(str, range(296)))).to_json())
@@ -415,17 +479,16 @@ def test_damaged_exports_are_refused(tmp_path, workdir):
             shutil.rmtree(tmp_path / "bad")
 
 
-def test_exports_of_earlier_versions_load(tmp_path, workdir):
-    """They have no digests; nor has a file that another program wrote."""
-    model, tokenizer, config = load_model(str(workdir))
-    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), tmp_path)
+def test_exports_without_digests_load(tmp_path, run):
+    """As other programs write them."""
+    find_format("safetensors").write(TrainedModel(*run, "run"), tmp_path)
     weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    run = json.loads((tmp_path / "simplernn.json").read_text())
-    del run["sha256"], run["weights_sha256"]
-    (tmp_path / "simplernn.json").write_text(json.dumps(run))
+    saved = json.loads((tmp_path / "simplernn.json").read_text())
+    del saved["sha256"], saved["weights_sha256"]
+    (tmp_path / "simplernn.json").write_text(json.dumps(saved))
     again, _, _ = load_model(str(tmp_path))
-    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))
+    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(run[0], nnx.Param))
 
 
 def test_weights_keep_their_values_by_name():

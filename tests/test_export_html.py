@@ -9,22 +9,20 @@ import numpy as np
 import pytest
 import tokenizers
 from corpus_files import records, write
-from export_models import MODELS, trained
+from export_models import MODELS, TOKENIZERS, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_scripts
 from small_runs import small_config, write_corpus
-from small_tokenizers import bpe_of, byte_level, pretrained, word_level
+from small_tokenizers import byte_level, pretrained, word_level
 from test_chat_template import talk
-from test_tokenizer import char_tokenizer
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax import load_model
-from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import find_format
-from simplernn_jax.export.html.exporter import FILE
+from simplernn_jax.export.html import FILE
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training.loop import train
@@ -51,20 +49,12 @@ def splitting_tokenizer():
     return tokenizer
 
 
-TOKENIZERS = {
-    "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
-    "char": lambda: char_tokenizer("".join(sorted(set(TEXT)))),
-    "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
-    "trained": lambda: bpe_of(TEXT),
-    "splitting": lambda: pretrained(splitting_tokenizer()),
-}
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS)
+@pytest.fixture(scope="module", params=[*TOKENIZERS, "splitting"])
 def pair(request, tmp_path_factory):
     """A tokenizer, and the exported page with it in V8."""
     folder = tmp_path_factory.mktemp("page")
-    tokenizer = TOKENIZERS[request.param]()
+    make = TOKENIZERS.get(request.param, lambda: pretrained(splitting_tokenizer()))
+    tokenizer = make()
     find_format("html").write(trained(MODELS["residual"], tokenizer), folder)
     return tokenizer, find_format("html").load(folder)
 

@@ -13,20 +13,18 @@ import numpy as np
 import optax
 import pytest
 import yaml
-from export_models import MODELS, trained
+from export_models import MODELS, TOKENIZERS, trained
 from flax import nnx
 from small_runs import HYBRID, small_config, untrained_run, write_corpus
-from small_tokenizers import bpe_of, pretrained
-from test_tokenizer import char_tokenizer
+from small_tokenizers import pretrained
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax import load_model
-from simplernn_jax.data import tokenizer_from_json
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
-from simplernn_jax.export.formats import TrainedModel, find_format, logits_of
-from simplernn_jax.export.huggingface.tokenizer_file import library_tokenizer, tokenizer_json
+from simplernn_jax.export.formats import TrainedModel, compute_logits, find_format
+from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
 from simplernn_jax.inference import Conversation, generate, generate_text
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
@@ -55,6 +53,10 @@ def write(original, folder):
 def load(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     return model.eval()
+
+
+def load_tokenizer(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -116,7 +118,7 @@ def test_several_tokens_after_a_filled_cache(exported):
         model.generate(ids[:, :20], cache=cache, **OPTIONS)
 
 
-def test_padding_after_the_first_call_is_refused(exported):
+def test_padding_after_the_first_call_is_rejected(exported):
     _, model = exported
     ids, mask = torch.tensor(TOKENS), torch.ones(3, 37, dtype=torch.long)
     mask[1, 20:23] = 0
@@ -188,19 +190,11 @@ def test_a_trained_copy_comes_back(tmp_path):
     chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(expected, nnx.Param))
 
 
-TOKENIZERS = {
-    "byte": lambda: tokenizer_from_json('{"kind": "byte"}'),
-    "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
-    "pretrained": lambda: pretrained(byte_level_json("<s>", "</s>")),
-    "trained": lambda: bpe_of(TEXT),
-}
-
-
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokenizers(tmp_path, kind):
     ours = TOKENIZERS[kind]()
     write(trained(MODELS["residual"], ours), tmp_path / "out")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    theirs = load_tokenizer(tmp_path / "out")
     library = library_tokenizer(ours)  # of the other formats
     library.encode_special_tokens = True
     for text in (TEXT, "", "a<|eos|>b", "</s>", TEXT[:1] * 300):
@@ -231,7 +225,7 @@ def test_chat_template_and_model_card(tmp_path):
     )
     original = trained(MODELS["residual"], template=template, workdir=str(tmp_path / "my run"))
     write(original, tmp_path / "out")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokenizer = load_tokenizer(tmp_path / "out")
     messages = [{"role": "user", "content": "hi"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == "\nuser: hi\n"
@@ -250,7 +244,7 @@ def test_the_end_of_a_turn_is_no_text(tmp_path):
     bias = original.model.head.bias
     bias[...] = bias[...].at[4].set(1e3)  # the model ends its turn at once
     write(original, tmp_path / "out")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokenizer = load_tokenizer(tmp_path / "out")
     turns = [{"role": "user", "content": "hi Ą"}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt")
@@ -321,20 +315,26 @@ def test_the_sample_of_a_chat_model_is_an_answer(tmp_path):
         assert markdown_it.common.utils.escapeHtml(shown.strip("\n")) in html
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["<b>x<b>", "[a](b)", "`x`", "*a* _b_ ~~c~~", "![a](b)", "a | b", "# x #", "&lt;", "{{ x }}"],
+MARKUP = (
+    "<b>x<b>",
+    "[a](b)",
+    "`x`",
+    "*a* _b_ ~~c~~",
+    "![a](b)",
+    "a | b",
+    "# x #",
+    "&lt;",
+    "{{ x }}",
 )
-def test_a_name_is_no_markup(tmp_path, name):
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [*((name, name) for name in MARKUP), ("a\nb\x07\udcff", "a b\\x07\\udcff")]
+)
+def test_a_name_is_one_printable_line_without_markup(tmp_path, name, shown):
     header, html = card_of(trained(MODELS["plain"], workdir=f"runs/{name}"), tmp_path / "out")
     assert header == FACTS
-    assert html.startswith(f"<h1>{markdown_it.common.utils.escapeHtml(name)}</h1>")
-
-
-def test_a_name_is_one_printable_line(tmp_path):
-    name = "a\nb\x07\udcff"
-    _, html = card_of(trained(MODELS["plain"], workdir=f"runs/{name}"), tmp_path / "out")
-    assert html.startswith("<h1>a b\\x07\\udcff</h1>")
+    assert html.startswith(f"<h1>{markdown_it.common.utils.escapeHtml(shown)}</h1>")
 
 
 def test_results_in_the_model_card(tmp_path, monkeypatch):
@@ -391,7 +391,7 @@ def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
     for text, score in zip(texts, found, strict=True):
         tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
         padded = np.pad(tokens, (0, 20 - len(tokens)))  # one program for all
-        logprobs = np.asarray(jax.nn.log_softmax(logits_of(model, padded)))
+        logprobs = np.asarray(jax.nn.log_softmax(compute_logits(model, padded)))
         wanted = logprobs[np.arange(len(tokens) - 1), tokens[1:]].sum()
         assert score == pytest.approx(float(wanted), abs=1e-4)
 

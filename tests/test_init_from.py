@@ -20,9 +20,8 @@ from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.training.initial_parameters import with_initial_model
 from simplernn_jax.training.loop import train
-from simplernn_jax.training.preparation import prepare
+from simplernn_jax.training.preparation import prepare, with_initial_model
 from simplernn_jax.training.run import Run
 
 
@@ -36,14 +35,28 @@ def fine_tuned(initial, tmp_path, **fields):
     return small_config(**{"source": source, "init_from": str(initial)} | fields)
 
 
-def test_parameters_are_those_of_the_other_run(initial, tmp_path):
-    model, _, _ = load_model(str(initial))
-    with Run(fine_tuned(initial, tmp_path, dropout=0.0), str(tmp_path / "run")) as run:
+def assert_starts_with(model, config, tmp_path):
+    with Run(config, str(tmp_path / "run")) as run:
         assert run.step == 0
         chex.assert_trees_all_equal(
             jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
         )
         assert not any(leaf.any() for leaf in jax.tree.leaves(run.state.opt_state) if leaf.ndim)
+
+
+def assert_rejected(config, tmp_path, problem):
+    with pytest.raises(UserError, match=problem):
+        train(config, str(tmp_path / "rejected"))
+
+
+def export(out, model, tokenizer, config):
+    with new_folder(str(out)) as folder:
+        find_format("safetensors").write(TrainedModel(model, tokenizer, config, "x"), folder)
+
+
+def test_parameters_are_those_of_the_other_run(initial, tmp_path):
+    model, _, _ = load_model(str(initial))
+    assert_starts_with(model, fine_tuned(initial, tmp_path, dropout=0.0), tmp_path)
 
 
 def defaults(initial, tmp_path):
@@ -61,8 +74,7 @@ def test_the_model_and_tokenizer_are_those_of_the_other_run_unless_given(tmp_pat
     model, tokenizer, saved = load_model(str(initial))
     path = {"run": initial, "weights": tmp_path / "model.safetensors"}.get(kind, tmp_path / kind)
     if kind == "export":
-        with new_folder(str(path)) as folder:
-            find_format("safetensors").write(TrainedModel(model, tokenizer, saved, "x"), folder)
+        export(path, model, tokenizer, saved)
     elif kind == "weights":
         safetensors.numpy.save_file(named_weights(model), str(path))
     config = defaults(path, tmp_path)
@@ -127,23 +139,18 @@ def test_resuming_needs_no_other_run(initial, tmp_path, monkeypatch):
         ({"init_from": "/nonexistent"}, "no checkpoint in /nonexistent"),
     ],
 )
-def test_other_models_are_refused(initial, tmp_path, fields, problem):
-    with pytest.raises(UserError, match=problem):
-        train(fine_tuned(initial, tmp_path, **fields), str(tmp_path / "run"))
+def test_other_models_are_rejected(initial, tmp_path, fields, problem):
+    assert_rejected(fine_tuned(initial, tmp_path, **fields), tmp_path, problem)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2}])
 def test_an_export_is_a_start(initial, tmp_path, mesh):
     model, tokenizer, config = load_model(str(initial))
-    out = str(tmp_path / "export")
-    with new_folder(out) as folder:
-        find_format("safetensors").write(TrainedModel(model, tokenizer, config, out), folder)
-    with Run(fine_tuned(out, tmp_path, **mesh), str(tmp_path / "run")) as run:
-        chex.assert_trees_all_equal(
-            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
-        )
-    with pytest.raises(UserError, match="a different model: hidden_dim is 16"):
-        train(fine_tuned(out, tmp_path, hidden_dim=16), str(tmp_path / "refused"))
+    out = tmp_path / "export"
+    export(out, model, tokenizer, config)
+    assert_starts_with(model, fine_tuned(out, tmp_path, **mesh), tmp_path)
+    problem = "a different model: hidden_dim is 16"
+    assert_rejected(fine_tuned(out, tmp_path, hidden_dim=16), tmp_path, problem)
 
 
 def test_tokenizers_are_compared_by_content(tmp_path):
@@ -153,10 +160,8 @@ def test_tokenizers_are_compared_by_content(tmp_path):
     source, tokenizer = write_corpus(tmp_path / "texts"), str(tmp_path / "a" / "tokenizer.json")
     save_untrained(small_config(source=source, tokenizer=tokenizer), tmp_path / "initial")
     model, loaded, config = load_model(str(tmp_path / "initial"))
-    out = str(tmp_path / "export")
-    with new_folder(out) as folder:
-        trained = TrainedModel(model, loaded, without_paths(config), out)
-        find_format("safetensors").write(trained, folder)
+    out = tmp_path / "export"
+    export(out, model, loaded, without_paths(config))
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
     for initial in (out, tmp_path / "initial"):
         same = fine_tuned(initial, tmp_path, tokenizer=str(tmp_path / "moved" / "tokenizer.json"))
@@ -175,13 +180,9 @@ def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
     out.mkdir()
     safetensors.numpy.save_file(named_weights(model), str(out / "model.safetensors"))
     (out / "config.json").write_text(json.dumps(to_fla_config(config.model)))
-    with Run(fine_tuned(out, tmp_path, **gla), str(tmp_path / "run")) as run:
-        chex.assert_trees_all_equal(
-            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
-        )
+    assert_starts_with(model, fine_tuned(out, tmp_path, **gla), tmp_path)
     (out / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="only 'gla' can be loaded"):
-        train(fine_tuned(out, tmp_path, **gla), str(tmp_path / "refused"))
+    assert_rejected(fine_tuned(out, tmp_path, **gla), tmp_path, "only 'gla' can be loaded")
 
 
 @pytest.mark.oldest_python
@@ -191,13 +192,9 @@ def test_pytorch_weights_are_a_start(tmp_path):
     model = LanguageModel(config.model, rngs=nnx.Rngs(3))
     path = str(tmp_path / "weights.safetensors")
     safetensors.numpy.save_file(named_weights(model), path)
-    with Run(fine_tuned(path, tmp_path, **plain), str(tmp_path / "run")) as run:
-        chex.assert_trees_all_equal(
-            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
-        )
+    assert_starts_with(model, fine_tuned(path, tmp_path, **plain), tmp_path)
     for fields, problem in (
         (plain | {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
         (plain | {"vocab_size": 301}, "use the same --config.model.vocab_size"),
     ):
-        with pytest.raises(UserError, match=problem):
-            train(fine_tuned(path, tmp_path, **fields), str(tmp_path / "refused"))
+        assert_rejected(fine_tuned(path, tmp_path, **fields), tmp_path, problem)

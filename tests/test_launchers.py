@@ -129,12 +129,11 @@ def test_a_failed_installation_is_repeated(project):
 
 
 def trained(project: Path, name: str, modified: int) -> None:
-    complete = project / "runs" / name / "checkpoints" / "complete.json"
-    (complete.parent / "250").mkdir(parents=True)
-    (complete.parent / "250" / "manifest.sha256").touch()
-    (complete.parent.parent / "config.json").touch()
-    complete.write_text("{}")
-    os.utime(complete, (modified, modified))
+    manifest = project / "runs" / name / "checkpoints" / "250" / "manifest.sha256"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    (project / "runs" / name / "config.json").touch()
+    os.utime(manifest, (modified, modified))
 
 
 def test_infer_uses_the_run_saved_last(project):

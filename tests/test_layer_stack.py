@@ -19,8 +19,8 @@ from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.layers import Dense
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.layer_layout import in_layout_of
-from simplernn_jax.training.checkpoint_layout import CheckpointLayout
 from simplernn_jax.training.optimizer import make_optimizer
+from simplernn_jax.training.run import CheckpointLayout
 
 LAYERS, SIZE, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 5
 STAGE_4 = (("pipeline", 4),)

@@ -11,8 +11,10 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
@@ -24,7 +26,7 @@ from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training import loop, reporter, run
-from simplernn_jax.training.loop import check_skips, train
+from simplernn_jax.training.loop import SIGNALS, check_skips, deferred_signals, train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
 
@@ -216,7 +218,7 @@ def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
     assert "nats/token is not clearly better than uniform guessing (5.5568)" in output
 
 
-def test_another_text_is_refused_and_the_run_unchanged(finished):
+def test_another_text_is_rejected_and_the_run_unchanged(finished):
     config, workdir = finished
     before = newest_checkpoint(workdir)
     file = Path(config.data.source) / "3.txt"
@@ -445,7 +447,7 @@ def test_a_loss_that_is_never_finite_ends_a_run(tmp_path, capsys):
     assert "the model's logits are not finite" in capsys.readouterr().out  # in place of a sample
 
 
-def test_anything_but_a_configuration_is_refused(tmp_path):
+def test_anything_but_a_configuration_is_rejected(tmp_path):
     for wrong, kind in (({"train.steps": 3}, "dict"), (None, "NoneType")):
         with pytest.raises(UserError, match=rf"^config: {kind}; pass a simplernn_jax\.Config"):
             train(wrong, str(tmp_path / "run"))
@@ -461,7 +463,7 @@ def test_the_maximum_of_skipped_updates_ends_a_run(limit, where):
         check_skips(9, limit, config)
 
 
-def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(tmp_path):
+def test_a_workdir_that_cannot_hold_checkpoints_is_rejected_before_the_data_is_read(tmp_path):
     config = small_config(source=str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"^--workdir .*run \[2\]: has \[ in its path"):
         train(config, str(tmp_path / "run [2]"))
@@ -494,7 +496,7 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
     config = evaluated_on_20_tokens(tmp_path)
     result = train(config, str(tmp_path / "run"))
     folder = CheckpointFolder(str(tmp_path / "run"))
-    qualities = {step: saved_quality(folder.step_path(step)) for step in folder.complete_steps()}
+    qualities = {step: saved_quality(folder.step_path(step)) for step in folder.steps()}
     assert {36, 40} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
@@ -512,7 +514,7 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
     assert f"all held-out text  {result.evaluation}" in capsys.readouterr().out
 
 
-def test_a_pipe_at_the_path_of_the_configuration_is_refused(tmp_path):
+def test_a_pipe_at_the_path_of_the_configuration_is_rejected(tmp_path):
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
@@ -538,7 +540,7 @@ def test_signals_act_as_before_once_all_is_saved(tmp_path, monkeypatch):
         assert newest_checkpoint(tmp_path / "run")["number of steps"] == 40
 
     handlers = []
-    monkeypatch.setattr(loop.Validation, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(loop.Trainer, "evaluate_all", evaluate_all)
     train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
     assert handlers == [signal.getsignal(signal.SIGTERM)]
 
@@ -553,3 +555,42 @@ def test_a_longer_run_is_compared_with_the_end_of_the_shorter_one(tmp_path):
     longer = train(config, str(tmp_path / "run"))
     assert longer.step == 30
     assert longer.evaluation.nats_per_token > shorter.evaluation.nats_per_token
+
+
+@pytest.fixture
+def usual_handlers():
+    """Handlers of a script; a parallel test run changes them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_a_request(usual_handlers, number):
+    before = signal.getsignal(number)
+    with deferred_signals() as poll_signal:
+        assert poll_signal(3) is None
+        signal.raise_signal(number)
+        assert poll_signal(3) == signal.Signals(number).name
+    assert signal.getsignal(number) == before
+
+
+def test_the_second_signal_acts_as_before(usual_handlers):
+    with deferred_signals() as poll_signal:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert poll_signal(3) == "SIGTERM"
+
+
+def test_processes_of_a_distributed_run_ask_jax_which_step_is_the_last(monkeypatch):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for last, expected in ((1, ["SIGTERM", None]), (2, [None, "SIGTERM"])):
+        monkeypatch.setattr(
+            multihost_utils, "reached_preemption_sync_point", lambda step, last=last: step == last
+        )
+        with deferred_signals() as poll_signal:
+            assert [signal.getsignal(number) for number in SIGNALS] == before
+            # As a run that resumes at step 20.
+            assert [poll_signal(step) for step in (20, 21)] == expected

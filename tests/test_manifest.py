@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", [manifest.MANIFEST_NAME, "last"])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
-def test_an_error_of_the_machine_is_not_damage(folder, monkeypatch, name, number):
+def test_an_error_of_the_machine_is_not_corruption(folder, monkeypatch, name, number):
     def refuse(path, **options):
         if os.path.basename(path) == name:
             raise OSError(number, os.strerror(number), path)
@@ -37,7 +37,7 @@ def test_an_error_of_the_machine_is_not_damage(folder, monkeypatch, name, number
 
 
 @pytest.mark.parametrize("function", ["lstat", "scandir"])
-def test_a_folder_that_may_not_be_searched_is_not_damaged(folder, monkeypatch, function):
+def test_a_folder_that_may_not_be_searched_is_not_corrupt(folder, monkeypatch, function):
     problem = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     monkeypatch.setattr(os, function, mock.Mock(side_effect=problem))
     with pytest.raises(PermissionError):
@@ -45,12 +45,10 @@ def test_a_folder_that_may_not_be_searched_is_not_damaged(folder, monkeypatch, f
 
 
 def test_an_untouched_folder_is_intact(folder):
-    assert manifest.has_manifest(str(folder))
     assert manifest.find_corruption(str(folder)) is None
 
 
-def test_a_folder_without_a_manifest_is_damaged(tmp_path):
-    assert not manifest.has_manifest(str(tmp_path))
+def test_a_folder_without_a_manifest_is_corrupt(tmp_path):
     assert manifest.find_corruption(str(tmp_path)) == "manifest.sha256 is missing"
 
 
@@ -75,7 +73,7 @@ def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
         ("last", functools.partial(put_odd_file, "folder"), "is missing"),
     ],
 )
-def test_a_damaged_file_is_named(folder, name, change, damage):
+def test_a_corrupt_file_is_named(folder, name, change, damage):
     change(folder / name)
     assert manifest.find_corruption(str(folder)) == f"{name} {damage}"
 
@@ -95,7 +93,7 @@ def test_a_rewritten_manifest_covers_the_new_content(folder):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "endless"])
-def test_pipes_and_devices_are_damage_without_a_hang(folder, kind):
+def test_pipes_and_devices_are_corruption_without_a_hang(folder, kind):
     put_odd_file(kind, folder / "inner" / "nothing")  # of the right size, by its status
     expected = "inner/nothing is not a regular file"
     assert manifest.find_corruption(str(folder)) == expected
@@ -105,6 +103,6 @@ def test_pipes_and_devices_are_damage_without_a_hang(folder, kind):
 
 
 @pytest.mark.parametrize("body", ["no manifest\n", "0" * 64 + " -1 last\n", "0" * 64 + " 12\n"])
-def test_a_sealed_text_that_is_no_manifest_is_damage(folder, body):
+def test_a_sealed_text_that_is_no_manifest_is_corruption(folder, body):
     write_sealed(str(folder / manifest.MANIFEST_NAME), body)
     assert manifest.find_corruption(str(folder)) == "manifest.sha256 is not a manifest"

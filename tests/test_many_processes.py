@@ -204,7 +204,7 @@ import jax
 import numpy as np
 from small_runs import small_config
 from simplernn_jax.parallel import distributed
-from simplernn_jax.checkpoint import verification
+from simplernn_jax.checkpoint import contents
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.errors import UserError
 
@@ -217,8 +217,8 @@ with distributed.joined(address, 2, int(number), 100):
     checkpointer = Checkpointer("run", small_config(), "{}", keep_last=2, keep_best=0)
     checkpointer.save(1, state, {}, wait=True)
     if number == "1":  # as if other bytes than these had reached the disk
-        checksum = verification._crc32
-        verification._crc32 = lambda array: checksum(array) ^ 1
+        checksum = contents._crc32
+        contents._crc32 = lambda array: checksum(array) ^ 1
     try:
         checkpointer.save(2, state, {}, wait=True)
     except UserError as error:
@@ -236,4 +236,4 @@ def test_shards_of_every_process_are_read_back(tmp_path, start):
     output, _ = finish(processes[0], 3)
     assert "read-back verification failed (weights is not what was written)" in output
     finish(processes[1], -signal.SIGABRT)  # by JAX, as scripts report with code 76
-    assert CheckpointFolder(str(tmp_path / "run")).complete_steps() == [1]
+    assert CheckpointFolder(str(tmp_path / "run")).steps() == [1]

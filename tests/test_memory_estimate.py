@@ -19,8 +19,8 @@ from simplernn_jax.memory_estimate import (
 )
 from simplernn_jax.models.language_model import LanguageModel, abstract_model
 from simplernn_jax.parallel.mesh import make_mesh
-from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
+from simplernn_jax.training.train_step import check_memory
 
 GIGABYTE = 10**9
 ONE = dict.fromkeys(("data", "fsdp", "tensor", "sequence", "pipeline"), 1)
@@ -87,7 +87,7 @@ def test_a_run_that_cannot_fit_is_refused_with_its_size(mesh, section, field, va
 def test_a_large_state_is_refused_if_it_is_allocated(mesh):
     config = Config()
     config.model.mixer, config.model.mixer_options = "attention", {"context": 10**9}
-    with pytest.raises(UserError, match=r"state 8\.\d+ TB.* lower .*attention_context"):
+    with pytest.raises(UserError, match=r"state 8\.\d+ TB.* lower .*mixer_options"):
         check_training(config, mesh)
     config.train.sample_every, config.data.validation_fraction = 0, 0.0
     check_training(config, mesh)
@@ -136,9 +136,9 @@ def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
     estimate = sum(estimate_training(config, ONE))
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1.1 * estimate)
     with pytest.raises(UserError, match=r"a train step needs [\d.]+ [kM]B of memory on each"):
-        check_train_step(config, optimizer, mesh)
+        check_memory(config, optimizer, mesh)
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1000 * estimate)
-    check_train_step(config, optimizer, mesh)
+    check_memory(config, optimizer, mesh)
 
 
 def test_stages_save_the_inputs_of_their_chunks_alone():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from odd_files import ODD_FILES
+from processes import ROOT, run_python
 from tensorboardX.record_writer import RecordWriter
 
 from simplernn_jax.training import metrics as metrics_module
@@ -153,7 +154,7 @@ def test_no_bit_flip_changes_a_row_or_loses_one_unseen():
         b" " * MAX_LINE_BYTES + b'{"step": 1, "kind": "train", "loss": 2}',
     ],
 )
-def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
+def test_corrupt_lines_are_moved_with_one_warning(tmp_path, caplog, line):
     path = tmp_path / "metrics.jsonl"
     good = encode({"step": 1, "kind": "train", "loss": 2.5})
     path.write_bytes(b"\n".join([good[:-1], line, b"", line, good]))
@@ -166,20 +167,20 @@ def test_damaged_lines_are_moved_with_one_warning(tmp_path, caplog, line):
 @pytest.mark.parametrize(
     "make", [*ODD_FILES.values(), lambda path: os.symlink(f"{path}.nowhere", path)]
 )
-def test_anything_but_a_file_is_renamed_and_a_new_file_started(tmp_path, caplog, make):
+def test_anything_but_a_file_is_one_warning(tmp_path, caplog, make):
     path = tmp_path / "metrics.jsonl"
-    for number in ("", "-2"):
-        make(path)
-        assert read_metrics(str(tmp_path)) == []
-        write(tmp_path, 5, 6)
-        assert steps_in(tmp_path) == [6]
-        assert os.path.lexists(f"{path}.unusable{number}")
-        assert f"{path}: moved to {path}.unusable{number}" in caplog.messages
-        path.unlink()
-    make(tmp_path / "metrics.jsonl.damaged")
-    path.write_bytes(b"damage\n")
+    make(path)
+    assert read_metrics(str(tmp_path)) == []
+    caplog.clear()
     write(tmp_path, 5, 6)
-    assert steps_in(tmp_path) == [6]
+    (warning,) = caplog.messages
+    assert warning.endswith("; the rows of this run are not written")
+    assert read_metrics(str(tmp_path)) == []
+    (tmp_path / "other").mkdir()
+    make(tmp_path / "other" / "metrics.jsonl.damaged")
+    (tmp_path / "other" / "metrics.jsonl").write_bytes(b"damage\n")
+    write(tmp_path / "other", 5, 6)
+    assert steps_in(tmp_path / "other") == [6]
 
 
 def refuse(*_):
@@ -230,3 +231,16 @@ def test_tensorboard_that_fails_is_one_warning(tmp_path, caplog, monkeypatch):
     writer.close()
     assert [f"{tmp_path}/tensorboard: No space" in message for message in caplog.messages] == [True]
     assert steps_in(tmp_path) == [5, 6, *range(7, 30)]
+
+
+def test_a_corrupt_pytorch_does_not_matter(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open')")
+    code = (
+        "import sys; from simplernn_jax.training.metrics import MetricsWriter; "
+        "writer = MetricsWriter('.', 0); writer.write(1, 'train', loss=1.0); writer.close(); "
+        "assert 'torch' not in sys.modules"
+    )
+    result = run_python("-c", code, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert (result.code, result.errors) == (0, "")
+    (path,) = tmp_path.rglob("events.out.tfevents.*")
+    assert b"train/loss" in path.read_bytes()

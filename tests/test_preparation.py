@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_preparing_verifies_the_configuration_but_no_arrays(workdir, config):
         prepare(config, workdir)
 
 
-def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_path, config):
+def test_a_sample_prompt_that_cannot_be_encoded_is_rejected_before_training(tmp_path, config):
     config.data.tokenizer = "char"
     config.train.sample_prompt = "abXd"
     prepare(config, str(tmp_path / "run"))
@@ -185,28 +186,21 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(tmp_p
         prepare(config, str(tmp_path / "run"))
 
 
-def test_a_sample_prompt_is_a_question_where_a_template_is_trained(tmp_path, config):
+@pytest.mark.parametrize(
+    ("tokenizer", "given", "used", "rejected"),
+    [("byte", {"sample_prompt": "who?"}, "who?", "\x04"), ("char", {}, "", "who?")],
+)
+def test_a_sample_prompt_is_a_question_where_a_template_is_trained(
+    tmp_path, tokenizer, given, used, rejected
+):
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join([json.dumps({"messages": chat})] * 9))
-    config.data.source, config.data.template = str(path), load_template("roles")
-    config.train.sample_every, config.train.sample_prompt = 10, "who?"
-    assert prepare(config, str(tmp_path / "run"))[0].train.sample_prompt == "who?"
-    config.train.sample_prompt = "\x04"
-    with pytest.raises(UserError, match=r"^--config\.train\.sample_prompt='\\x04': "):
-        prepare(config, str(tmp_path / "other"))
-
-
-def test_a_question_that_the_tokenizer_cannot_encode_is_found_before_training(tmp_path):
-    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-    path = tmp_path / "chat.jsonl"
-    path.write_text("\n".join([json.dumps({"messages": chat})] * 9))
-    config = small_config(
-        source=str(path), tokenizer="char", template=load_template("roles"), sample_every=10
-    )
-    assert prepare(config, str(tmp_path / "run"))[0].train.sample_prompt == ""
-    config.train.sample_prompt = "who?"
-    with pytest.raises(UserError, match=r"^--config\.train\.sample_prompt='who\?': "):
+    fields = {"tokenizer": tokenizer, "template": load_template("roles"), "sample_every": 10}
+    config = small_config(source=str(path), **fields, **given)
+    assert prepare(config, str(tmp_path / "run"))[0].train.sample_prompt == used
+    config.train.sample_prompt = rejected
+    with pytest.raises(UserError, match=re.escape(f"--config.train.sample_prompt={rejected!r}: ")):
         prepare(config, str(tmp_path / "other"))
 
 
@@ -293,7 +287,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
         open_saved_corpus(workdir, source=config.data.source)
 
 
-def test_damaged_tokens_are_recomputed_or_named(tmp_path, config, workdir):
+def test_corrupt_tokens_are_recomputed_or_named(tmp_path, config, workdir):
     (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
     tokens.write_bytes(bytes(tokens.stat().st_size))
     problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --corpus_source"
@@ -308,7 +302,7 @@ def test_a_folder_without_a_run_has_no_tokens(tmp_path):
         open_saved_corpus(str(tmp_path))
 
 
-def test_a_validation_split_without_a_target_is_refused_before_training(tmp_path):
+def test_a_validation_split_without_a_target_is_rejected_before_training(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 1009)
     config = small_config(source=str(tmp_path / "a.txt"), validation_fraction=0.0005)
     with pytest.raises(UserError, match="nothing to score: the validation split has 1 token and"):

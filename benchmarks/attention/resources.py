@@ -13,7 +13,7 @@ from flax import nnx
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.training.gradient import abstract_train_model, make_grad_fn
+from simplernn_jax.training.train_step import abstract_train_model, make_grad_fn
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call

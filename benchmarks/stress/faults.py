@@ -174,7 +174,7 @@ def _kill(faults: Faults, run: Run) -> tuple[str, str | None, str]:
     else:
         call = kill_at(run.workdir.parent, faults.read_calls(run.alone)[0])
         kind = "inside a save" if f"run/{checkpoints.name}/" in call else "between saves"
-    if run.number % 10 == 1 and CheckpointFolder(str(run.workdir)).complete_steps():
+    if run.number % 10 == 1 and CheckpointFolder(str(run.workdir)).steps():
         call, kind = kill_at(checkpoints, _RESTORE_CALLS), "inside a restore"
     return f"killed in {call or 'no call'}", None, kind if call else _NOT_REACHED
 
@@ -195,7 +195,7 @@ def _interrupt(run: Run) -> tuple[str, str | None, str]:
         started = time.monotonic()
         code = exit_code(process, _SAVES_WITHIN if steps else _COMPILES_WITHIN)
     took = f"{time.monotonic() - started:.1f} s"
-    log, saved = log_of(workdir), CheckpointFolder(str(workdir)).complete_steps()
+    log, saved = log_of(workdir), CheckpointFolder(str(workdir)).steps()
     allowed = {75}
     if STEPS in saved:
         allowed.add(0)  # it had just ended
@@ -248,7 +248,7 @@ def _problem_of_end(workdir: Path, code: int | None, log: str) -> str | None:
     if left:
         return f"left behind: {', '.join(left)}"
     checkpoints = CheckpointFolder(str(workdir))
-    for step in checkpoints.complete_steps():
+    for step in checkpoints.steps():
         corruption = checkpoints.find_corruption(step)
         if corruption is not None:
             return f"the checkpoint of step {step} is corrupted: {corruption}"

@@ -95,7 +95,6 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
         of_file("config", Path(loose, "config", "metadata"), lambda: read_texts(loose)),
         of_file("quality", Path(loose, "quality", "metadata"), quality),
         of_file("manifest", sealed, verify),
-        of_file("ledger", checkpoint.with_name("complete.json"), run.complete_steps),
         of_file("metrics.jsonl", folder / "run" / FILE_NAME, metrics),
         of_file("record of a corpus", record, corpus),
     ]

@@ -81,8 +81,8 @@ compare run run --out=compared | run/metrics.jsonl run/config.json
 serve --workdir=run --port=0 --slots=2 --cache_mb=1 --drain_timeout=1
 TOKENIZER --output=out.json | corpus.txt
 make_conversations made.jsonl --conversations=3 --turns=2 --seed=1
-build_tfds --source=texts.jsonl --name=mine --field=text --data_dir=datasets --max_bad_records=1 \
-    | texts.jsonl
+build_tfds --source=texts.jsonl --name=mine --field=text --data_dir=datasets \
+    --max_malformed_records=1 | texts.jsonl
 """)
 """Valid commands; their files may be mutated."""
 

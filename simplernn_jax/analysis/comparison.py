@@ -1,5 +1,6 @@
 """Comparison of training runs by what their workdirs hold: configurations, metrics and curves."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -8,24 +9,20 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from simplernn_jax.analysis.plots import new_figure, png
+from simplernn_jax.analysis.plots import add_legend, new_figure, png
 from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.training.display import format_duration
 from simplernn_jax.training.loss_curve import comparable, loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
+from simplernn_jax.training.reporter import format_duration
 
 MISSING = "-"
 """Cell of a value that a run does not have."""
 _MAX_NAME = 32
 _LONG_NAME = 400
-_LEGEND_CHARACTERS = 110
-"""Characters that fit in a row of the legend."""
-_LEGEND_ROW = 0.2
-"""Its height in inches."""
 _MARKERS = "osD^vPX*"
 
 
@@ -51,35 +48,26 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
 
 
 def _short(names: list[str]) -> list[str]:
-    """Shorten names; those that would become equal, without what they have in common."""
-    groups: dict[str, set[str]] = {}
-    for name in names:
-        groups.setdefault(one_line(name, _MAX_NAME), set()).add(name)
-    short = {
-        name: one_line(_middle(name, group), _MAX_NAME)
-        for group in groups.values()
-        for name in group
-    }
-    if len({*short.values()}) < len(short):  # those of two groups are equal
-        short = {name: one_line(_middle(name, short), _MAX_NAME) for name in short}
-    return [short[name] for name in names]
-
-
-def _middle(name: str, group: Collection[str]) -> str:
-    """Return what tells `name` apart from the others of `group`; all of it if it is alone."""
-    if len(group) == 1:
-        return name
-    begin = _common_words(group)
-    end = _common_words([each[begin:][::-1] for each in group])
-    return ("..." if begin else "") + name[begin : len(name) - end] + ("..." if end else "")
+    """Shorten long names to what tells them apart."""
+    long = {name for name in names if len(name) > _MAX_NAME}
+    begin = end = 0
+    if len(long) > 1:
+        begin = _common_words(long)
+        end = _common_words({name[begin:][::-1] for name in long})
+    dots = ["..." if common else "" for common in (begin, end)]
+    short = {name: name for name in names}
+    for name in long:
+        short[name] = one_line(name[begin : len(name) - end].join(dots), _MAX_NAME)
+    is_distinct = len({*short.values()}) == len(short)
+    return [short[name] if is_distinct else name for name in names]
 
 
 def _common_words(names: Collection[str]) -> int:
     """Return the number of characters of the words that all names begin with."""
     first, last = min(names), max(names)  # what these share, all share
-    pairs = zip(first, last, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
-    return 1 + max(first.rfind(separator, 0, same) for separator in "_/ ")
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    same = first[: len(list(pairs))]
+    return 1 + max(map(same.rfind, "_/ "))
 
 
 def _read(workdir: str, name: str) -> RunRecord:
@@ -123,11 +111,11 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return parameters, steps, speed and losses of each run, as text by name."""
-    columns = [_metrics_of(run) for run in runs]
+    columns = [_run_metrics(run) for run in runs]
     return {name: [column[name] for column in columns] for name in columns[0]}
 
 
-def _metrics_of(run: RunRecord) -> dict[str, str]:
+def _run_metrics(run: RunRecord) -> dict[str, str]:
     train = [row for row in run.rows if row["kind"] == "train"]
     validation = comparable(run.rows)
     held_out = [row for row in run.rows if row["kind"] == "held_out"]
@@ -172,10 +160,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
     Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
     if both are equal.
     """
-    longest = max(len(run.name) for run in runs)
-    num_columns = min(max(1, _LEGEND_CHARACTERS // (longest + 6)), 4, len(runs))
-    num_rows = -(-len(runs) // num_columns)
-    with new_figure(11, 4.4 + _LEGEND_ROW * (num_rows - 1)) as figure:
+    with new_figure(11, 4.2) as figure:
         left, right = figure.subplots(1, 2)
         limits = []
         for number, run in enumerate(runs):
@@ -196,7 +181,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
         _label(
             right, "tokens of training", "bits per byte", "Validation, comparable across tokenizers"
         )
-        figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)
+        add_legend(figure, left, most=len(runs))
         return png(figure)
 
 

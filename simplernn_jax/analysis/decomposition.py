@@ -63,7 +63,7 @@ def decompose_layer(
     Args:
       mixer: the layer's, one of `find_mixers`.
       call: of this mixer, one of the layers of `record`.
-      segment_ids: int32 ``[B, T]``, those of the recording.
+      segment_ids: int32 ``[B, T]``, as recorded.
     """
     if isinstance(mixer, Attention):
         projected, output_gate = mixer.project_inputs(call.inputs)

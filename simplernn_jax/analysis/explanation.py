@@ -55,7 +55,7 @@ class ChosenToken:
     nats: float
     """-log p of the token, given all tokens before."""
     units: list[Unit]
-    """Readable pieces of tokens ``start .. position - 1``, counted from `start`."""
+    """Readable units of tokens ``start .. position - 1``, counted from `start`."""
     predicted: Unit
     """The token."""
     rest: str
@@ -90,7 +90,7 @@ class Explanation:
     stop: int
     """Position after the last one of the maps."""
     units: list[Unit]
-    """Readable pieces of tokens ``start .. stop - 1``, counted from `start`."""
+    """Readable units of tokens ``start .. stop - 1``, counted from `start`."""
     mixers: tuple[str, ...]
     """Mixer of each layer, ``simple_rnn``, ``attention`` or ``gla``."""
     layers: tuple[LayerDecomposition, ...]

@@ -104,12 +104,12 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
 
     @jax.jit
     def read(
-        params: nnx.State, piece: jax.Array, state: ModelState
+        params: nnx.State, window: jax.Array, state: ModelState
     ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array]]]:
         """Return the next state and, by recurrent layer, the summed -log g [H, K] and the state
         [H, K, V]."""
         model = nnx.merge(graph, params)
-        recording = record(model, piece, state)
+        recording = record(model, window, state)
         measured = []
         for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
             if isinstance(mixer, Recurrent):
@@ -120,17 +120,17 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
 
     step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
     state = model.initial_state(1)
-    positions, by_piece = [], []
+    positions, by_window = [], []
     logging.info("measuring the memory along the text ...")
     for start in range(0, len(tokens), step):
-        piece = np.asarray(tokens[start : start + step], np.int32)
-        state, measured = read(params, piece[None], state)
-        positions.append(start + len(piece))
-        by_piece.append([_reduce(*layer) for layer in measured])
+        window = np.asarray(tokens[start : start + step], np.int32)
+        state, measured = read(params, window[None], state)
+        positions.append(start + len(window))
+        by_window.append([_reduce(*layer) for layer in measured])
         logging.log_every_n_seconds(
             logging.INFO, "measured %d of %d tokens", 10, positions[-1], len(tokens)
         )
-    recurrent = zip(*by_piece, strict=True)
+    recurrent = zip(*by_window, strict=True)
     layers = [
         _layer_memory(next(recurrent), len(tokens)) if isinstance(mixer, Recurrent) else None
         for mixer in find_mixers(model)
@@ -139,12 +139,12 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
 
 
 def _reduce(*measured: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the summed decay [H, K], norm [H] and effective rank [H] of a layer for one piece."""
+    """Return the summed decay [H, K], norm [H] and effective rank [H] of a layer in one window."""
     decay, state = (np.asarray(x, np.float64) for x in measured)
     return decay, np.linalg.norm(state, axis=(-2, -1)), effective_rank(state)
 
 
-def _layer_memory(pieces: Sequence[tuple[np.ndarray, ...]], num_tokens: int) -> LayerMemory:
-    decays, norms, ranks = zip(*pieces, strict=True)
+def _layer_memory(windows: Sequence[tuple[np.ndarray, ...]], num_tokens: int) -> LayerMemory:
+    decays, norms, ranks = zip(*windows, strict=True)
     decay = np.sum(decays, axis=0) / num_tokens
     return LayerMemory(half_life(decay), np.stack(norms), np.stack(ranks))

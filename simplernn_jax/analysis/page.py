@@ -1,13 +1,15 @@
-"""The HTML page of an `Explanation`, self-contained and readable offline: see page.html."""
+"""An `Explanation` as a self-contained HTML page (see page.html), and as numbers for programs."""
 
 import base64
+import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jinja2
 import numpy as np
 
-from simplernn_jax.analysis import map_plots, plots
+from simplernn_jax.analysis import plots
 from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.memory import half_gone
 from simplernn_jax.analysis.plots import DPI, FITTING, Plot
@@ -105,20 +107,20 @@ _MIN_FULL_NATS = 0.5
 def draw_plots(explanation: Explanation) -> dict[str, Plot]:
     """Draw all plots; return them by name."""
     memory, value = explanation.memory, explanation.state_value
-    drawn = [map_plots.draw_map(explanation, n) for n in range(len(explanation.layers))]
+    drawn = [plots.draw_map(explanation, n) for n in range(len(explanation.layers))]
     if explanation.start:
-        drawn.append(map_plots.draw_state_share(explanation))
+        drawn.append(plots.draw_state_share(explanation))
     if any(memory.layers):
         drawn.append(plots.draw_half_lives(memory, value.window))
         drawn += [plots.draw_state(memory, name) for name in ("state_norm", "state_rank")]
     drawn.append(plots.draw_position_loss(value.by_position, value.window))
     drawn.append(plots.draw_reset_loss(value.by_reset, value.window))
-    drawn.append(map_plots.draw_contributions(explanation))
+    drawn.append(plots.draw_contributions(explanation))
     return {plot.name: plot for plot in drawn}
 
 
 def make_page(
-    explanation: Explanation, plots: Mapping[str, Plot], name: str, facts: Mapping[str, str]
+    explanation: Explanation, pictures: Mapping[str, Plot], name: str, facts: Mapping[str, str]
 ) -> str:
     """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen, value = explanation.chosen, explanation.state_value
@@ -135,7 +137,7 @@ def make_page(
         chosen=chosen,
         value=value,
         mixers=explanation.mixers,
-        plots=plots,
+        plots=pictures,
         counted=counted,
         strongest=_STRONGEST,
         sentences=summarize(explanation),
@@ -152,7 +154,7 @@ def make_page(
         full_nats=max(float(np.abs(gradient).max()), _MIN_FULL_NATS),
         full_share=_FULL_SHARE,
         by_layer=[
-            (name, shares.state, map_plots.contributions_by_unit(explanation, layer))
+            (name, shares.state, plots.contributions_by_unit(explanation, layer))
             for layer, (name, shares) in enumerate(
                 zip(explanation.layer_names, chosen.by_layer, strict=True)
             )
@@ -200,3 +202,72 @@ def _is_wide(plot: Plot) -> bool:
 def _shown(text: str) -> str:
     """Return a text with spaces unchanged and line ends both visible and effective."""
     return "".join(c if c == " " else visible(c) + ("\n" if c == "\n" else "") for c in text)
+
+
+def to_numbers(explanation: Explanation) -> dict[str, Any]:
+    """Return everything the plots show as JSON: lists, six digits, None for non-finite.
+
+    Weights of a map are rounded to the fourth digit of their head's largest: a thousand tokens
+    have half a million weights per head.
+    """
+    chosen, value = explanation.chosen, explanation.state_value
+    gain = explanation.context_gain
+    layers = []
+    for number, layer in enumerate(explanation.layers):
+        numbers: dict[str, Any] = {
+            "mixer": explanation.mixers[number],
+            "operator_error": layer.operator_error,
+            "layer_error": layer.layer_error,
+            "map": [_triangle(head) for head in np.asarray(layer.weights[0])],
+            "contributions": chosen.by_layer[number]._asdict(),
+        }
+        memory = explanation.memory.layers[number]
+        if memory is not None:
+            numbers["half_lives"] = memory.half_lives
+            numbers["state_norm"] = memory.norms
+            numbers["state_effective_rank"] = memory.ranks
+        layers.append(numbers)
+    losses = [
+        {"reset_every": interval, **dataclasses.asdict(result)}
+        for interval, result in value.by_reset.items()
+    ]
+    return _plain(
+        {
+            "tokens": explanation.tokens,
+            "map_start": explanation.start,
+            "map_stop": explanation.stop,
+            "state_positions": explanation.memory.positions,
+            "layers": layers,
+            "prediction": {
+                "token": chosen.position,
+                "reason": chosen.reason,
+                "nats": chosen.nats,
+                "contributions": chosen.from_all._asdict(),
+            },
+            "context_gain": None if gain is None else gain._asdict(),
+            "evaluated": value.evaluated,
+            "window": value.window,
+            "loss_by_position": value.by_position._asdict(),
+            "loss_by_reset": losses,
+        }
+    )
+
+
+def _triangle(weights: np.ndarray) -> list[np.ndarray]:
+    """Return the rounded weights of tokens 0 .. t for every output t."""
+    largest = float(np.abs(weights).max())
+    decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
+    rounded = np.round(weights.astype(np.float64), decimals)
+    return [row[: t + 1] for t, row in enumerate(rounded)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value

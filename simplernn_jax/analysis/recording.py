@@ -10,7 +10,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.models import Attention, GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
 
 Recurrent = SimpleRNN | GatedLinearAttention
-"""Mixers whose state is that of `gated_linear_recurrence`."""
+"""Mixers with the state of `gated_linear_recurrence`."""
 
 Mixer = Recurrent | Attention
 

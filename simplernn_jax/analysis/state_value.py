@@ -45,7 +45,7 @@ def loss_by_position(
     """Score the same predictions with the state carried and with it reset, by position.
 
     `limit_tokens` is the number of predictions, 0 for all; `reset_every` tokens lie between two
-    resets. `params` are those of the evaluator's model.
+    resets. `params` belong to the evaluator's model.
 
     Raises:
       UserError: the split has nothing to predict.
@@ -92,7 +92,7 @@ def loss_by_reset(
 ) -> dict[int, Evaluation]:
     """Return the loss for every reset interval in tokens; 0 carries the state.
 
-    The same predictions are scored each time. Arguments and errors are those of
+    The same predictions are scored each time. Arguments and errors are as in
     `loss_by_position`.
     """
     different = dict.fromkeys(intervals)

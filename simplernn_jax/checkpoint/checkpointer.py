@@ -13,28 +13,37 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.choice import NEWEST, choose_checkpoint, steps_to_keep
 from simplernn_jax.checkpoint.contents import (
+    Fingerprint,
+    Quality,
+    check_saved,
+    fingerprints,
     quality_item,
     read_json,
     read_texts,
     read_tree,
     saved_quality,
 )
-from simplernn_jax.checkpoint.folder import CheckpointFolder, disk_failure
-from simplernn_jax.checkpoint.orbax_writer import make_writer
-from simplernn_jax.checkpoint.verification import Fingerprint, check_saved, fingerprints
+from simplernn_jax.checkpoint.folder import (
+    NEWEST,
+    CheckpointFolder,
+    choose_checkpoint,
+    steps_to_keep,
+)
 from simplernn_jax.config import Config
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import DISK_ADVICE, UserError
 from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinator, is_coordinator
 
@@ -42,6 +51,15 @@ _FAILED_RUN_TIMEOUT_SECONDS = 5.0
 
 _OVERHEAD = 256 * 1024
 """Bytes of a checkpoint besides its arrays and its tokenizer."""
+
+_PEER_TIMEOUT_SECONDS = 24 * 3600
+"""Limit on waiting for other processes; a failed one ends all of them long before."""
+
+_SINGLE_PROCESS_TIMEOUT_SECONDS = 100 * 365 * 24 * 3600
+"""One process waits for no peer, and Orbax measures by a clock that may be set meanwhile."""
+
+_WRITERS = ("/orbax/checkpoint/", "OCDBT database", "os_error_code=")
+"""Parts of what asyncio logs about a task of Orbax, or about a future of TensorStore."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +81,7 @@ class Checkpointer:
     All processes of a run construct it and call `save` and `restore`, with the same arguments;
     `workdir` is on a file system that they share.
 
-    Keeps the `keep_last` newest checkpoints (at least 2, so that a corrupted one has a
+    Keeps the `keep_last` newest checkpoints (at least 2, so that a corrupt one has a
     predecessor) and additionally the `keep_best` ones of lowest validation loss.
 
     Raises:
@@ -80,7 +98,7 @@ class Checkpointer:
         if is_coordinator():
             self._folder.open_for_training()
         barrier("checkpoints_open")
-        self._writer = make_writer()
+        self._writer = _make_writer()
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failed = False
@@ -90,7 +108,7 @@ class Checkpointer:
         step: int,
         state: Any,
         data_state: Any,
-        metrics: Mapping[str, float] | None = None,
+        quality: Quality | None = None,
         *,
         wait: bool = False,
     ) -> None:
@@ -103,8 +121,7 @@ class Checkpointer:
           step: number of optimizer steps taken.
           state: any pytree of arrays.
           data_state: JSON-able position in the data.
-          metrics: ``validation_loss``, in nats per token over ``predictions`` tokens, ranks the
-            checkpoint.
+          quality: evaluation of `state`, by which the checkpoint is ranked.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -124,10 +141,10 @@ class Checkpointer:
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave(quality_item(step, metrics or {})),
+            quality=ocp.args.JsonSave(quality_item(step, quality)),
         )
         try:
-            self._writer.save(self._folder.step_path(step), args=items)
+            self._writer.save(self._folder.unfinished_path(step), args=items)
         except Exception as error:
             raise self._save_failure(step, error) from error
         self._pending = (step, self._completer.submit(self._complete, step, written))
@@ -135,7 +152,7 @@ class Checkpointer:
             self._finish()
 
     def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
-        """Restore the newest intact checkpoint; quarantine corrupted ones with a warning.
+        """Restore the newest intact checkpoint; quarantine corrupt ones with a warning.
 
         Args:
           abstract_state: tree of arrays or `jax.ShapeDtypeStruct`, as given to `save` on any number
@@ -144,7 +161,7 @@ class Checkpointer:
             the default device.
 
         Returns:
-          None if no save was ever completed in this workdir. The arrays are bit-exact;
+          None if there is no checkpoint in this workdir. The arrays are bit-exact;
           without `shardings` they are committed to no device.
 
         Raises:
@@ -152,10 +169,7 @@ class Checkpointer:
             a different model or optimizer.
         """
         self._finish()
-        newest: int | None = None
-        if is_coordinator():
-            newest = self._folder.newest_intact()
-            self._folder.update_ledger()
+        newest = self._folder.newest_intact() if is_coordinator() else None
         step = broadcast_from_coordinator(-1 if newest is None else newest)
         if step < 0:
             return None
@@ -205,13 +219,13 @@ class Checkpointer:
         self._writer.wait_until_finished()
         if is_coordinator():
             try:
-                check_saved(self._folder.step_path(step), written)
+                check_saved(self._folder.unfinished_path(step), written)
             except Exception as error:
                 reason = str(error).partition("\n")[0]
                 reason = f"read-back verification failed ({reason}): check this disk"
                 raise self._unsaved(step, reason) from error
             self._folder.mark_complete(step)
-            steps = self._folder.complete_steps()
+            steps = self._folder.steps()
             qualities = {one: saved_quality(self._folder.step_path(one)) for one in steps}
             self._folder.prune(set(steps) - steps_to_keep(qualities, *self._keep))
         barrier("checkpoint_complete")
@@ -229,7 +243,7 @@ class Checkpointer:
         """Return the error to raise for a failed save, after freeing its disk space."""
         self._failed = True
         self._free_space()
-        reason = disk_failure(error)
+        reason = _disk_failure(error)
         if isinstance(error, TimeoutError):
             reason = "timeout (or the clock of this machine jumped): check this disk"
         return error if reason is None else self._unsaved(step, reason)
@@ -264,3 +278,97 @@ def check_same_model(current: Config, saved: Config) -> None:
             f"the checkpoint has a different model: {'; '.join(fields)}; use the same "
             "--config.model values, or another --workdir"
         )
+
+
+def _disk_failure(error: Exception) -> str | None:
+    """Return a file-system error and what to do, or None if `error` is not one.
+
+    TensorStore reports it only in the text of a ValueError.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        text = str(error)
+        code = next((code for code in DISK_ADVICE if os.strerror(code) in text), None)
+    if code is None:
+        return None
+    return f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')}"
+
+
+def _make_writer() -> ocp.AsyncCheckpointer:
+    """Return Orbax's writer of checkpoint folders.
+
+    By default the processes of a run wait for each other in computations on the devices, which
+    interfere with training when another thread starts them.
+    """
+    drop_repeated_logs()
+    if jax.process_count() == 1:
+        # Created in the background, a folder that the disk rejects leaves threads that wait for it
+        # up to the timeout, and the process does not end.
+        options = ocp.options.AsyncOptions(
+            timeout_secs=_SINGLE_PROCESS_TIMEOUT_SECONDS, create_directories_asynchronously=False
+        )
+        items = ocp.CompositeOptions(async_options=options)
+        handler = ocp.CompositeCheckpointHandler(composite_options=items)
+        return ocp.AsyncCheckpointer(handler, async_options=options)
+    handler = ocp.CompositeCheckpointHandler()
+    everybody = set(range(jax.process_count()))
+    return ocp.AsyncCheckpointer(
+        handler,
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=_PEER_TIMEOUT_SECONDS, barrier_sync_fn=_wait_unless_failing
+        ),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everybody),
+    )
+
+
+def _wait_unless_failing(*, key: str, timeout_ms: int) -> None:
+    """Wait for all processes, but not while handling an error: the others wait elsewhere then."""
+    error = sys.exception()
+    if error is not None:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def drop_repeated_logs() -> None:
+    """Drop all reports of a failed save but the exception that it raises.
+
+    Orbax logs the error and its traceback before it raises it. Then it closes its event loop: for
+    every other failed write, asyncio logs an exception that was never retrieved, and every later
+    write finds the loop closed, which TensorStore's threads and the coroutines report through
+    `sys.unraisablehook`: hundreds of lines, up to the end of the process.
+    """
+    absl_logging.get_absl_logger().addFilter(_is_not_repeated)
+    logging.getLogger("asyncio").addFilter(_is_not_orphaned)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname
+
+
+def _is_not_orphaned(record: logging.LogRecord) -> bool:
+    if "exception was never retrieved" not in record.getMessage():
+        return True
+    text = logging.Formatter().format(record)  # with the traceback
+    return not any(part in text for part in _WRITERS)
+
+
+class _WithoutClosedLoops:
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        is_closed_loop = (
+            unraisable.exc_type is RuntimeError
+            and str(unraisable.exc_value) == "Event loop is closed"
+            and unraisable.object is None
+        )
+        if not is_closed_loop and not _is_of_orbax(unraisable.object):
+            self._hook(unraisable)
+
+
+def _is_of_orbax(coroutine: Any) -> bool:
+    """Return whether Orbax made this coroutine, which cannot end because its loop was closed."""
+    code = getattr(coroutine, "cr_code", None)
+    return "/orbax/checkpoint/" in getattr(code, "co_filename", "")

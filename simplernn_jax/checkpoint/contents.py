@@ -8,7 +8,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.distributed import barrier, is_coordinator
+
+TEXTS = ("config", "tokenizer")
+"""Items that `read_texts` reads."""
 
 QUALITY_ITEM = "quality"
 """Item that `saved_quality` and `saved_step` read."""
 
 _MAX_JSON_BYTES = 1 << 30
+
+_GROUP_BYTES = 1 << 28
+"""Bytes of arrays read back at a time, unless one alone has more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +44,53 @@ class Quality:
 
     validation_loss: float
     """Nats per token; lower is better."""
-    predictions: int | None = None
-    """Number of predictions scored: equal numbers mean equal tokens. None is unknown."""
+    predictions: int
+    """Number of predictions scored: equal numbers mean equal tokens."""
+
+
+def read_json(path: str, item: str) -> Any:
+    """Read a JSON item of a checkpoint folder; `UserError` if it cannot be read or parsed."""
+    file = os.path.join(path, item, "metadata")
+    try:
+        return json.loads(read_file(file, _MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file}: {reason}; use another checkpoint") from error
+
+
+def read_texts(path: str) -> tuple[Config, str]:
+    """Read the configuration and the tokenizer's JSON text."""
+    config = config_lib.from_json(json.dumps(read_json(path, "config")))
+    return config, read_json(path, "tokenizer")
+
+
+def quality_item(step: int, quality: Quality | None) -> dict[str, Any]:
+    """Return the item that `saved_quality` and `saved_step` read; NaN, as a loss, is none."""
+    if quality is None or not math.isfinite(quality.validation_loss):
+        return {"step": step, "validation_loss": None, "predictions": None}
+    return {"step": step, **dataclasses.asdict(quality)}
+
+
+def saved_quality(path: str) -> Quality | None:
+    """Read the evaluation; None if there was none or the record is corrupt."""
+    saved = _read_quality(path)
+    loss, predictions = saved.get("validation_loss"), saved.get("predictions")
+    if not isinstance(loss, float) or not math.isfinite(loss) or not isinstance(predictions, int):
+        return None
+    return Quality(loss, predictions)
+
+
+def saved_step(path: str) -> Any:
+    """Read the step at which the checkpoint was saved; None if the record is corrupt."""
+    return _read_quality(path).get("step")
+
+
+def _read_quality(path: str) -> dict[str, Any]:
+    try:
+        saved = read_json(path, QUALITY_ITEM)
+    except UserError:
+        return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def saved_leaves(path: str) -> dict[str, Any]:
@@ -48,7 +102,7 @@ def saved_leaves(path: str) -> dict[str, Any]:
 def read_arrays(
     path: str, names: Sequence[str], shardings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Read the named arrays of the checkpoint folder `path`, bit-exactly.
+    """Read the named arrays of the checkpoint folder `path`, bit-exactly; 0 for a missing one.
 
     Those that have a sharding in `shardings` are JAX arrays with that sharding, the others numpy's.
     """
@@ -59,24 +113,10 @@ def read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=sharding)
 
-    return _restore(path, {name: restore_args(name) for name in names})
-
-
-def read_back(path: str, names: Sequence[str]) -> dict[str, Any]:
-    """Read arrays of NumPy that were just saved under these names; None stands for a missing one.
-
-    Unlike `read_arrays`, it does not read the shapes of all arrays first. That takes as long again,
-    and TensorStore (0.1.86) never frees the JSON it makes of them: 0.4 MB for each save of 30
-    arrays, however small.
-    """
-    arrays = _restore(path, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
-    return {name: x if isinstance(x, np.ndarray) else None for name, x in arrays.items()}
-
-
-def _restore(path: str, restore_args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Read arrays by their names on disk; 0 stands for a missing one."""
     args = ocp.args.PyTreeRestore(
-        dict.fromkeys(restore_args, 0), restore_args=dict(restore_args), partial_restore=True
+        dict.fromkeys(names, 0),
+        restore_args={name: restore_args(name) for name in names},
+        partial_restore=True,
     )
     arrays: dict[str, Any] = ocp.PyTreeCheckpointHandler().restore(
         epath.Path(path) / "state", args=args
@@ -99,7 +139,7 @@ def read_tree(path: str, abstract: Any, shardings: Any = None, *, partial: bool 
     wanted, saved = named_leaves(abstract), saved_leaves(path)
     if partial:
         saved = {name: leaf for name, leaf in saved.items() if name in wanted}
-    check_leaves(path, wanted, saved)
+    _check_leaves(path, wanted, saved)
     by_name = None if shardings is None else named_leaves(shardings)
     arrays = read_arrays(path, list(wanted), by_name)
     # A copy that JAX owns: an alias of numpy's memory could not be donated.
@@ -107,7 +147,7 @@ def read_tree(path: str, abstract: Any, shardings: Any = None, *, partial: bool 
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def _check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first leaf of two sets that differs in name, shape or dtype."""
 
     def describe(leaves: Mapping[str, Any], name: str) -> str:
@@ -123,54 +163,91 @@ def check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any])
             )
 
 
-def read_json(path: str, item: str) -> Any:
-    """Read a JSON item of a checkpoint folder; `UserError` if it cannot be read or parsed."""
-    file = os.path.join(path, item, "metadata")
-    try:
-        return json.loads(read_file(file, _MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{file}: {reason}; use another checkpoint") from error
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Checksums of an array, whose memory a training step may reuse."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    checksums: tuple[tuple[tuple[slice, ...], int], ...]
+    """Index and CRC-32 of each shard, on the devices of all processes; of replicas only one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-TEXTS = ("config", "tokenizer")
-"""Items that `read_texts` reads."""
+def fingerprints(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
+    """Return fingerprints of arrays by name; waits until the arrays are computed.
+
+    All processes call it, each with its shards of the same arrays.
+    """
+    shards = {name: _shards(leaf) for name, leaf in leaves.items()}
+    every = [data for parts in shards.values() for _, data in parts]
+    local = [0 if data is None else _crc32(np.asarray(data)) for data in every]
+    checksums = np.array(local, np.uint32)
+    if jax.process_count() > 1:
+        barrier("checksums")
+        checksums = multihost_utils.process_allgather(checksums).sum(0)  # one is not 0
+    values = iter(checksums.tolist())
+    return {
+        name: Fingerprint(
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+            tuple((index, next(values)) for index, _ in shards[name]),
+        )
+        for name, leaf in leaves.items()
+    }
 
 
-def read_texts(path: str) -> tuple[Config, str]:
-    """Read the configuration and the tokenizer's JSON text."""
-    config = config_lib.from_json(json.dumps(read_json(path, "config")))
-    return config, read_json(path, "tokenizer")
+def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
+    """Compare the arrays of the checkpoint folder `path` with those that were to be saved.
+
+    Shapes and dtypes are not read first: TensorStore (0.1.86) never frees the JSON that it makes of
+    them, 0.4 MB for 30 arrays.
+
+    Raises:
+      ValueError: names the first array that is missing or differs. Arrays that cannot be read
+        raise the errors of Orbax and TensorStore.
+    """
+    for names in _groups(expected):
+        arrays = read_arrays(path, names)
+        for name in names:
+            array = arrays.pop(name)
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{name} is missing")
+            if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
+                raise ValueError(f"{name} has a different shape or dtype")
+            for index, checksum in expected[name].checksums:
+                if _crc32(array[index]) != checksum:
+                    raise ValueError(f"{name} is not what was written")
 
 
-def saved_quality(path: str) -> Quality | None:
-    """Read the evaluation; None if there was none or the record is corrupted."""
-    saved = _read_quality(path)
-    loss, predictions = saved.get("validation_loss"), saved.get("predictions")
-    if not isinstance(loss, float) or not math.isfinite(loss):
-        return None
-    return Quality(loss, predictions if isinstance(predictions, int) else None)
+def _shards(leaf: Any) -> list[tuple[tuple[slice, ...], Any]]:
+    """Return index and data of each shard, in the same order in every process.
+
+    The data is None where another process has it.
+    """
+    if not isinstance(leaf, jax.Array):
+        return [((), leaf if is_coordinator() else None)]
+    shards = [shard for shard in leaf.global_shards if shard.replica_id == 0]
+    return [(shard.index, shard.data) for shard in sorted(shards, key=lambda one: one.device.id)]
 
 
-def saved_step(path: str) -> int | None:
-    """Read the step at which it was saved; None if an earlier version did not record it."""
-    step = _read_quality(path).get("step")
-    return step if isinstance(step, int) else None
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def quality_item(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return the item that `saved_quality` and `saved_step` read; a NaN loss counts as none."""
-    item: dict[str, Any] = {"step": step, "validation_loss": None, "predictions": None}
-    if math.isfinite(metrics.get("validation_loss", math.nan)):
-        item["validation_loss"] = float(metrics["validation_loss"])
-        if "predictions" in metrics:
-            item["predictions"] = int(metrics["predictions"])
-    return item
-
-
-def _read_quality(path: str) -> dict[str, Any]:
-    try:
-        saved = read_json(path, QUALITY_ITEM)
-    except UserError:
-        return {}
-    return saved if isinstance(saved, dict) else {}
+def _groups(expected: Mapping[str, Fingerprint]) -> Iterator[list[str]]:
+    """Split the names of the arrays into groups that are read together."""
+    group: list[str] = []
+    size = 0
+    for name, array in expected.items():
+        if group and size + array.num_bytes > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += array.num_bytes
+    if group:
+        yield group

@@ -1,30 +1,30 @@
-"""Folder of a run's checkpoints on disk, intact, unfinished and corrupted ones.
+"""Checkpoints of a run on disk: which are intact, which to use, and which to keep.
 
-    WORKDIR/checkpoints/N/              checkpoint of step N; complete once it has a manifest
-    WORKDIR/checkpoints/complete.json   the steps that were complete, sealed like a manifest
-    WORKDIR/checkpoints_damaged/N/      quarantined corrupted checkpoints, never deleted
+    WORKDIR/checkpoints/N/              complete checkpoint of step N, with its manifest
+    WORKDIR/checkpoints/N.unfinished/   being saved or deleted: a killed run loses nothing else
+    WORKDIR/checkpoints_damaged/N/      quarantined corrupt checkpoints, never deleted
 
-A step without a manifest was either being saved when its process died, which loses nothing, or
-lost its manifest, which is corruption: ``complete.json`` distinguishes the two.
+A checkpoint gets its final name only after its manifest is written.
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from absl import logging
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.contents import QUALITY_ITEM, saved_step
-from simplernn_jax.errors import DISK_ADVICE, UserError
-from simplernn_jax.files import check_output, read_sealed, sync, write_sealed
+from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, saved_quality, saved_step
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import check_output, sync
 
-UNFINISHED_MARK = ".orbax-checkpoint-tmp"
-_PRUNED = "pruned"
-"""Folder of checkpoints that are being deleted: whatever is left there does not count."""
+BEST = "best"
+NEWEST = "newest"
+
+UNFINISHED_MARK = ".unfinished"
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -73,8 +73,7 @@ class CheckpointFolder:
         _check_path(workdir, _UNREADABLE)
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
-        self.damaged_path = os.path.join(workdir, "checkpoints_damaged")
-        self._ledger_path = os.path.join(self.path, "complete.json")
+        self.corrupt_path = os.path.join(workdir, "checkpoints_damaged")
         self._lock_path = os.path.join(self.path, "lock")
         self._lock: int | None = None
 
@@ -82,8 +81,12 @@ class CheckpointFolder:
         """Return the folder of one checkpoint."""
         return os.path.join(self.path, str(step))
 
+    def unfinished_path(self, step: int) -> str:
+        """Return the folder that `mark_complete` turns into the checkpoint of `step`."""
+        return self.step_path(step) + UNFINISHED_MARK
+
     def steps(self) -> list[int]:
-        """List all steps that have a folder, intact or not, ascending."""
+        """List the steps of all complete checkpoints, intact or not, ascending."""
         if not os.path.isdir(self.path):
             return []
         names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
@@ -93,14 +96,12 @@ class CheckpointFolder:
         """Lock the folder, or raise `UserError`, and delete what a killed run left unfinished."""
         check_workdir(os.path.dirname(self.path))
         os.makedirs(self.path, exist_ok=True)
-        for path in (self._lock_path, self._ledger_path):
-            try:
-                check_output(path)
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}; remove it and run again") from error
+        try:
+            check_output(self._lock_path)
+        except OSError as error:
+            what = f"{self._lock_path}: {error.strerror}"
+            raise UserError(f"{what}; remove it and run again") from error
         self._take_lock()
-        if not os.path.lexists(self._ledger_path) and not self.steps():
-            self.update_ledger()
         for name in self.discard_unfinished():
             logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
 
@@ -111,14 +112,8 @@ class CheckpointFolder:
             self._lock = None
 
     def discard_unfinished(self) -> list[str]:
-        """Delete saves that never became complete, and what is left of pruned checkpoints.
-
-        Returns:
-          The names of those saves.
-        """
-        shutil.rmtree(os.path.join(self.path, _PRUNED), ignore_errors=True)
+        """Delete what a save or `prune` left unfinished; return the names of these folders."""
         unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
-        unfinished += [str(step) for step in self.steps() if self._is_unfinished(step)]
         for name in unfinished:
             path = os.path.join(self.path, name)
             if os.path.islink(path) or not os.path.isdir(path):
@@ -128,30 +123,16 @@ class CheckpointFolder:
         return unfinished
 
     def mark_complete(self, step: int) -> None:
-        """Write the manifest of `step`, which makes it complete."""
-        manifest.write_manifest(self.step_path(step))
+        """Write the manifest of an unfinished checkpoint and give it its final name."""
+        manifest.write_manifest(self.unfinished_path(step))
+        os.rename(self.unfinished_path(step), self.step_path(step))
         sync(self.path)
-        self.update_ledger()
 
     def prune(self, steps: Collection[int]) -> None:
         """Delete the checkpoints of `steps`; a kill leaves none of them half deleted."""
-        pruned = os.path.join(self.path, _PRUNED)
-        shutil.rmtree(pruned, ignore_errors=True)
         for step in steps:
-            os.makedirs(pruned, exist_ok=True)
-            os.rename(self.step_path(step), os.path.join(pruned, str(step)))
-        if steps:
-            self.update_ledger()
-        shutil.rmtree(pruned, ignore_errors=True)
-
-    def update_ledger(self) -> None:
-        """Record the steps that have a manifest now."""
-        steps = [step for step in self.steps() if manifest.has_manifest(self.step_path(step))]
-        write_sealed(self._ledger_path, json.dumps(steps) + "\n")
-
-    def complete_steps(self) -> list[int]:
-        """List the steps that were once complete, intact now or not, ascending."""
-        return [step for step in self.steps() if not self._is_unfinished(step)]
+            os.rename(self.step_path(step), self.unfinished_path(step))
+            shutil.rmtree(self.unfinished_path(step), ignore_errors=True)
 
     def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
         """Return a phrase that says how the checkpoint of `step` is corrupted, or None.
@@ -163,76 +144,48 @@ class CheckpointFolder:
         if defect is not None:
             return defect
         inside = saved_step(path)
-        return None if inside in (None, step) else f"it is a copy of that of step {inside}"
+        return None if inside == step else f"it is a copy of step {inside}"
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
-        """Find the newest step whose files are all as written; quarantine corrupted newer ones.
+        """Find the newest step whose files are all as written; quarantine corrupt newer ones.
 
         Args:
           parts: the only items whose bytes are verified, for a caller that reads no others.
 
         Returns:
-          None if no save was ever completed here.
+          None if there is no checkpoint.
 
         Raises:
-          UserError: saves were completed, and none of them is intact.
+          UserError: there are corrupt checkpoints only.
         """
-        had_saves = bool(self._ledger()) or (
-            os.path.lexists(self._ledger_path) and self._ledger() is None
-        )
-        for step in reversed(self.complete_steps()):
+        for step in reversed(self.steps()):
             defect = self.find_corruption(step, parts)
             if defect is None:
                 return step
-            had_saves = self.quarantine(step, defect) or had_saves
-        if had_saves:
+            self.quarantine(step, defect)
+        if os.path.isdir(self.corrupt_path):
             raise UserError(
                 f"no intact checkpoint is left in {self.path} (corrupted ones are in "
-                f"{self.damaged_path}): restore an intact copy, use another --workdir, or delete "
-                f"{self.path} to start from the beginning"
+                f"{self.corrupt_path}): restore an intact copy, use another --workdir, or delete "
+                f"{self.corrupt_path} to start from the beginning"
             )
         return None
 
-    def _ledger(self) -> set[int] | None:
-        """Read the steps recorded as complete; None if the record is missing or was changed."""
-        body = read_sealed(self._ledger_path)
-        try:
-            steps = None if body is None else json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-        return set(steps) if isinstance(steps, list) else None
-
-    def _is_unfinished(self, step: int) -> bool:
-        """Return whether `step` never became complete.
-
-        Without a ledger nothing counts as unfinished: a false alarm is better than deleting a
-        corrupted checkpoint.
-        """
-        ledger = self._ledger()
-        return (
-            ledger is not None
-            and step not in ledger
-            and not manifest.has_manifest(self.step_path(step))
-        )
-
-    def quarantine(self, step: int, defect: str) -> bool:
-        """Move a corrupted checkpoint to `damaged_path`, with a warning that says `defect`.
-
-        Returns:
-          False if it is gone: a run that is training here has just pruned it.
+    def quarantine(self, step: int, defect: str) -> None:
+        """Move a corrupt checkpoint to `corrupt_path`, with a warning that says `defect`.
 
         Raises:
           UserError: it cannot be moved.
         """
         source, number = self.step_path(step), 1
-        if not os.path.isdir(source):
-            return False
-        target = os.path.join(self.damaged_path, str(step))
+        if not os.path.isdir(source):  # a run that is training here has just pruned it
+            return
+        target = os.path.join(self.corrupt_path, str(step))
         while os.path.lexists(target):
             number += 1
-            target = os.path.join(self.damaged_path, f"{step}-{number}")
+            target = os.path.join(self.corrupt_path, f"{step}-{number}")
         try:
-            os.makedirs(self.damaged_path, exist_ok=True)
+            os.makedirs(self.corrupt_path, exist_ok=True)
             os.rename(source, target)
         except OSError as error:
             raise UserError(
@@ -243,7 +196,6 @@ class CheckpointFolder:
             "checkpoint %s is corrupted: %s; moved to %s, looking for an earlier one",
             *(source, defect, target),
         )
-        return True
 
     def _take_lock(self) -> None:
         self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
@@ -259,15 +211,123 @@ class CheckpointFolder:
             logging.info("no file locks on this file system: %s", self.path)
 
 
-def disk_failure(error: Exception) -> str | None:
-    """Return a file-system error and what to do, or None if `error` is not one.
+class Choice(NamedTuple):
+    """An intact checkpoint, and the reason for choosing it."""
 
-    TensorStore reports it only in the text of a ValueError.
+    step: int
+    path: str
+    reason: str | None
+    """One line for the user; None where there was nothing to choose."""
+
+
+def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
+    """Choose an intact checkpoint of the run in `workdir`; quarantine corrupt ones.
+
+    Args:
+      workdir: folder of a training run.
+      checkpoint: ``best``, the lowest validation loss if all checkpoints that were evaluated were
+        so on the same tokens, else the newest; ``newest``; or a step.
+
+    Raises:
+      UserError: `workdir` has no checkpoint, none that is intact, or none of that step.
     """
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None:
-        text = str(error)
-        code = next((code for code in DISK_ADVICE if os.strerror(code) in text), None)
-    if code is None:
+    folder = CheckpointFolder(workdir)
+    checkpoint = str(checkpoint)  # also an array, which does not compare with a text
+    if checkpoint not in (BEST, NEWEST):
+        return _choose_step(folder, checkpoint)
+    while checkpoint == BEST:
+        qualities = _qualities(folder)
+        best = _best(qualities)
+        if best is None:
+            break
+        defect = folder.find_corruption(best)
+        if defect is None:
+            return Choice(best, folder.step_path(best), _reason(best, qualities))
+        folder.quarantine(best, defect)
+    step = folder.newest_intact()
+    if step is None:
+        raise UserError(f"no checkpoint in {workdir}: train there first, or use another --workdir")
+    reason = None
+    if checkpoint == BEST and len(folder.steps()) > 1:
+        is_measured = bool(_measured(qualities))
+        why = (
+            "validation losses cannot be compared" if is_measured else "none has a validation loss"
+        )
+        reason = f"checkpoint: step {step}, the newest ({why})"
+    return Choice(step, folder.step_path(step), reason)
+
+
+def steps_to_keep(
+    qualities: Mapping[int, Quality | None], keep_last: int, keep_best: int
+) -> set[int]:
+    """Return the `keep_last` newest steps (at least 1) and the `keep_best` of lowest loss.
+
+    Losses over a different number of predictions than the newest one's are of different tokens and
+    do not count.
+    """
+    steps = sorted(qualities)
+    measured = _measured(qualities)
+    predictions = measured[max(measured)].predictions if measured else None
+    by_loss = sorted(
+        (quality.validation_loss, -step)
+        for step, quality in measured.items()
+        if quality.predictions == predictions
+    )
+    return {-step for _, step in by_loss[:keep_best]} | set(steps[-keep_last:])
+
+
+def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
+    steps = folder.steps()
+    if not (checkpoint.isascii() and checkpoint.isdecimal()):
+        raise UserError(f"--checkpoint={checkpoint}: specify best, newest or a step")
+    step = next((step for step in steps if str(step) == checkpoint), None)
+    if step is None:
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {found}")
+    defect = folder.find_corruption(step)
+    if defect is not None:
+        raise UserError(
+            f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
+        )
+    return Choice(step, folder.step_path(step), None)
+
+
+def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
+    """Read the evaluations by step, without checkpoints whose record is corrupt."""
+    qualities = {}
+    for step in folder.steps():
+        defect = folder.find_corruption(step, [QUALITY_ITEM])
+        if defect is None:
+            qualities[step] = saved_quality(folder.step_path(step))
+        else:
+            logging.warning("checkpoint %s is corrupted: %s", folder.step_path(step), defect)
+    return qualities
+
+
+def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:
+    return {step: quality for step, quality in qualities.items() if quality is not None}
+
+
+def _best(qualities: dict[int, Quality | None]) -> int | None:
+    """Return the newest step of lowest loss; None if losses are missing or not comparable."""
+    measured = _measured(qualities)
+    predictions = {quality.predictions for quality in measured.values()}
+    if len(predictions) != 1:
         return None
-    return f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')}"
+    return min(measured, key=lambda step: (measured[step].validation_loss, -step))
+
+
+def _reason(best: int, qualities: dict[int, Quality | None]) -> str | None:
+    if len(qualities) == 1:
+        return None
+    quality, newest = qualities[best], max(qualities)
+    assert quality is not None
+    loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
+    if newest == best:
+        return f"checkpoint: step {best}, the newest and the best by validation loss ({loss})"
+    other = qualities[newest]
+    what = "was not evaluated" if other is None else f"has {other.validation_loss:.4f}"
+    return (
+        f"checkpoint: step {best}, the best by validation loss ({loss}; the newest, step {newest}, "
+        f"{what})"
+    )

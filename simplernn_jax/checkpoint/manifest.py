@@ -20,7 +20,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (.+)")
 def write_manifest(folder: str) -> None:
     """Flush every file of `folder` to the disk, then add the manifest, atomically.
 
-    Until this returns, the folder is unfinished; from then on, it survives a power failure.
+    When this returns, the folder survives a power failure.
 
     Raises:
       OSError: the disk is full or fails.
@@ -34,16 +34,6 @@ def write_manifest(folder: str) -> None:
     write_sealed(os.path.join(folder, MANIFEST_NAME), body)
 
 
-def has_manifest(folder: str) -> bool:
-    """Return whether a manifest exists, intact or not; raises OSError if that is not known."""
-    try:
-        os.lstat(os.path.join(folder, MANIFEST_NAME))
-    except OSError as error:
-        check_damage(error)
-        return False
-    return True
-
-
 def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | None:
     """Compare `folder` with its manifest: the names and sizes of all files, and every byte.
 
@@ -55,9 +45,13 @@ def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | 
     Raises:
       OSError: a file may not be read, or the machine has no memory or file descriptor for it.
     """
-    if not has_manifest(folder):
+    path = os.path.join(folder, MANIFEST_NAME)
+    try:
+        os.lstat(path)
+    except OSError as error:
+        check_damage(error)
         return f"{MANIFEST_NAME} is missing"
-    body = read_sealed(os.path.join(folder, MANIFEST_NAME))
+    body = read_sealed(path)
     if body is None:
         return f"{MANIFEST_NAME} was changed"
     expected = _parse(body)

@@ -1,4 +1,4 @@
-"""Run an exported model in a process of its own, as its users would load it.
+"""Run an exported model in a separate process, as its users would load it.
 
 python -m simplernn_jax.export.checking FORMAT FOLDER SCRATCH PARENT [PLUGIN ...]
 """

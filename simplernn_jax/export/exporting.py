@@ -21,12 +21,12 @@ from simplernn_jax.export import QUANTIZED_FORMATS
 from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.formats import (
     TrainedModel,
+    compute_logits,
     find_format,
     float32_model,
     last_part,
-    logits_of,
+    rounded_weights,
 )
-from simplernn_jax.export.rounding import rounded_weights
 from simplernn_jax.files import sync
 from simplernn_jax.inference.programs import split_model
 from simplernn_jax.models import LanguageModel
@@ -34,7 +34,7 @@ from simplernn_jax.models.named_weights import model_from_weights, named_weights
 
 TOLERANCE = 1e-3
 """Largest difference of logits between an export and the model, relative to the largest logit: far
-above the rounding of float32 in another order, far below that of any mistake."""
+above the rounding of float32 in another order, far below any mistake."""
 
 
 class Report(NamedTuple):
@@ -84,7 +84,7 @@ def export(
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
       quantize: how the weights are stored: one of `QUANTIZATIONS`.
-      license, languages: those of the weights, for the model card of huggingface.
+      license, languages: of the weights, for the model card of huggingface.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
@@ -104,11 +104,11 @@ def export(
         module.write(trained, folder)
         text = tokenizer.decode(tokens)
         found = run_exported(format_name, folder, tokens, text)
-        expected = logits_of(model, tokens)
+        expected = compute_logits(model, tokens)
         rounded = expected
         if quantize != "none":
             arrays = rounded_weights(named_weights(model), quantize)
-            rounded = logits_of(model_from_weights(model.config, arrays, format_name), tokens)
+            rounded = compute_logits(model_from_weights(model.config, arrays, format_name), tokens)
         difference = float(np.abs(found.logits - rounded).max() / np.abs(rounded).max())
         if not difference <= TOLERANCE:
             raise UserError(
@@ -144,23 +144,16 @@ def _without_folders(source: str) -> str:
 
 def without_paths(config: Config) -> Config:
     """Return a configuration that tells nothing about the machine of the run."""
+    data, tokenizer = config.data, config.data.tokenizer
+    is_file = tokenizer.startswith(("/", "~", ".")) or tokenizer.endswith(".json")
+    if is_file or os.path.lexists(tokenizer):
+        tokenizer = last_part(tokenizer)
+    source = _without_folders(data.source)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(
-            config.data,
-            source=_without_folders(config.data.source),
-            tokenizer=_without_folders_of_file(config.data.tokenizer),
-            cache_dir="",
-        ),
+        data=dataclasses.replace(data, source=source, tokenizer=tokenizer, cache_dir=""),
         train=dataclasses.replace(config.train, init_from=last_part(config.train.init_from)),
     )
-
-
-def _without_folders_of_file(tokenizer: str) -> str:
-    """Return the name of a tokenizer, or that of its file without folders."""
-    is_file = tokenizer.startswith(("/", "~", ".")) or tokenizer.endswith(".json")
-    is_file = is_file or os.path.lexists(tokenizer)
-    return last_part(tokenizer) if is_file else tokenizer
 
 
 @contextlib.contextmanager
@@ -169,12 +162,12 @@ def new_folder(out: str) -> Iterator[Path]:
     check_new(out)
     parent = os.path.dirname(os.path.abspath(out))
     temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
-    with _problems_of(out):
+    with _output_errors(out):
         os.makedirs(parent, exist_ok=True)
         temporary.mkdir()
     try:
         yield temporary
-        with _problems_of(out):
+        with _output_errors(out):
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
             os.rename(temporary, out)
@@ -184,7 +177,7 @@ def new_folder(out: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _problems_of(out: str) -> Iterator[None]:
+def _output_errors(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -200,7 +193,7 @@ def check_new(out: str) -> None:
     path = Path(out).absolute() / ("0" * 64)
     missing = [one for one in (path, *path.parents) if not os.path.lexists(one)]
     try:
-        with _problems_of(out):
+        with _output_errors(out):
             path.mkdir(parents=True)
     finally:
         for one in missing:

@@ -1,9 +1,19 @@
-"""The formats of an export, and what each must offer."""
+"""What the formats of an export share. Each is a module with two functions:
+
+    write(trained: TrainedModel, folder: Path)   write the files into an empty folder
+    load(folder: Path) -> Loaded                 load them, in a separate process
+
+`write` raises `UserError` if the format does not support the model or its tokenizer, or if a
+package is missing.
+"""
 
 import dataclasses
 import importlib
 import importlib.util
+import json
+import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import jax
@@ -13,12 +23,16 @@ from flax import nnx
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
-from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError, nearest_name, one_line
-from simplernn_jax.export import FORMATS
+from simplernn_jax.export import FORMATS, example
+from simplernn_jax.export.chat_format import chat_format
+from simplernn_jax.export.tokenizer_file import library_tokenizer
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.gla_checkpoint import is_fla
+from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.models.mixers.token_mixer import complete_options
+from simplernn_jax.models.named_weights import Weights
 from simplernn_jax.named_leaves import named_leaves
 
 
@@ -64,27 +78,13 @@ class Loaded(Protocol):
         """Encode `text` without BOS."""
 
 
-class Format(Protocol):
-    """A module of one format."""
-
-    def write(self, trained: TrainedModel, folder: Path) -> None:
-        """Write the files into an empty folder.
-
-        Raises:
-          UserError: the model or its tokenizer is not supported, or a package is missing.
-        """
-
-    def load(self, folder: Path) -> Loaded:
-        """Load what `write` has written; called in a process of its own."""
-
-
-def find_format(name: str) -> Any:
+def find_format(name: str) -> ModuleType:
     """Import the module of a format; raises `UserError` for an unknown name."""
     if name not in FORMATS:
         raise UserError(
             f"--format={name}: must be one of {', '.join(FORMATS)}{nearest_name(name, FORMATS)}"
         )
-    return importlib.import_module(f"simplernn_jax.export.{name}.exporter")
+    return importlib.import_module(f"simplernn_jax.export.{name}")
 
 
 def check_architecture(format_name: str, model: LanguageModel) -> None:
@@ -118,7 +118,7 @@ def float32_model(model: LanguageModel) -> LanguageModel:
     return nnx.merge(abstract_model(config)[0], nnx.state(model, nnx.Param))
 
 
-def logits_of(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
+def compute_logits(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     """Compute the logits [T, vocab] after each of [T] tokens."""
     return np.asarray(model(jnp.asarray(tokens[None], jnp.int32))[0][0])
 
@@ -137,3 +137,74 @@ def state_by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:
         return jax.tree.unflatten(structure, [arrays[name] for name in by_name])
 
     return by_name, restore
+
+
+def description(trained: TrainedModel) -> dict[str, Any]:
+    """Describe the model as ``config.json`` does."""
+    config = trained.model.config
+    ids = {
+        "dtype": "float32",
+        "bos_token_id": trained.tokenizer.bos_id,
+        "eos_token_id": trained.tokenizer.eos_id,
+        "pad_token_id": trained.tokenizer.pad_id,
+    }
+    if is_fla(config):
+        return {**to_fla_config(config), **ids}
+    fields = dataclasses.asdict(config)
+    for name in ("mixer", "mixer_options", "dropout", "precision", "state_precision"):
+        del fields[name]
+    if "attention" in config.mixers:
+        options = complete_options("attention", config).mixer_options
+        fields["attention_context"] = options["context"]
+    return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
+
+
+def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], module: str) -> None:
+    """Write what comes with two programs: ``config.json``, the tokenizer, the example and a README.
+
+    `fields` are what the format adds to ``config.json``; `module` is the file of the format.
+    """
+    banned = ids_without_text(trained.tokenizer, trained.model.config.vocab_size)
+    content = {
+        **description(trained),
+        "suppress_tokens": sorted(banned),
+        "chat": chat_format(trained.config.data.template),
+        "prefill_tokens": example.PREFILL_TOKENS,
+        **fields,
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    (folder / "tokenizer.json").write_text(library_tokenizer(trained.tokenizer).to_str(), "utf-8")
+    shutil.copyfile(example.__file__, folder / "example.py")
+    shutil.copyfile(Path(module).with_suffix(".md"), folder / "README.md")
+
+
+def int8_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round a matrix to ``scale[:, None] * integers``, one scale for each row; both by row."""
+    scale = np.abs(weight).max(axis=1, keepdims=True).astype(np.float32) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(weight / scale).astype(np.int8), scale[:, 0]
+
+
+def float16(weight: np.ndarray) -> np.ndarray:
+    """Round to float16, values beyond its range to the largest one."""
+    largest = np.finfo(np.float16).max
+    return np.clip(weight, -largest, largest).astype(np.float16)
+
+
+def is_rounded(weight: np.ndarray) -> bool:
+    """Return whether a weight is stored in fewer bits: not vectors and filters, which are small."""
+    return weight.ndim == 2 and weight.shape[1] > 4
+
+
+def rounded_weights(weights: Weights, kind: str) -> dict[str, np.ndarray]:
+    """Return the weights as float32 arrays that have been rounded to `kind`."""
+    return {name: _rounded(weight, kind) for name, weight in weights.items()}
+
+
+def _rounded(weight: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "none" or not is_rounded(weight):
+        return weight
+    if kind == "float16":
+        return float16(weight).astype(np.float32)
+    integers, scale = int8_rows(weight)
+    return integers.astype(np.float32) * scale[:, None]

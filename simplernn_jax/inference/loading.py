@@ -13,8 +13,8 @@ from absl import logging
 from flax import nnx
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.choice import BEST, choose_checkpoint
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
+from simplernn_jax.checkpoint.folder import BEST, choose_checkpoint
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json

@@ -115,7 +115,7 @@ def truncated_bptt(loss_fn: LossFn) -> GradFn:
 
     Each window starts from the final state of the previous one, as a constant (Williams and Peng
     1990). The loss covers the whole sequence; the gradient is the sum of per-window gradients; peak
-    memory is that of one window.
+    memory is what one window needs.
     """
     grad_fn = value_and_grad_with_carry(loss_fn)
 

@@ -28,15 +28,14 @@ from simplernn_jax.parallel.shardings import (
     named_shardings,
     variable_specs,
 )
-from simplernn_jax.training.batch_sharding import batch_specs
-from simplernn_jax.training.gradient import abstract_train_model
 from simplernn_jax.training.losses import chunked_cross_entropy
+from simplernn_jax.training.train_step import abstract_train_model, batch_specs
 
 BATCH_TOKENS = 8192
 """Tokens scored in one call: large enough to saturate a CPU."""
 
 MAX_BATCH_SIZE = 32
-"""Sequences scored together at most; fewer where their states are large."""
+"""Maximum number of sequences in a batch; fewer where their states are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Evaluator:
         reset_every: int = 0,
         contexts: Contexts | None = None,
     ) -> Iterator[Scores]:
-        """Yield the scores of every batch; arguments and errors are those of a call."""
+        """Yield the scores of every batch; arguments and errors are as in `__call__`."""
         sizes = BATCH_TOKENS, evaluation_sequences(self._model, MAX_BATCH_SIZE)
         if contexts is None:
             batches, _ = evaluation_batches(

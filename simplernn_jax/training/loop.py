@@ -8,26 +8,37 @@ after step t. A checkpoint captures that state and the data position of step t +
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config, TrainConfig
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
-from simplernn_jax.parallel.distributed import is_coordinator
-from simplernn_jax.training.display import open_display
-from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.interruption import PollSignal, deferred_signals
+from simplernn_jax.inference import generate_text
+from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.parallel.distributed import barrier, is_coordinator
+from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.shardings import local_copy
+from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter
-from simplernn_jax.training.periodic_actions import PeriodicAction, Validation, sample
 from simplernn_jax.training.profiling import Profile
-from simplernn_jax.training.reporter import Reporter
+from simplernn_jax.training.reporter import RecompilationCounter, Reporter, open_display
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.step_statistics import RecompilationCounter
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
+
+SAMPLE_TEMPERATURE = 0.8
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+PollSignal = Callable[[int], str | None]
+"""Returns the name of the signal that ends the run at a step, or None; called before each step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +82,14 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
-        train_step = RecompilationCounter(
-            "the train step", make_train_step(run.config, run.optimizer, run.mesh)
-        )
+        train_step = RecompilationCounter(make_train_step(run.config, run.optimizer, run.mesh))
         display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
-        validation = Validation(run, reporter)
+        trainer = Trainer(run, train_step, reporter)
         with deferred_signals() as poll_signal:
             if is_coordinator() and not (run.has_ended and run.first_step):
                 _write_config(run)
-            signal = _train(run, train_step, reporter, validation, poll_signal)
+            signal = trainer.train(poll_signal)
         if signal:
             reporter.print_line(
                 f"{signal}: saved at step {run.step} of {run.total_steps}; "
@@ -88,80 +97,166 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
             )
             return Result(run.step, signal, None)
         # All is saved: from here on a signal ends the process at once.
-        evaluation = validation.evaluate_all()
+        evaluation = trainer.evaluate_all()
         reporter.summarize(evaluation)
         return Result(run.step, None, evaluation)
 
 
-def _train(
-    run: Run,
-    train_step: RecompilationCounter,
-    reporter: Reporter,
-    validation: Validation,
-    poll_signal: PollSignal,
-) -> str | None:
-    """Take the remaining steps and save; return the name of the signal that ended the run."""
-    train = run.config.train
-    actions = (
-        PeriodicAction(validation.evaluate, train.eval_every),
-        PeriodicAction(lambda: sample(run, reporter), train.sample_every),
-        PeriodicAction(run.save, train.save_every),
-    )
-    reporter.print_header()
-    profile_steps = train.profile_steps if is_coordinator() else 0
-    profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
-    with train_step, profile:
-        _run_steps(run, train_step, reporter, poll_signal, actions, profile)
-        signal, is_new = poll_signal(run.step), run.step > run.first_step
-        is_evaluated = train.eval_every == 0 or run.history.last_step == run.step
-        if is_new and run.has_ended and not is_evaluated:
-            validation.evaluate()  # after a signal too: a resumed run would not evaluate this step
-        if is_new or signal:  # before the profile is written: a preempted job has little time left
-            run.save(wait=True)
-    return poll_signal(run.step)
+class Trainer:
+    """Takes the steps of a run, and evaluates, samples and saves between them."""
 
+    def __init__(self, run: Run, train_step: RecompilationCounter, reporter: Reporter) -> None:
+        self._run = run
+        self._train_step = train_step
+        self._reporter = reporter
+        self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
 
-def _run_steps(
-    run: Run,
-    train_step: RecompilationCounter,
-    reporter: Reporter,
-    poll_signal: PollSignal,
-    actions: Sequence[PeriodicAction],
-    profile: Profile,
-) -> None:
-    """Take steps until the run ends or a signal is received."""
-    if run.has_ended:
-        return
-    batch = run.next_batch()
-    pending: StepMetrics | None = None
-    reporter.timer.start()
-    while not run.has_ended and not poll_signal(run.step):
-        with profile.step(run.step + 1, run.state):
-            run.state, metrics = train_step(run.state, batch)
-        run.step += 1
+    def train(self, poll_signal: PollSignal) -> str | None:
+        """Take the remaining steps and save; return the name of the signal that ended the run."""
+        run, reporter, train = self._run, self._reporter, self._run.config.train
+        reporter.print_header()
+        profile_steps = train.profile_steps if is_coordinator() else 0
+        profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
+        with self._train_step, profile:
+            if not run.has_ended:
+                self._take_steps(poll_signal, profile)
+            signal, is_new = poll_signal(run.step), run.step > run.first_step
+            is_evaluated = train.eval_every == 0 or run.history.last_step == run.step
+            if is_new and run.has_ended and not is_evaluated:
+                self.evaluate()  # after a signal too: a resumed run would not evaluate this step
+            if is_new or signal:  # before the profile is written: a preempted job has little time
+                run.save(wait=True)
+        return poll_signal(run.step)
+
+    def _take_steps(self, poll_signal: PollSignal, profile: Profile) -> None:
+        """Take steps until the run ends or a signal is received."""
+        run, timer, train = self._run, self._reporter.timer, self._run.config.train
+        actions = (
+            (self.evaluate, train.eval_every),
+            (self.sample, train.sample_every),
+            (run.save, train.save_every),
+        )
         batch = run.next_batch()
+        pending: StepMetrics | None = None
+        timer.start()
+        while not run.has_ended and not poll_signal(run.step):
+            with profile.step(run.step + 1, run.state):
+                run.state, metrics = self._train_step(run.state, batch)
+            run.step += 1
+            batch = run.next_batch()
+            if pending is not None:
+                self._record(run.step - 1, pending)
+            pending = metrics
+            due = [action for action, every in actions if every and run.step % every == 0]
+            if due and run.step < run.total_steps:
+                self._record(run.step, metrics)
+                pending = None
+                with timer.paused():
+                    for action in due:
+                        action()
         if pending is not None:
-            _record_step(run.step - 1, pending, run, reporter)
-        pending = metrics
-        due = [action for action in actions if action.is_due(run)]
-        if due:
-            _record_step(run.step, metrics, run, reporter)
-            pending = None
-            with reporter.timer.paused():
-                for action in due:
-                    action.run()
-    if pending is not None:
-        _record_step(run.step, pending, run, reporter)
-    reporter.timer.stop()
+            self._record(run.step, pending)
+        timer.stop()
+
+    def _record(self, step: int, metrics: StepMetrics) -> None:
+        """Wait for the metrics of a step, add them to the totals and report them."""
+        host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
+        self._reporter.timer.tick(host.predictions)
+        is_skipped = host.consecutive_skips > 0
+        self._run.totals.add(host.loss, host.predictions, skipped=is_skipped)
+        check_skips(step, host.consecutive_skips, self._run.config.train)
+        self._reporter.step(step, host)
+
+    def evaluate(self) -> None:
+        """Evaluate ``eval_tokens`` tokens, report them and decide on early stopping."""
+        run, result = self._run, self._measure(self._run.config.train.eval_tokens)
+        if result is not None:
+            is_scheduled = run.step % run.config.train.eval_every == 0
+            run.history.add(run.step, result, is_scheduled=is_scheduled)
+            run.stopped_early = run.has_stopped_improving()
+            self._reporter.evaluation("validation", result)
+
+    def evaluate_all(self) -> Evaluation | None:
+        """Evaluate and report the whole validation split; None if nothing is held out."""
+        result = self._measure(limit_tokens=0)
+        if result is not None:
+            self._reporter.evaluation("held_out", result)
+        return result
+
+    def _measure(self, limit_tokens: int) -> Evaluation | None:
+        """Evaluate the current state, unless that was done on the same tokens."""
+        run, split = self._run, self._run.corpus.validation
+        if split is None:
+            return None
+        predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
+        if run.latest_evaluation is not None:
+            step, result = run.latest_evaluation
+            if (step, result.predictions) == (run.step, predictions):
+                return result
+        result = self._evaluator(run.state.params, split, limit_tokens)
+        run.latest_evaluation = run.step, result
+        return result
+
+    def sample(self) -> None:
+        """Continue the configured prompt with the current model, on the coordinator."""
+        run, train = self._run, self._run.config.train
+        params = local_copy(run.state.params)
+        if is_coordinator():
+            prompt = train.sample_prompt
+            graph, abstract = abstract_model(run.config.model)
+            try:
+                if template := run.config.data.template:
+                    message = {"role": "user", "content": prompt}
+                    prompt = ChatTemplate(template).render_next([message])
+                (text,) = generate_text(
+                    nnx.merge(graph, in_layout_of(abstract, params)),
+                    run.corpus.tokenizer,
+                    prompt,
+                    max_new_tokens=train.sample_tokens,
+                    temperature=SAMPLE_TEMPERATURE,
+                    seed=train.seed,
+                )
+            except (UserError, TemplateError) as error:  # training goes on without a sample
+                text = f" ({error})"
+            self._reporter.sample(prompt + text)
+        barrier("sample")
 
 
-def _record_step(step: int, metrics: StepMetrics, run: Run, reporter: Reporter) -> None:
-    """Wait for the metrics of a step, add them to the totals and report them."""
-    host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
-    reporter.timer.tick(host.predictions)
-    run.totals.add(host.loss, host.predictions, skipped=host.consecutive_skips > 0)
-    check_skips(step, host.consecutive_skips, run.config.train)
-    reporter.step(step, host)
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[PollSignal]:
+    """Turn the first signal into a request; a second signal goes to the previous handler.
+
+    In a distributed run, JAX's preemption service handles SIGTERM, and all processes agree on the
+    step at which a signal to any of them ends the run.
+    """
+    if jax.distributed.is_initialized():
+        first: list[int] = []
+
+        def poll(step: int) -> str | None:
+            # From 1 in every process: of a signal before the first call, JAX makes 1 the last step.
+            first[:] = first or [step]
+            is_last = multihost_utils.reached_preemption_sync_point(step - first[0] + 1)
+            return "SIGTERM" if is_last else None
+
+        yield poll
+        return
+    received: list[str] = []
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        restore()
+
+    for number in SIGNALS:
+        signal.signal(number, request)
+    try:
+        yield lambda step: received[0] if received else None
+    finally:
+        restore()
 
 
 def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:

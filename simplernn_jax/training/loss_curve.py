@@ -10,7 +10,7 @@ from absl import logging
 
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import write_file
-from simplernn_jax.training.metrics import Row, iterate_metrics
+from simplernn_jax.training.metrics import Row, read_metrics
 
 FILE_NAME = "loss_curve.png"
 
@@ -49,7 +49,7 @@ def plot_loss(workdir: str, model: str) -> str | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    train, validation = loss_curves(iterate_metrics(workdir))
+    train, validation = loss_curves(read_metrics(workdir))
     # Large type stays readable in a thumbnail.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()

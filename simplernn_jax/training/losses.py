@@ -67,8 +67,9 @@ def chunked_cross_entropy(
         return padded.reshape(x.shape[0], -1, each, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def of_part(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    def chunk_cross_entropy(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(hidden), targets, mask)
 
-    nll = jax.lax.map(lambda part: of_part(*part), tuple(map(split, (hidden, targets, mask))))
+    chunks = tuple(map(split, (hidden, targets, mask)))
+    nll = jax.lax.map(lambda chunk: chunk_cross_entropy(*chunk), chunks)
     return nll.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, :length]

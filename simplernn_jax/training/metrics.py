@@ -22,6 +22,7 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,13 @@ from simplernn_jax.errors import counted
 from simplernn_jax.files import check_output, open_file, replaced_file
 
 FILE_NAME = "metrics.jsonl"
-DAMAGED = ".damaged"
-"""Suffix of the file that receives corrupted lines."""
+CORRUPT_SUFFIX = ".damaged"
+"""Suffix of the file that receives corrupt lines."""
+
+FLUSH_SECONDS = 30.0
+"""Time between flushes of events to the disk, which may be slow."""
 
 MAX_LINE_BYTES = 1 << 24
-MAX_DAMAGED_BYTES = 1 << 26
 
 Row = dict[str, Any]
 
@@ -48,9 +51,8 @@ class MetricsWriter:
     A resumed run first drops rows of steps after its checkpoint, so that no step is logged twice.
     Re-evaluating a finished run does not duplicate rows.
 
-    Neither file ever stops a run, unlike those of `clu.metric_writers`: corrupted lines go
-    to ``metrics.jsonl.damaged``, an unreadable file is renamed to ``metrics.jsonl.unusable``, and a
-    failure to write is a warning.
+    Neither file ever stops a run, unlike with `clu.metric_writers`: corrupt lines go to
+    ``metrics.jsonl.damaged``, and a failure to read or write is a warning.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -65,21 +67,16 @@ class MetricsWriter:
         self._events = EventLog(workdir, first_step)
 
     def _keep_rows(self, path: str) -> bool:
-        """Drop later and corrupted rows; False if the file cannot be written to."""
+        """Drop later and corrupt rows; False if the file cannot be read or written to."""
         if not os.path.lexists(path):
             return True
+        number, corrupt = 0, _AppendOnlyFile(path + CORRUPT_SUFFIX)
         try:
-            file = open_file(path)
-        except OSError as error:
-            logging.warning("%s: %s; starting a new one", path, error.strerror or error)
-            return _rename_unusable(path)
-        number, corrupted = 0, _AppendOnlyFile(path + DAMAGED, limit=MAX_DAMAGED_BYTES)
-        try:
-            with file, replaced_file(path) as output:
+            with open_file(path) as file, replaced_file(path) as output:
                 for line, row in decode_lines(file):
                     if row is None:
                         number += 1
-                        corrupted.write(line.rstrip(b"\n") + b"\n")
+                        corrupt.write(line.rstrip(b"\n") + b"\n")
                     elif row["step"] <= self._first_step:
                         self._note(row)
                         output.write(encode(row))
@@ -88,10 +85,10 @@ class MetricsWriter:
             logging.warning("%s: %s; the rows of this run are not written", path, reason)
             return False
         finally:
-            corrupted.close()
+            corrupt.close()
         if number:
             lines = counted(number, "corrupted line")
-            logging.warning("%s: %s moved to %s", path, lines, path + DAMAGED)
+            logging.warning("%s: %s moved to %s", path, lines, path + CORRUPT_SUFFIX)
         return True
 
     def _note(self, row: Row) -> None:
@@ -121,24 +118,20 @@ class MetricsWriter:
         self._events.close()
 
 
-def iterate_metrics(workdir: str) -> Iterator[Row]:
-    """Yield the rows of ``metrics.jsonl``, without corrupted ones; none if it is not readable."""
-    path = os.path.join(workdir, FILE_NAME)
-    try:
-        with open_file(path) as file:
-            yield from (row for _, row in decode_lines(file) if row is not None)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        logging.warning("%s: %s", path, error.strerror or error)
-
-
 def read_metrics(workdir: str) -> list[Row]:
     """Return the rows of ``metrics.jsonl`` of a run, which docs/training.md describes.
 
-    Corrupted rows are left out; there are none if the file cannot be read.
+    Corrupt rows are left out; there are none if the file cannot be read.
     """
-    return list(iterate_metrics(workdir))
+    path = os.path.join(workdir, FILE_NAME)
+    try:
+        with open_file(path) as file:
+            return [row for _, row in decode_lines(file) if row is not None]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        logging.warning("%s: %s", path, error.strerror or error)
+        return []
 
 
 def encode(row: Row) -> bytes:
@@ -151,7 +144,7 @@ def encode(row: Row) -> bytes:
 
 
 def decode_lines(file: BinaryIO) -> Iterator[tuple[bytes, Row | None]]:
-    """Yield each nonblank line with its row, or None if it is corrupted.
+    """Yield each nonblank line with its row, or None if it is corrupt.
 
     At most one line is in memory; lines longer than `MAX_LINE_BYTES` are truncated.
     """
@@ -195,10 +188,8 @@ class _AppendOnlyFile:
     Opened by the first write. After a failed write the next ones try again, each on a new line.
     """
 
-    def __init__(self, path: str, limit: int | None = None) -> None:
-        """Name the file; it grows to at most `limit` bytes, and lines beyond are dropped."""
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._limit = limit
         self._descriptor: int | None = None
         self._failed = False
 
@@ -210,9 +201,6 @@ class _AppendOnlyFile:
                 # Without O_NONBLOCK, opening a FIFO would block.
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
                 self._descriptor = os.open(self._path, flags, 0o666)
-            size = os.fstat(self._descriptor).st_size
-            if self._limit is not None and size + len(line) > self._limit:
-                return
             rest = memoryview(b"\n" + line if self._failed else line)
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
@@ -228,27 +216,6 @@ class _AppendOnlyFile:
             self._descriptor = None
 
 
-def _rename_unusable(path: str) -> bool:
-    """Rename `path` to a free name in its folder; a failure is a warning and False."""
-    number, target = 1, f"{path}.unusable"
-    while os.path.lexists(target):
-        number += 1
-        target = f"{path}.unusable-{number}"
-    try:
-        os.rename(path, target)
-    except OSError as error:
-        logging.warning("%s: cannot be renamed: %s", path, error.strerror or error)
-        return False
-    logging.warning("%s: moved to %s", path, target)
-    return True
-
-
-FOLDER = "tensorboard"
-
-FLUSH_SECONDS = 30.0
-"""Time between flushes to the disk, which may be slow."""
-
-
 class EventLog:
     """Event file below ``WORKDIR/tensorboard``; one warning and no more events if it fails.
 
@@ -258,19 +225,23 @@ class EventLog:
 
     def __init__(self, workdir: str, first_step: int) -> None:
         """Open a file; its SessionLog.START event discards later steps of earlier files."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
-
-        self._folder = os.path.join(workdir, FOLDER)
+        self._folder = os.path.join(workdir, "tensorboard")
+        self._writer: Any = None
+        self._flushed_at = 0.0
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+        try:  # without PyTorch, which may be slow or fail to load, and which nothing here needs
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import RecordWriter
+        finally:
+            if sys.modules["torch"] is None:
+                del sys.modules["torch"]
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         start = SessionLog(status=SessionLog.START)
-        self._writer: RecordWriter | None = None
-        self._flushed_at = 0.0
         try:
             os.makedirs(self._folder, exist_ok=True)
             self._writer = RecordWriter(os.path.join(self._folder, name))
-            self._write(Event(file_version="brain.Event:2", wall_time=time.time()))
-            self._write(Event(step=first_step + 1, session_log=start, wall_time=time.time()))
+            self._write(Event(file_version="brain.Event:2"))
+            self._write(Event(step=first_step + 1, session_log=start))
         except OSError as error:
             self._give_up(error)
 
@@ -284,8 +255,7 @@ class EventLog:
         try:
             for name, value in values.items():
                 make = summary.text if isinstance(value, str) else summary.scalar
-                content = make(f"{kind}/{name}", value)
-                self._write(Event(step=step, wall_time=time.time(), summary=content))
+                self._write(Event(step=step, summary=make(f"{kind}/{name}", value)))
             if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
                 self._writer.flush()
                 self._flushed_at = time.monotonic()
@@ -294,17 +264,16 @@ class EventLog:
 
     def close(self) -> None:
         """Flush and close the file."""
-        if self._writer is None:
-            return
         try:
-            self._writer.flush()
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.flush()
+                self._writer.close()
         except OSError as error:
             self._give_up(error)
         self._writer = None
 
     def _write(self, event: Any) -> None:
-        assert self._writer is not None
+        event.wall_time = time.time()
         self._writer.write(event.SerializeToString())
 
     def _give_up(self, error: OSError) -> None:

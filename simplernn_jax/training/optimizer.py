@@ -18,7 +18,7 @@ MUON_MOMENTUM = 0.95
 """Momentum of the reference implementation of Muon (github.com/KellerJordan/Muon)."""
 
 MUON_RMS = 0.2
-"""Root mean square of Muon's updates, near that of AdamW's, so that both use similar learning rates
+"""Root mean square of Muon's updates, near AdamW's, so that both use similar learning rates
 (arXiv:2502.16982, section 2.2)."""
 
 
@@ -114,7 +114,7 @@ def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:
 
     Results are scaled to a root mean square of about `MUON_RMS`. On a mesh every device gathers the
     matrices, one after the other, and keeps its shard of each result; of stacked layers it gathers
-    only those of its own stage.
+    only the layers of its stage.
     """
     leaves, tree = jax.tree.flatten(matrices)
     if not is_distributed(mesh):

@@ -1,17 +1,22 @@
-"""Preparation of a run before anything is compiled: its data, and whether it can resume."""
+"""Preparation of a run: its data, the model in ``init_from``, and whether it can resume."""
 
 import dataclasses
 import math
 import os
+from typing import Any
 
+import jax
+import numpy as np
 from absl import logging
+from flax import nnx
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import check_same_model, read_config
-from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts, read_tree
+from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
+from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
 from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.data.evaluation_batches import check_scorable
@@ -20,15 +25,31 @@ from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.store_reader import CorruptStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
+from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.parallel.distributed import check_same, run_on_coordinator_first
-from simplernn_jax.training.initial_parameters import filled_from, with_initial_model
+from simplernn_jax.inference.loading import is_exported, load_exported, read_run
+from simplernn_jax.models import LanguageModel, load_gla_checkpoint
+from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
+from simplernn_jax.models.pytorch_weights import load_pytorch_weights
+from simplernn_jax.parallel.distributed import (
+    broadcast_from_coordinator,
+    check_same,
+    is_coordinator,
+    run_on_coordinator_first,
+)
 
 MAX_DEFAULT_PROMPT = 40
 """Maximum length of the default prompt of samples, in characters."""
 
 _TOKENS_SEARCHED = 4096
+
+_FREE_FIELDS = ("dropout", "precision", "state_precision")
+"""Fields of the model in which fine-tuning may differ."""
+
+_BUILT_IN_TOKENIZERS = ("byte", "char")
+
+_RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings")
+"""Fields without an effect on plain layers."""
 
 
 def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
@@ -276,3 +297,104 @@ def _check_same_batches(current: Config, saved: Config) -> None:
             f"the checkpoint has different data settings: {'; '.join(fields)}; use the same "
             "--config.data and seed values, omit --config, or use another --workdir"
         )
+
+
+def with_initial_model(config: Config) -> tuple[Config, Tokenizer | None]:
+    """Return `config` `filled_from` the model in ``init_from``, and the tokenizer of that model.
+
+    The tokenizer is None if ``init_from`` has weights alone.
+
+    Raises:
+      UserError: there is no model, or the configuration gives another one or another tokenizer.
+    """
+    path, tokenizer = config.train.init_from, None
+    if is_exported(path):
+        initial, tokenizer, _ = read_run(path)
+    elif (weights := _load(path)) is not None:
+        initial = dataclasses.replace(config, model=weights.config)
+    elif not CheckpointFolder(path).steps():
+        raise UserError(
+            f"--config.train.init_from: no checkpoint in {path}; name the folder of a run or export"
+        )
+    else:
+        initial, tokenizer_json, _ = read_config(path, BEST)
+        tokenizer = tokenizer_from_json(tokenizer_json)
+    filled = filled_from(config, initial)
+    # The vocabulary is compared as arrays.
+    free = ("vocab_size", *(_RESIDUAL_FIELDS if initial.model.block == "plain" else ()))
+    same = {name: getattr(filled.model, name) for name in (*_FREE_FIELDS, *free)}
+    model = dataclasses.replace(initial.model, **same)
+    if fields := config_lib.differing_fields(filled.model, model):
+        raise UserError(
+            f"{_where(config)} has a different model: {'; '.join(fields)}; omit these fields"
+        )
+    if tokenizer is not None and config.data.is_given("tokenizer"):
+        _check_same_tokenizer(config, initial, tokenizer)
+    return filled, tokenizer
+
+
+def filled_from(config: Config, initial: Config) -> Config:
+    """Return `config` with the model and tokenizer of `initial` in fields that it leaves out."""
+    model, data = config.model, config.data
+    names = {field.name for field in dataclasses.fields(model)}.difference(_FREE_FIELDS)
+    missing = {name: getattr(initial.model, name) for name in names if not model.is_given(name)}
+    if not data.is_given("tokenizer"):
+        data = dataclasses.replace(data, tokenizer=initial.data.tokenizer)
+    filled = dataclasses.replace(config, model=dataclasses.replace(model, **missing), data=data)
+    config_lib.validate(filled)
+    return filled
+
+
+def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> nnx.State:
+    """Load the parameters in ``init_from``; without `shardings`, onto the default device.
+
+    Raises:
+      UserError: they cannot be read, or belong to another model.
+    """
+    path = config.train.init_from
+    model = _load(path)
+    if model is None:
+        # The run may go on meanwhile: all processes read the checkpoint that process 0 sees.
+        step = choose_checkpoint(path).step if is_coordinator() else 0
+        step_path = CheckpointFolder(path).step_path(broadcast_from_coordinator(step))
+        tree = {"params": abstract}
+        placed = None if shardings is None else {"params": shardings}
+        return read_tree(step_path, tree, placed, partial=True)["params"]
+    params = nnx.state(model, nnx.Param)
+    for wanted, found in zip(jax.tree.leaves(abstract), jax.tree.leaves(params), strict=True):
+        if wanted.shape != found.shape:
+            raise UserError(
+                f"{_where(config)} has an array {list(found.shape)} where the model has "
+                f"{list(wanted.shape)}; use the same --config.model.vocab_size"
+            )
+    if shardings is None:
+        return params
+
+    def place(value: jax.Array, sharding: Any) -> jax.Array:
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, params, shardings)
+
+
+def _load(path: str) -> LanguageModel | None:
+    """Load an export or weights; None if `path` is another folder, such as a workdir."""
+    if is_exported(path):
+        return load_exported(path)[0]
+    if os.path.isfile(path):
+        return load_pytorch_weights(path)
+    return load_gla_checkpoint(path) if is_hugging_face_folder(path) else None
+
+
+def _check_same_tokenizer(config: Config, initial: Config, tokenizer: Tokenizer) -> None:
+    wanted, found = config.data.tokenizer, initial.data.tokenizer
+    if any(spec in _BUILT_IN_TOKENIZERS or spec.startswith(PREFIX) for spec in (wanted, found)):
+        is_same = wanted == found
+    else:  # a path differs between machines, and an export has only its last part
+        is_same = load_tokenizer(wanted, None).to_json() == tokenizer.to_json()
+    if not is_same:
+        raise UserError(f"{_where(config)} has the tokenizer {found}; omit --config.data.tokenizer")
+
+
+def _where(config: Config) -> str:
+    return f"--config.train.init_from={config.train.init_from}"

@@ -1,9 +1,22 @@
-"""Terminal output and metrics of a run: steps, evaluations, samples and a summary."""
+"""What a run prints and logs: steps and their speed, evaluations, samples and a summary.
 
+On a terminal that can draw it, a bar shows the progress; elsewhere, plain lines do.
+"""
+
+import codecs
+import contextlib
+import io
 import math
-from typing import Any
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
+from absl import logging
+from jax import monitoring
 
 from simplernn_jax.errors import counted
 from simplernn_jax.ops.native import has_fast_bfloat16
@@ -12,13 +25,189 @@ from simplernn_jax.parallel.mesh import describe
 from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.accumulation import choose_microbatches
-from simplernn_jax.training.display import Display, format_duration
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.step_statistics import RecompilationCounter, StepTimer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display:
+    """Lines and progress of a run on the standard output of the coordinator.
+
+    `progress` is a bar, which replaces the line of progress every 5 seconds.
+    """
+
+    def __init__(self, total_steps: int, progress: "Progress | None" = None) -> None:
+        self._total = total_steps
+        self._progress = progress
+        self._last_line = -SECONDS_BETWEEN_LINES
+        self._losses: list[float] = []
+        """Losses of the steps since the last line, which shows their mean."""
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Show progress; 0 tokens per second if the speed is not known yet."""
+        speed = ""
+        if tokens_per_second:
+            speed = f"  {tokens_per_second:,.0f} tokens/s  {format_duration(seconds_left)} left"
+        if self._progress is not None:
+            (task,) = self._progress.task_ids
+            self._progress.update(task, completed=step, status=f"loss {loss:.4f}{speed}")
+            return
+        self._losses.append(loss)
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            mean = statistics.fmean(self._losses)
+            self.print_line(f"step {step}/{self._total}  loss {mean:.4f}{speed}")
+            self._last_line, self._losses = now, []
+
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif is_coordinator():
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
+    """Open the display, with a bar if stdout is a terminal that can draw it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Samples may hold characters that the terminal cannot show.
+        sys.stdout.reconfigure(errors="replace")
+    if not is_coordinator() or not _can_draw(sys.stdout):
+        yield Display(total_steps)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
+    with Progress(TextColumn("step"), *columns) as progress:
+        progress.add_task("", total=total_steps, completed=first_step, status="")
+        yield Display(total_steps, progress)
+
+
+def format_duration(seconds: float) -> str:
+    """Return ``1:05`` or ``2:03:04``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _can_draw(stream: TextIO) -> bool:
+    """Return whether `stream` is a terminal that supports cursor movement and UTF-8."""
+    if not stream.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
+        return False
+    try:
+        return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+    except LookupError:
+        return False
+
+
+class StepTimer:
+    """Training time without evaluations, samples and saves; speed without the first step."""
+
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        """Start at 0; `seconds_before` is the training time before the run was resumed."""
+        self.seconds = 0.0
+        self.first = 0.0
+        """Seconds of the first step, compilation included."""
+        self._before = seconds_before
+        self._steps = 0
+        self._tokens = 0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Start or resume the timer."""
+        self._since = time.monotonic()
+
+    def stop(self) -> None:
+        """Pause the timer until `start`."""
+        if self._since is not None:
+            self.seconds += time.monotonic() - self._since
+            self._since = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the timer inside the ``with`` block."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def tick(self, tokens: int) -> None:
+        """Count a finished step."""
+        self.stop()
+        self.start()
+        self._steps += 1
+        if self._steps == 1:
+            self.first = self.seconds
+        else:
+            self._tokens += tokens
+
+    @property
+    def total_seconds(self) -> float:
+        """Training time of the whole run, to the millisecond."""
+        return round(self._before + self.seconds, 3)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean seconds per step, excluding the first step."""
+        return (self.seconds - self.first) / max(self._steps - 1, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Target tokens per second, mean over all steps but the first."""
+        seconds = self.seconds - self.first
+        return self._tokens / seconds if seconds > 0 else 0.0
+
+
+class RecompilationCounter:
+    """Wrap the jitted train step; count its recompilations and warn about them.
+
+    Counted by JAX's own events, so that every cause is detected: a new shape, dtype, sharding or
+    option. Counts only inside the ``with`` block, and only what its calls compile.
+    """
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+    """Sent for every program that is compiled or loaded from the compilation cache."""
+
+    def __init__(self, train_step: Callable[..., Any]) -> None:
+        self.recompilations = 0
+        """Compilations in all calls but the first."""
+        self._train_step = train_step
+        self._calls = 0
+        self._compilations = 0
+
+    def __enter__(self) -> "RecompilationCounter":
+        monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        monitoring.unregister_event_duration_listener(self._listen)
+
+    def __call__(self, *args: Any) -> Any:
+        """Take a step."""
+        before = self._compilations
+        result = self._train_step(*args)
+        new = self._compilations - before
+        if self._calls and new:
+            self.recompilations += new
+            logging.warning(
+                "the train step was recompiled at call %d: shapes, dtypes and shardings should be "
+                "constant",
+                self._calls + 1,
+            )
+        self._calls += 1
+        return result
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self._compilations += event == self._EVENT
 
 
 class Reporter:
@@ -103,19 +292,11 @@ class Reporter:
         if metrics.consecutive_skips:
             self.print_line(f"step {step}: loss or gradient not finite, update skipped")
 
-    def validation(self, result: Evaluation) -> None:
-        """Report an evaluation of the current state on ``eval_tokens`` tokens."""
-        self._write_evaluation("validation", result)
+    def evaluation(self, kind: str, result: Evaluation) -> None:
+        """Report an evaluation of the current state: ``validation``, or ``held_out`` at the end."""
         step = self._run.step
-        self.print_line(f"step {step}: validation {result}, {result.predictions:,} predictions")
-
-    def held_out(self, result: Evaluation) -> None:
-        """Write the evaluation of the whole validation split; `summarize` prints it."""
-        self._write_evaluation("held_out", result)
-
-    def _write_evaluation(self, kind: str, result: Evaluation) -> None:
         self._write(
-            self._run.step,
+            step,
             kind,
             loss=result.nats_per_token,
             bits_per_byte=result.bits_per_byte,
@@ -123,6 +304,8 @@ class Reporter:
             tokens=self._run.totals.tokens,
             seconds=self.timer.total_seconds,
         )
+        if kind == "validation":  # `summarize` prints the other
+            self.print_line(f"step {step}: validation {result}, {result.predictions:,} predictions")
 
     def sample(self, text: str) -> None:
         """Report a sample from the current state."""

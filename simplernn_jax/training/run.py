@@ -1,18 +1,22 @@
 """A training run: its data, its state and its checkpoints."""
 
 import contextlib
+import copy
 import dataclasses
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
+from simplernn_jax.checkpoint.contents import Quality
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
 from simplernn_jax.data.batch_iterator import make_batches
@@ -25,21 +29,67 @@ from simplernn_jax.parallel.distributed import (
     check_same,
     is_coordinator,
 )
+from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
-from simplernn_jax.parallel.shardings import global_arrays_from_local, process_slice
-from simplernn_jax.training.batch_sharding import batch_shardings
-from simplernn_jax.training.checkpoint_layout import CheckpointLayout
-from simplernn_jax.training.early_stopping import ValidationHistory
+from simplernn_jax.parallel.shardings import (
+    global_arrays_from_local,
+    named_shardings,
+    process_slice,
+    shard_further,
+)
 from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.initial_parameters import initial_parameters
-from simplernn_jax.training.memory_check import check_train_step
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.preparation import changed_fields, prepare, total_steps
-from simplernn_jax.training.step_statistics import LossTotals
-from simplernn_jax.training.train_step import TrainState, init_train_state, state_shardings
+from simplernn_jax.training.preparation import (
+    changed_fields,
+    initial_parameters,
+    prepare,
+    total_steps,
+)
+from simplernn_jax.training.progress import LossTotals, ValidationHistory
+from simplernn_jax.training.train_step import (
+    TrainState,
+    batch_shardings,
+    check_memory,
+    init_train_state,
+    state_shardings,
+    state_specs,
+)
 
 _SHARED_SECONDS = 10.0
 """Time that a network file system may take to show a new file."""
+
+
+class CheckpointLayout:
+    """Conversion between stacked pipeline stages and the per-layer layout of checkpoints.
+
+    Without stages the two states are the same, and nothing is converted. The arguments are those
+    of the run.
+    """
+
+    def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
+        single = copy.deepcopy(config)
+        single.mesh.pipeline = 1
+        self.abstract: TrainState = jax.eval_shape(lambda: init_train_state(single, optimizer))
+        """Names, shapes and dtypes of the state in checkpoints."""
+        self.shardings = state_shardings(single, optimizer, mesh)
+        """Shardings of its arrays; None on one device."""
+        self.to_checkpoint = self.from_checkpoint = _identity
+        if config.mesh.pipeline == 1:
+            return
+        # Sharded over the stages too: no stage needs memory for all layers.
+        specs = shard_further(self.abstract, state_specs(single, optimizer, mesh), "pipeline", mesh)
+        self.shardings = named_shardings(specs, mesh)
+        trained = jax.eval_shape(lambda: init_train_state(config, optimizer))
+        self.to_checkpoint = jax.jit(
+            partial(in_layout_of, self.abstract), out_shardings=self.shardings
+        )
+        self.from_checkpoint = jax.jit(
+            partial(in_layout_of, trained), out_shardings=state_shardings(config, optimizer, mesh)
+        )
+
+
+def _identity(state: TrainState) -> TrainState:
+    return state
 
 
 class Run:
@@ -72,7 +122,7 @@ class Run:
         check_mesh(self.config.model, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
-        check_train_step(self.config, self.optimizer, self.mesh)
+        check_memory(self.config, self.optimizer, self.mesh)
         self._layout = CheckpointLayout(self.config, self.optimizer, self.mesh)
         self.totals, self.history = LossTotals(), ValidationHistory()
         self.changes: list[str] = []
@@ -170,12 +220,12 @@ class Run:
             "progress": dataclasses.asdict(self.totals),
             "evaluations": dataclasses.asdict(self.history),
         }
-        metrics = None
+        quality = None
         if self.latest_evaluation is not None and self.latest_evaluation[0] == self.step:
             result = self.latest_evaluation[1]
-            metrics = {"validation_loss": result.nats_per_token, "predictions": result.predictions}
+            quality = Quality(result.nats_per_token, result.predictions)
         state = self._layout.to_checkpoint(self.state)
-        self._checkpointer.save(self.step, state, data_state, metrics, wait=wait)
+        self._checkpointer.save(self.step, state, data_state, quality, wait=wait)
 
 
 def _check_shared(folder: str) -> None:

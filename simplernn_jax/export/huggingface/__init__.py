@@ -1,1 +1,140 @@
-"""A folder that `transformers` loads with ``trust_remote_code=True``."""
+"""Weights, code, tokenizer, generation settings and a model card for `transformers`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simplernn_jax.data.chat_template import ChatTemplate
+from simplernn_jax.data.tokenizer import Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.export import safetensors
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    check_architecture,
+    check_packages,
+    description,
+)
+from simplernn_jax.export.huggingface.model_card import model_card
+from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
+from simplernn_jax.files import read_file
+from simplernn_jax.training import loss_curve
+
+CODE = "modeling_simplernn.py"
+_NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}\n"
+"""Begins a template: special tokens are no text, here and in the exported tokenizer."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write(trained: TrainedModel, folder: Path) -> None:
+    """Write the files."""
+    check_architecture("huggingface", trained.model)
+    check_packages("huggingface", "torch", "transformers")
+    safetensors.write(trained, folder)
+    shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+    tokenizer = trained.tokenizer
+    module = Path(CODE).stem
+    special = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    text, names = tokenizer_json(tokenizer)
+    (folder / "tokenizer.json").write_text(text, "utf-8")
+    fields = {
+        **description(trained),
+        "architectures": ["SimpleRNNForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.SimpleRNNConfig",
+            "AutoModelForCausalLM": f"{module}.SimpleRNNForCausalLM",
+        },
+    }
+    _write_json(folder / "config.json", fields)
+    template = trained.config.data.template
+    turn_end = _turn_end(template, tokenizer)
+    end_text = tokenizer.decode(turn_end)
+    is_control = not (end_text.isprintable() or end_text.isspace())  # decoded text leaves it out
+    library = library_tokenizer(tokenizer)
+    ends = [tokenizer.eos_id, *turn_end]
+    generation = {**special, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    _write_json(folder / "generation_config.json", {"do_sample": True, **generation})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict(zip(("bos_token", "eos_token", "pad_token"), names, strict=True)),
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            # As here, no text can end a document.
+            "split_special_tokens": True,
+            "additional_special_tokens": [library.id_to_token(n) for n in turn_end if is_control],
+            "model_max_length": 10**9,
+        },
+    )
+    if template:
+        (folder / "chat_template.jinja").write_text(_NO_SPECIAL_TOKENS + template, "utf-8")
+    picture = _loss_curve(trained.workdir)
+    if picture is not None:
+        (folder / loss_curve.FILE_NAME).write_bytes(picture)
+    (folder / "README.md").write_text(model_card(trained, picture is not None), "utf-8")
+
+
+def _turn_end(template: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the id that ends an assistant's message, if it is a single one."""
+    if not template:
+        return []
+    try:
+        ids = tokenizer.encode(ChatTemplate(template).stop).tolist()
+    except UserError:  # a character that the run has never seen
+        return []
+    return ids if len(ids) == 1 else []
+
+
+def _loss_curve(workdir: str) -> bytes | None:
+    """Read the picture of the loss; None without one.
+
+    The export is published: a link in a workdir of somebody else could name any file.
+    """
+    try:
+        content = read_file(os.path.join(workdir, loss_curve.FILE_NAME), follow_link=False)
+    except OSError:
+        return None
+    return content if content.startswith(_PNG) else None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+class _Loaded:
+    def __init__(self, folder: Path) -> None:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        options = {"trust_remote_code": True, "local_files_only": True}
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            return self._model(torch.tensor(tokens[None]).long()).logits[0].numpy()
+
+    def greedy(self, token: int, count: int) -> list[int]:
+        import torch
+
+        ids = self._model.generate(
+            torch.tensor([[token]]), max_new_tokens=count, do_sample=False, eos_token_id=None
+        )
+        return ids[0, 1:].tolist()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+load = _Loaded

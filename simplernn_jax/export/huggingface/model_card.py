@@ -18,9 +18,9 @@ from simplernn_jax.inference import generate_text
 from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.evaluate import Evaluation
+from simplernn_jax.training.loop import SAMPLE_TEMPERATURE
 from simplernn_jax.training.loss_curve import comparable
-from simplernn_jax.training.metrics import iterate_metrics
-from simplernn_jax.training.periodic_actions import SAMPLE_TEMPERATURE
+from simplernn_jax.training.metrics import read_metrics
 
 _TEMPLATE = importlib.resources.files(__package__) / "model_card.md"
 
@@ -36,7 +36,7 @@ def model_card(trained: TrainedModel, has_curve: bool) -> str:
         pipeline_tag="text-generation",
         tags=["simplernn", "recurrent", "gated-linear-attention"],
     )
-    rows = list(iterate_metrics(trained.workdir))
+    rows = read_metrics(trained.workdir)
     scored = [row for row in rows if row.get("loss") is not None]
     best = min(comparable(scored), key=lambda x: (x["loss"], -x["step"]), default=None)
     for row in scored:  # of the same step, or the only one, and on all of the held-out text

@@ -27,7 +27,7 @@ ROTARY_BASE = 10_000.0
 
 
 class SimpleRNNConfig(PretrainedConfig):
-    """Sizes of a model; the fields are those of `simplernn_jax.config.ModelConfig`."""
+    """Sizes of a model; the fields as in `simplernn_jax.config.ModelConfig`."""
 
     model_type = "simplernn"
     attribute_map = {  # noqa: RUF012 - as transformers has it
@@ -69,7 +69,7 @@ class SimpleRNNConfig(PretrainedConfig):
 
 
 class SimpleRNNCache:
-    """State of all layers: a constant number of bytes, but for layers of attention."""
+    """State of all layers: a constant number of bytes, except for layers of attention."""
 
     is_compileable = False
 
@@ -165,7 +165,7 @@ def apply_rope(x, positions):
 
 
 class Linear(nn.Linear):
-    """Linear layer with operands of its own dtype and float32 results."""
+    """Linear layer with operands in the dtype of its weights and float32 results."""
 
     def forward(self, x):
         """Apply the layer to [..., in]."""

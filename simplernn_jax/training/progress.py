@@ -1,4 +1,4 @@
-"""Validation losses during training: when to stop early, and whether the model overfits."""
+"""Progress of a run that is saved with every checkpoint: summed losses and validation losses."""
 
 import dataclasses
 import math
@@ -13,6 +13,34 @@ OVERFITTING_MARGIN = 0.01
 
 DISPLAYED_DIFFERENCE = 0.00005
 """Nats per token; smaller differences would be printed as 0.0000."""
+
+
+@dataclasses.dataclass
+class LossTotals:
+    """Tokens and loss, summed over steps and saved with every checkpoint.
+
+    Metrics after a resume therefore equal the metrics of an uninterrupted run.
+    """
+
+    tokens: int = 0
+    """Predictions since step 0."""
+    loss_sum: float = 0.0
+    """Nats of all predictions since `pop_mean_loss`, excluding skipped updates."""
+    loss_tokens: int = 0
+    """Number of these predictions."""
+
+    def add(self, loss: float, predictions: int, *, skipped: bool) -> None:
+        """Add a step of `loss` nats per prediction; a `skipped` update counts its tokens only."""
+        self.tokens += predictions
+        if not skipped:
+            self.loss_sum += loss * predictions
+            self.loss_tokens += predictions
+
+    def pop_mean_loss(self) -> float:
+        """Return nats per prediction since the last call; NaN if all updates were skipped."""
+        mean = self.loss_sum / self.loss_tokens if self.loss_tokens else math.nan
+        self.loss_sum, self.loss_tokens = 0.0, 0
+        return mean
 
 
 @dataclasses.dataclass

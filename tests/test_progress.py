@@ -1,15 +1,37 @@
-"""Runs whose validation loss gets worse: when they stop, and what they report."""
+"""Progress of a run: summed losses, and validation losses that end it early."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
-from simplernn_jax.training.early_stopping import ValidationHistory
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
+from simplernn_jax.training.progress import LossTotals, ValidationHistory
+
+
+def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():
+    totals = LossTotals()
+    totals.add(2.0, 30, skipped=False)
+    totals.add(5.0, 10, skipped=False)
+    resumed = LossTotals(**dataclasses.asdict(totals))
+    assert resumed.pop_mean_loss() == totals.pop_mean_loss() == (2.0 * 30 + 5.0 * 10) / 40
+    totals.add(1.5, 7, skipped=False)
+    assert totals.pop_mean_loss() == 1.5
+    assert totals.tokens == 47
+
+
+def test_a_skipped_update_counts_tokens_and_no_loss():
+    totals = LossTotals()
+    totals.add(math.nan, 30, skipped=True)
+    assert math.isnan(totals.pop_mean_loss())
+    totals.add(math.inf, 30, skipped=True)
+    totals.add(2.0, 5, skipped=False)
+    assert totals.pop_mean_loss() == 2.0
+    assert totals.tokens == 65
 
 
 def evaluated(*losses, predictions=99):

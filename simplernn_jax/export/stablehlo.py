@@ -1,4 +1,4 @@
-"""``prefill.bin`` and ``decode.bin`` (`jax.export`), with weights and state as arguments.
+"""StableHLO programs ``prefill.bin`` and ``decode.bin``, serialized by `jax.export`.
 
 Both are functions of (weights, state, tokens [B, T] int32) to (logits [B, T, vocab], state), for
 any B; T is 64 in prefill and 1 in decode. Weights and state are dicts of arrays by name.
@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import export
 
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
-from simplernn_jax.export.example_files import write_example
-from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name
+from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name, write_example
 from simplernn_jax.inference.loading import WEIGHTS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
@@ -23,7 +22,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Format.write`."""
+    """Write the files."""
     check_packages("stablehlo", "flatbuffers")
     model = trained.model
     arrays = named_weights(model)
@@ -37,7 +36,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
         for name, x in state_by_name(model.initial_state(1))[0].items()
     }
     fields = {"platforms": PLATFORMS, "state": parts}
-    write_example(trained, folder, fields, Path(__file__).with_name("README.md"))
+    write_example(trained, folder, fields, __file__)
 
 
 def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> export.Exported:

@@ -1,8 +1,8 @@
-"""``prefill.onnx`` and ``decode.onnx``, converted from the PyTorch model of the format huggingface.
+"""ONNX graphs ``prefill.onnx`` and ``decode.onnx``, converted from the format huggingface.
 
 Both map ``tokens`` [1, T] int64 and the state to ``logits`` [1, T, vocab] float32 and the next
 state, with T of 64 in prefill and 1 in decode. Names, shapes and zero values of the state are in
-``config.json``; opset 18. JAX has no converter to ONNX of its own, and `torch.onnx` knows every
+``config.json``; opset 18. JAX itself has no converter to ONNX, and `torch.onnx` knows every
 operation of the PyTorch model.
 """
 
@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
-from simplernn_jax.export.example_files import write_example
-from simplernn_jax.export.formats import TrainedModel, check_architecture, check_packages
-from simplernn_jax.export.rounding import int8_rows, is_rounded, rounded_weights
-from simplernn_jax.export.safetensors.exporter import description
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    check_architecture,
+    check_packages,
+    description,
+    int8_rows,
+    is_rounded,
+    rounded_weights,
+    write_example,
+)
 from simplernn_jax.models.named_weights import named_weights
 
 OPSET = 18
@@ -26,7 +32,7 @@ MAX_INLINE_BYTES = 1 << 30
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
-    """See `Format.write`."""
+    """Write the files."""
     check_architecture("onnx", trained.model)
     check_packages("onnx", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     import torch
@@ -87,7 +93,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
             for name, x in state.items()
         },
     }
-    write_example(trained, folder, fields, Path(__file__).with_name("README.md"))
+    write_example(trained, folder, fields, __file__)
 
 
 def _strip(path: Path) -> None:

@@ -1,1 +1,0 @@
-"""Prefill and decoding as ONNX graphs."""

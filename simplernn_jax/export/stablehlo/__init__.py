@@ -1,1 +1,0 @@
-"""Prefill and decoding as portable StableHLO, for CPU, CUDA and TPU."""

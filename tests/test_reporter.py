@@ -1,0 +1,152 @@
+"""What a run prints: progress and lines, the speed of its steps, and recompilations."""
+
+import io
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplernn_jax.training import reporter
+from simplernn_jax.training.reporter import (
+    RecompilationCounter,
+    StepTimer,
+    format_duration,
+    open_display,
+)
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets time pass."""
+    now = [100.0]
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: now[0])
+
+    def pass_seconds(seconds):
+        now[0] += seconds
+
+    return pass_seconds
+
+
+class Terminal(io.StringIO):
+    encoding = "UTF-8"
+
+    def isatty(self):
+        return True
+
+
+def test_lines_come_at_most_every_few_seconds(wait, capsys):
+    with open_display(0, 40) as display:
+        for step in range(1, 7):
+            display.update(step, 1.23456 + step, 12345.6 * (step > 1), 65.0)
+            wait(2)
+        display.print_line("[bold] says the sample")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/40  loss 2.2346",
+        "step 4/40  loss 4.2346  12,346 tokens/s  1:05 left",
+        "[bold] says the sample",
+    ]
+
+
+def test_a_terminal_shows_a_bar_and_lines_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with open_display(10, 40) as display:
+        display.update(11, 2.5, 0.0, 0.0)
+        display.update(20, 1.23456, 12345.6, 3725.0)
+        display.print_line("[bold] says the sample")
+    shown = terminal.getvalue()
+    assert "20/40" in shown
+    assert "loss 1.2346  12,346 tokens/s  1:02:05 left" in shown
+    assert "[bold] says the sample\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("term", "encoding"),
+    [("dumb", "utf-8"), ("", "utf-8"), (None, "utf-8"), ("xterm", "ascii"), ("xterm", None)],
+)
+def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch, term, encoding):
+    if term is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", term)
+    terminal = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with open_display(0, 40) as display:
+        display.update(1, 2.5, 0.0, 0.0)
+        display.print_line("done")
+    assert terminal.getvalue() == "step 1/40  loss 2.5000\ndone\n"
+
+
+def test_text_that_stdout_cannot_hold_stops_nothing(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with open_display(0, 40) as display:
+        display.print_line("sample: zwölf")
+    assert raw.getvalue() == b"sample: zw?lf\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (7384, "2:03:04")]
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_speed_excludes_the_first_step(wait):
+    timer = StepTimer(seconds_before=500)
+    assert (timer.tokens_per_second, timer.seconds_per_step) == (0, 0)
+    wait(50)
+    timer.start()
+    wait(30)  # compilation
+    timer.tick(tokens=1000)
+    assert (timer.first, timer.tokens_per_second) == (30, 0)
+    for _ in range(4):
+        wait(2)
+        timer.tick(tokens=1000)
+    assert timer.tokens_per_second == pytest.approx(500)
+    assert timer.seconds_per_step == pytest.approx(2)
+    assert timer.seconds == pytest.approx(38)
+    assert timer.total_seconds == pytest.approx(538)
+
+
+def test_pauses_do_not_count(wait):
+    timer = StepTimer()
+    timer.start()
+    for _ in range(3):
+        wait(2)
+        timer.tick(tokens=10)
+        with timer.paused():
+            wait(1000)
+    timer.stop()
+    wait(1000)
+    timer.stop()
+    assert timer.seconds == pytest.approx(6)
+    assert timer.tokens_per_second == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("other", "count"),
+    [
+        (np.full((5,), 7, np.float32), 0),
+        (np.ones((7,), np.float32), 1),
+        (np.ones((5,), np.int32), 1),
+    ],
+    ids=["same", "shape", "dtype"],
+)
+def test_another_shape_or_dtype_is_one_recompilation_and_logged(caplog, other, count):
+    usual = np.ones((5,), np.float32)
+    with RecompilationCounter(jax.jit(lambda x: 2 * x)) as double:
+        for x in (usual, usual, other, usual, other):
+            np.testing.assert_array_equal(double(x), 2 * x)
+            jax.jit(lambda x: x + 3)(jnp.ones(11))  # compiled by others: does not count
+    double(np.ones((9,), np.float32))  # neither does what it compiles after the ``with`` block
+    assert double.recompilations == count
+    messages = [
+        "the train step was recompiled at call 3: shapes, dtypes and shardings should be constant"
+    ]
+    assert caplog.messages == messages[:count]
