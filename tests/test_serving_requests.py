@@ -1,4 +1,4 @@
-"""Requests before they reach the engine: bodies, their limits and errors, by calls of the app."""
+"""Requests before they reach the worker: bodies, their limits and errors, by calls of the app."""
 
 import asyncio
 import json
@@ -16,9 +16,13 @@ from simplernn_jax.data.chat_template import TemplateError
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.serving import app as app_module
 from simplernn_jax.serving.app import make_app
-from simplernn_jax.serving.connections import Gate
-from simplernn_jax.serving.engine import Engine
-from simplernn_jax.serving.http import MAX_BODIES_BYTES, SMALL_BODY_BYTES, read_body, read_json
+from simplernn_jax.serving.http import (
+    MAX_BODIES_BYTES,
+    SMALL_BODY_BYTES,
+    Gate,
+    read_body,
+    read_json,
+)
 from simplernn_jax.serving.requests import (
     MAX_PROMPTS,
     ChatRequest,
@@ -29,6 +33,7 @@ from simplernn_jax.serving.requests import (
 )
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
+from simplernn_jax.serving.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +43,12 @@ def model():
 
 @pytest.fixture
 def service(model, tmp_path):
-    """A service whose engine does not run."""
-    never = mock.Mock()
-    engine = Engine(
-        model, num_slots=2, cache_bytes=0, max_waiting=1, on_events=never, on_failure=never
-    )
+    """A service whose worker does not run."""
+    worker = Worker(model, num_slots=2, cache_bytes=0, max_waiting=1)
     states = StateFolder(str(tmp_path), model, ByteTokenizer(), 1 << 30)
-    return Service(engine, ByteTokenizer(), model.config.vocab_size, "base", states, None, never)
+    return Service(
+        worker, ByteTokenizer(), model.config.vocab_size, "base", states, None, mock.Mock()
+    )
 
 
 def call(*request, **headers):
@@ -178,11 +182,11 @@ def test_a_full_queue_is_told_in_numbers(service):
     service.status = "ready"
     for _ in range(3):  # two slots are free, and one more may wait
         service.check_room()
-        service.engine.submit(mock.Mock())
+        service.worker.submit(mock.Mock())
     with pytest.raises(RequestError, match="3 prompts wait already;") as error:
         service.check_room()
     assert error.value.status == 429
-    service.engine.num_waiting = 1
+    service.worker.num_waiting = 1
     with pytest.raises(RequestError, match="1 prompt waits already;"):
         service.submit([mock.Mock()])
 
@@ -193,7 +197,7 @@ def test_a_request_may_have_as_many_prompts_as_an_idle_server_takes(service):
         service.submit([mock.Mock() for _ in range(4)])
     assert error.value.status == 400  # however often it is sent
     service.submit([mock.Mock() for _ in range(3)])
-    assert service.engine.room == 0
+    assert service.worker.room == 0
 
 
 def request_of(app, *parts, until=None):

@@ -8,7 +8,7 @@ from simplernn_jax.data.chat_template import ChatTemplate, load_template, messag
 from simplernn_jax.inference.arguments import (
     checked_length,
     checked_prompts,
-    checked_settings,
+    checked_sampling,
     checked_texts,
 )
 from simplernn_jax.serving.requests import (
@@ -41,9 +41,9 @@ def request_readers(folder: Path) -> list[Reader]:
     model = small_model()
     states = StateFolder(str(folder), model, BYTES, 1 << 24)
     start = states.load("state")  # saved by `fuzz_runs`
-    engine: Any = None  # nothing is executed
+    worker: Any = None  # nothing is executed
     template = ChatTemplate(load_template("roles"))
-    service = Service(engine, BYTES, BYTES.vocab_size, "m", states, template, lambda: None)
+    service = Service(worker, BYTES, BYTES.vocab_size, "m", states, template, lambda: None)
 
     def complete(content: bytes) -> None:
         body = parse(CompletionRequest, content)
@@ -120,7 +120,7 @@ def _argument_readers() -> list[Reader]:
         values = _values(content, {})
         given = values if isinstance(values, dict) else {}
         known = {name: given.get(name, value) for name, value in settings.items()}
-        checked_settings(BYTES.vocab_size, **known)
+        checked_sampling(BYTES.vocab_size, **known)
         checked_length(given.get("max_new_tokens", 5), 2)
 
     def prompts(content: bytes) -> None:

@@ -20,7 +20,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
-from simplernn_jax.inference.state_file import load_state, save_state
+from simplernn_jax.inference.state import load_state, save_state
 
 from .damage import HANG_SECONDS, contents_of, damage_file, watched
 from .experiment import Case
