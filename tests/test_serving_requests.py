@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -86,29 +87,38 @@ def test_the_page_is_not_read_again_from_another_installation(service, tmp_path,
     assert call(app, "GET", "/page.js")[0] == 200
 
 
-def error_of(kind, **fields):
+ERRORS = {
+    "temperature: expected number <= 2.0": {"temperature": 3},
+    "max_tokens: expected integer or null, got string": {"max_tokens": "3"},
+    "tempera: unknown field": {"tempera": 1},
+    "logit_bias: expected integer, got string": {"logit_bias": {"x": 1}},
+    "tools: only [] is supported": {"tools": [{"type": "function"}]},
+    "functions: only [] is supported": {"functions": [{"name": "f" * 1000}]},
+    'tool_choice: only "none" or "auto" is supported': {"tool_choice": "no ne"},
+    'response_format: only {"type":"text"} is supported': {
+        "response_format": {"type": "json_object"}
+    },
+}
+CHAT_ERRORS = {
+    "messages: required field": {},
+    "messages[0].role: invalid value 'int'": {"messages": [{"role": "int", "content": ""}]},
+    "the body: expected object, got list": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "body"),
+    [
+        *((CompletionRequest, *item) for item in ERRORS.items()),
+        *((ChatRequest, *item) for item in CHAT_ERRORS.items()),
+    ],
+)
+def test_errors_name_the_field_in_plain_words(kind, message, body):
     with pytest.raises(RequestError) as found:
-        parse(kind, json.dumps(fields).encode())
-    return found.value.message, found.value.param
-
-
-def test_errors_name_the_field_in_plain_words():
-    assert error_of(CompletionRequest, temperature=3) == (
-        "temperature: expected number <= 2.0",
-        "temperature",
-    )
-    assert error_of(CompletionRequest, max_tokens="3") == (
-        "max_tokens: expected integer or null, got string",
-        "max_tokens",
-    )
-    assert error_of(CompletionRequest, tempera=1) == ("tempera: unknown field", "tempera")
-    assert error_of(ChatRequest) == ("messages: required field", "messages")
-    assert error_of(ChatRequest, messages=[{"role": "int", "content": ""}]) == (
-        "messages[0].role: invalid value 'int'",
-        "messages",
-    )
-    with pytest.raises(RequestError, match="the body: expected object, got list"):
-        parse(ChatRequest, b"[]")
+        parse(kind, json.dumps(body).encode())
+    assert found.value.message == message
+    field = re.match(r"\w+(?=[:[])", message)
+    assert found.value.param == (field and field[0])
 
 
 NEUTRAL = {
@@ -140,24 +150,8 @@ def test_neutral_values_of_other_fields_change_nothing(service):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "supported"),
-    [
-        ("tools", [{"type": "function"}], "[]"),
-        ("functions", [{"name": "f" * 1000}], "[]"),
-        ("tool_choice", "required", '"none" or "auto"'),
-        ("response_format", {"type": "json_object"}, '{"type":"text"}'),
-    ],
-)
-def test_what_asks_for_more_than_text_is_named(name, value, supported):
-    message = f"{name}: only {supported} is supported"
-    assert error_of(CompletionRequest, **{name: value}) == (message, name)
-
-
 def test_neutral_values_are_compared_without_the_spaces_between_tokens():
     parse(CompletionRequest, b'{"response_format": {\r\n"type":\t"text"\n}, "tools": [ ]}')
-    message = 'tool_choice: only "none" or "auto" is supported'
-    assert error_of(CompletionRequest, tool_choice="no ne") == (message, "tool_choice")
 
 
 def test_prompts_of_every_form():

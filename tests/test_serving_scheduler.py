@@ -16,7 +16,7 @@ from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.engine import MAX_BLOCK
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.serving import scheduler as scheduling
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Prefix
 from simplernn_jax.serving.prefill import GRID, PrefixCache, is_kept, prefix_keys
 from simplernn_jax.serving.scheduler import PREFILL_TOKENS, UNREAD_SECONDS, Scheduler
 
@@ -321,8 +321,8 @@ def test_a_state_continues_as_often_as_wanted(scheduler):
     (prefilled,) = collect(scheduler, Job(first, Sampling(), keeps_state=True))
 
     def continued(tokens):
-        prefix = {"prefix": prefilled.state, "prefix_digest": b"digest"}
-        job = Job(tokens, Sampling(seed=3), max_tokens=9, num_logprobs=2, **prefix)
+        prefix = Prefix(prefilled.state, b"digest", first)
+        job = Job(tokens, Sampling(seed=3), max_tokens=9, num_logprobs=2, prefix=prefix)
         return run(scheduler, [job])
 
     (found, cached), (again, cached_again) = continued(second), continued(second)

@@ -40,7 +40,7 @@ def request_readers(folder: Path) -> list[Reader]:
     """All readers of requests and arguments."""
     model = small_model()
     states = StateFolder(str(folder), model, BYTES, 1 << 24)
-    start = states.load("state")  # saved by `fuzz_runs`
+    start = states.load("state").prefix  # saved by `fuzz_runs`
     worker: Any = None  # nothing is executed
     template = ChatTemplate(load_template("roles"))
     service = Service(worker, BYTES, BYTES.vocab_size, "m", states, template, lambda: None)

@@ -10,6 +10,17 @@ from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
 
 
+class Prefix(NamedTuple):
+    """What a prompt continues."""
+
+    state: PrefixState
+    """Of one sequence."""
+    digest: bytes
+    """Identifies the state in the prefix cache."""
+    recent: np.ndarray
+    """[n] int32 last ids, for `Sampling.repetition_penalty` and the text of new tokens."""
+
+
 class Prefilled(NamedTuple):
     """The prompt has been prefilled."""
 
@@ -59,12 +70,7 @@ class Job:
     num_choices: int = 1
     first_stream: int = 0
     """Random stream of the first choice; each further one has the next."""
-    prefix: PrefixState | None = None
-    """State of one sequence that the prompt continues."""
-    prefix_digest: bytes = b""
-    """Identifies `prefix` in the prefix cache."""
-    recent: np.ndarray | None = None
-    """[n] int32 last ids of the prefix, for `Sampling.repetition_penalty`."""
+    prefix: Prefix | None = None
     num_logprobs: int = 0
     """Log-probabilities of new tokens are reported if above 0, of this many alternatives."""
     scores_prompt: bool = False

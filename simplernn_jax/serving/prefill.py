@@ -150,8 +150,8 @@ class Prefiller:
     def _steps(self, job: Job) -> _Steps:
         """Yield the chunks of a job's prompt, and take what they give."""
         tokens = job.tokens
-        keys = prefix_keys(job.prefix_digest, tokens)
-        position, state = 0, self._zero if job.prefix is None else job.prefix
+        keys = prefix_keys(b"" if job.prefix is None else job.prefix.digest, tokens)
+        position, state = 0, self._zero if job.prefix is None else job.prefix.state
         if not job.scores_prompt:  # whose log-probabilities no state holds
             num_keys, found = self._cache.longest(keys)
             position = num_keys * GRID
@@ -163,7 +163,7 @@ class Prefiller:
             np.append(tokens[1:], np.zeros(GRID + 1, np.int32)) if job.scores_prompt else tokens
         )
         if job.scores_prompt and job.prefix is not None and len(tokens):
-            scores.append(_score(job.prefix.logits, tokens[:1]))
+            scores.append(_score(job.prefix.state.logits, tokens[:1]))
         while position < len(tokens):
             chunk = self._chunk(state, tokens, position)
             state, hidden = yield chunk

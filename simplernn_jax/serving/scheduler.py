@@ -320,8 +320,8 @@ def _new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
     sampling = job.sampling
     in_prompt = np.zeros(vocab_size, np.bool_)
     in_prompt[job.tokens] = True
-    if job.recent is not None:
-        in_prompt[job.recent] = True
+    if job.prefix is not None:
+        in_prompt[job.prefix.recent] = True
     arrays: dict[str, Any] = {
         "state": None,
         "stream": np.int32(job.first_stream + choice),

@@ -16,7 +16,7 @@ from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import TextStream
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, event_bytes
+from simplernn_jax.serving.jobs import Event, Failed, Job, Prefilled, Prefix, event_bytes
 from simplernn_jax.serving.metrics import Metrics
 from simplernn_jax.serving.requests import (
     ChatRequest,
@@ -162,17 +162,18 @@ class Service:
         """
         states = self.states
         start = None if state is None else await asyncio.to_thread(states.load, state)
+        prefix = None if start is None else start.prefix
         if make == self.chat:
             async with self._rendering:  # one process renders: others would wait for it in threads
-                answer = await asyncio.to_thread(make, request, start)
+                answer = await asyncio.to_thread(make, request, prefix)
         else:
-            answer = await in_thread_if_long(size, make, request, start)
+            answer = await in_thread_if_long(size, make, request, prefix)
         if start is not None and states is not self.states:
             raise RequestError(f"state {state!r}: of older parameters", status=409)
         return answer, start
 
-    def complete(self, request: CompletionRequest, start: NamedState | None) -> "Answer":
-        """Make the jobs of a completion, which continues the state `start`."""
+    def complete(self, request: CompletionRequest, prefix: Prefix | None) -> "Answer":
+        """Make the jobs of a completion, which continues `prefix`."""
         num_choices = request.n or 1
         if request.best_of not in (None, num_choices):
             raise RequestError("best_of: only the value of n is supported", param="best_of")
@@ -200,7 +201,7 @@ class Service:
                 max_tokens=max_tokens,
                 num_choices=num_choices,
                 first_stream=streams[key],
-                **_continued(start),
+                prefix=prefix,
                 num_logprobs=0 if request.logprobs is None else max(1, request.logprobs),
                 scores_prompt=bool(request.echo) and request.logprobs is not None,
                 is_streamed=bool(request.stream),
@@ -209,8 +210,8 @@ class Service:
             results.append(self._result(job, echoed, stops, request.logprobs))
         return Answer(self, results)
 
-    def chat(self, request: ChatRequest, start: NamedState | None) -> "Answer":
-        """Make the job of a chat completion, which continues the state `start`."""
+    def chat(self, request: ChatRequest, prefix: Prefix | None) -> "Answer":
+        """Make the job of a chat completion, which continues `prefix`."""
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions")
         if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -221,7 +222,7 @@ class Service:
             raise RequestError("top_logprobs: only with logprobs", param="top_logprobs")
         messages = [{"role": m.template_role, "content": m.text} for m in request.messages]
         try:
-            if start is None:
+            if prefix is None:
                 text = self.template.render(messages, add_generation_prompt=True)
             else:
                 text = self.template.render_next(messages)
@@ -232,28 +233,28 @@ class Service:
         if num_logprobs is not None and not request.stream:
             _check_logprobs((request.n or 1) * max_tokens, num_logprobs)
         job = Job(
-            self.inputs.prompt(text, start is not None),
+            self.inputs.prompt(text, prefix is not None),
             self.inputs.sampling(request),
             max_tokens=max_tokens,
             num_choices=request.n or 1,
-            **_continued(start),
+            prefix=prefix,
             num_logprobs=0 if num_logprobs is None else max(1, num_logprobs),
             is_streamed=bool(request.stream),
         )
         stops = [*_stops(request), self.template.stop]
         return Answer(self, [self._result(job, "", stops, num_logprobs)])
 
-    def prefill_state(self, request: StateRequest, parent: NamedState | None) -> "Answer":
+    def prefill_state(self, request: StateRequest, prefix: Prefix | None) -> "Answer":
         """Make the job of a prompt's state for a `StateRequest`; raises `RequestError`."""
-        tokens = self.inputs.prompt(request.prompt, parent is not None)
-        job = Job(tokens, Sampling(), **_continued(parent), keeps_state=True)
+        tokens = self.inputs.prompt(request.prompt, prefix is not None)
+        job = Job(tokens, Sampling(), prefix=prefix, keeps_state=True)
         return Answer(self, [PromptResult(job, "", None, [])])
 
     def _result(
         self, job: Job, echoed: str, stops: list[str], num_logprobs: int | None
     ) -> "PromptResult":
         """Make the empty result of a job."""
-        before = np.zeros(0, np.int32) if job.recent is None else job.recent
+        before = np.zeros(0, np.int32) if job.prefix is None else job.prefix.recent
         context = np.concatenate([before, job.tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
         options = context, stops, job.sampling.stop_ids, num_logprobs, len(echoed)
         choices = [ChoiceText(self.tokenizer, *options) for _ in range(job.num_choices)]
@@ -284,14 +285,6 @@ class Service:
             entries.append(token_entry(token, offset, row, index - shift, num_top))
             offset += len(stream.feed([token]))
         return entries
-
-
-def _continued(start: NamedState | None) -> dict[str, Any]:
-    """Return the fields of a job that continues `start`."""
-    if start is None:
-        return {}
-    digest = bytes.fromhex(start.fingerprint)
-    return {"prefix": start.prefix, "prefix_digest": digest, "recent": start.recent}
 
 
 def _stops(request: SamplingFields) -> list[str]:

@@ -24,6 +24,7 @@ from simplernn_jax.inference.state import (
     fingerprints,
 )
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.jobs import Prefix
 from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
 
 _SUFFIX = ".safetensors"
@@ -43,9 +44,10 @@ class NamedState:
     parent: str | None
 
     @property
-    def prefix(self) -> PrefixState:
-        """The state that a prompt continues."""
-        return PrefixState(self.state.layers, self.state.logits)
+    def prefix(self) -> Prefix:
+        """What a prompt continues."""
+        state = PrefixState(self.state.layers, self.state.logits)
+        return Prefix(state, bytes.fromhex(self.fingerprint), self.recent)
 
     @property
     def recent(self) -> np.ndarray:
@@ -155,7 +157,7 @@ class StateFolder:
     def fork(self, name: str, new_name: str | None) -> NamedState:
         """Copy a state; its parent is `name`."""
         original = self.load(name)
-        return self.add(new_name, original.prefix, np.zeros(0, np.int32), original)
+        return self.add(new_name, original.prefix.state, np.zeros(0, np.int32), original)
 
     def delete(self, name: str) -> None:
         """Delete a file; raises `RequestError` (404) if it does not exist."""
