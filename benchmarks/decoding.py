@@ -25,7 +25,7 @@ from flax import nnx
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.decoder_weights import QUANTIZATIONS
-from simplernn_jax.inference.programs import split_model, weights_for
+from simplernn_jax.inference.engine import Engine
 from simplernn_jax.models import LanguageModel
 
 from .measure import Call, Effort, alternate, block_ratio, median
@@ -99,16 +99,16 @@ def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
     The limit is the time to read the weights once, measured in the same blocks.
     """
     original = LanguageModel(config, rngs=nnx.Rngs(0))
-    architecture, parameters = split_model(original)
-    if not architecture.decodes_natively:
+    engine = Engine(original)
+    if not engine.is_native:
         return []  # there is but one format
-    num_weights = sum(x.size for x in parameters)
+    num_weights = sum(x.size for x in engine.parameters)
     num_tokens = max(8, WEIGHTS_PER_CALL // num_weights)
     rows: list[Row] = []
     for quantize in QUANTIZATIONS:
         model = quantize_model(original, quantize)
         # Of the embedding one column is read; if it is tied, it is also the head.
-        weights = weights_for(*split_model(model))._replace(embedding=None)
+        weights = Engine(model).weights._replace(embedding=None)
         num_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
         calls = {
             "decode": decode_call(model, CONTEXTS["short"], num_tokens),

@@ -35,10 +35,10 @@ _SLOTS = flags.DEFINE_integer(
     "slots", 32, "Sequences decoded at a time.", lower_bound=1, upper_bound=1024
 )
 _MAX_QUEUE = flags.DEFINE_integer(
-    "max_queue", 256, "Prompts that may wait; more are refused with 429.", lower_bound=1
+    "max_queue", 256, "Prompts that may wait; more are rejected with 429.", lower_bound=1
 )
 _MAX_CONNECTIONS = flags.DEFINE_integer(
-    "max_connections", 4096, "Open connections; more are refused with 503.", lower_bound=1
+    "max_connections", 4096, "Open connections; more are rejected with 503.", lower_bound=1
 )
 _CACHE_MB = flags.DEFINE_integer(
     "cache_mb", 256, "Maximum size of the prefix cache, in MB.", lower_bound=0
@@ -82,9 +82,12 @@ def main() -> None:
             "set --api_key_file, or pass --allow_remote_without_key"
         )
     try:
-        from simplernn_jax.serving.server import listen, serve
-        from simplernn_jax.serving.service import Reload
+        from simplernn_jax.serving.app import make_app
+        from simplernn_jax.serving.http import protect
+        from simplernn_jax.serving.server import Server, listen
+        from simplernn_jax.serving.service import Reload, Service
         from simplernn_jax.serving.states import StateFolder
+        from simplernn_jax.serving.worker import Worker
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: pip install -e '.[serve]'") from error
     from simplernn_jax.checkpoint.folder import choose_checkpoint
@@ -118,23 +121,28 @@ def main() -> None:
         if _STATE_DIR.value is not None:
             state_dir = command_line.expand_path(_STATE_DIR.value, "state_dir")
             os.makedirs(state_dir, exist_ok=True)
-        serve(
+        worker = Worker(
             model,
-            tokenizer,
-            listener,
-            model_name=_MODEL_NAME.value or os.path.basename(os.path.realpath(workdir)),
             num_slots=_SLOTS.value,
             cache_bytes=_CACHE_MB.value * 10**6,
             max_waiting=_MAX_QUEUE.value,
-            drain_timeout=_DRAIN_TIMEOUT.value,
-            template=ChatTemplate(config.data.template) if config.data.template else None,
-            states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value * 10**6),
-            api_key=key,
-            allow_origin=_ALLOW_ORIGIN.value,
-            hosts=_hosts(key),
-            max_connections=_MAX_CONNECTIONS.value,
-            reload_model=reload_model,
         )
+        service = Service(
+            worker,
+            tokenizer,
+            model.config.vocab_size,
+            model_name=_MODEL_NAME.value or os.path.basename(os.path.realpath(workdir)),
+            states=StateFolder(state_dir, model, tokenizer, _STATES_MB.value * 10**6),
+            template=ChatTemplate(config.data.template) if config.data.template else None,
+            load_model=reload_model,
+        )
+        server = Server(
+            service,
+            protect(make_app(service), key, _ALLOW_ORIGIN.value, _hosts(key)),
+            max_connections=_MAX_CONNECTIONS.value,
+            drain_timeout=_DRAIN_TIMEOUT.value,
+        )
+        server.answer(listener)
 
 
 def _api_key() -> bytes | None:

@@ -46,7 +46,7 @@ if sys.version_info < (3, 12):  # the checks take an eighth of the time of tests
         [
             "simplernn_jax.analysis",
             "simplernn_jax.inference.decode",
-            "simplernn_jax.inference.programs",
+            "simplernn_jax.inference.engine",
             "simplernn_jax.inference.sampling",
             "simplernn_jax.models",
             "simplernn_jax.ops",

@@ -14,9 +14,8 @@ from references import without_oldest
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.arguments import checked_settings
-from simplernn_jax.inference.programs import programs_for, split_model
-from simplernn_jax.inference.state import empty_state
+from simplernn_jax.inference.engine import Engine, PrefixState, batch_sequences
+from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
 
 VOCAB = 23
@@ -124,23 +123,13 @@ def test_continuing_equals_one_longer_call(cuts, settings):
     chex.assert_trees_all_equal(parts[-1].state, whole.state)
 
 
-def test_a_prompt_is_appended_to_a_state():
+def test_a_prompt_is_appended_to_a_state_and_an_empty_one_leaves_it_unchanged():
     model = make_model()
-    first, second = make_prompts([70, 13, 1], seed=1), make_prompts([5, 66, 8], seed=2)
+    first, second = make_prompts([70, 13, 1], seed=1), make_prompts([5, 66, 0], seed=2)
     state = generate(model, first, max_new_tokens=0).state
     on = generate(model, second, state=state, max_new_tokens=9)
     joined = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
     np.testing.assert_array_equal(on.tokens, generate(model, joined, max_new_tokens=9).tokens)
-
-
-def test_empty_prompts_leave_a_state_unchanged():
-    model = make_model()
-    prompts = make_prompts([6, 10, 1])
-    state = generate(model, prompts, max_new_tokens=0).state
-    on = generate(model, [[], [1, 2, 3], [4]], state=state, max_new_tokens=8)
-    np.testing.assert_array_equal(
-        on.tokens[0], generate(model, prompts[:1], max_new_tokens=8).tokens[0]
-    )
 
 
 def test_eos_ends_a_sequence_and_freezes_its_state():
@@ -249,11 +238,12 @@ def test_decoding_copies_no_cache():
         mixer_options={"context": 5000},
     )
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    architecture, parameters = split_model(model)
-    state = jax.eval_shape(lambda: empty_state(model, 3))
-    settings = checked_settings(VOCAB, 0.0, 0, 1.0, 0, None, ())
-    decode = programs_for(architecture).decode
-    program = decode.lower(parameters, state, settings, np.int32(9)).compile()
+    state = PrefixState(model.initial_state(3), jnp.zeros((3, VOCAB)))
+    zeros, settings = np.zeros(3, np.int32), Sampling().arrays(VOCAB)
+    sequences = batch_sequences(state, zeros, zeros, zeros + 9, settings)
+    engine = Engine(model)
+    arguments = engine.weights, sequences, np.ones(3, np.bool_), np.int32(9)
+    program = engine.programs.decode.lower(*arguments).compile()
     cached = state.layers[0].mixer.keys
     cached_bytes = cached.size * cached.dtype.itemsize
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * cached_bytes

@@ -24,7 +24,7 @@ from markdown_it import MarkdownIt
 from processes import ROOT, run_scripts
 
 from simplernn_jax.__main__ import COMMANDS
-from simplernn_jax.serving.openapi import openapi_document
+from simplernn_jax.serving.app import openapi_document
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_CODE = {"math", "text", "{note}", "{eval-rst}", "{literalinclude}", "{toctree}"}

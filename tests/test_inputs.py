@@ -14,7 +14,8 @@ from simplernn_jax import devices
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, generate_text
-from simplernn_jax.inference.arguments import checked_prompts, checked_settings
+from simplernn_jax.inference.arguments import checked_prompts, checked_sampling
+from simplernn_jax.inference.sampling import Sampling
 
 BYTES = ByteTokenizer()
 VOCAB = BYTES.vocab_size
@@ -152,16 +153,17 @@ def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
     real=st.sampled_from([float, np.float32, np.float64, np.asarray, jnp.asarray]),
 )
 def test_numbers_of_every_type_are_accepted(number, real):
-    made = checked_settings(VOCAB, real(0.5), number(3), real(0.75), number(7), number(5), [1, 2])
-    assert (float(made.temperature), int(made.top_k), float(made.top_p)) == (0.5, 3, 0.75)
-    assert int(made.eos_id) == 5
-    assert made.is_banned.sum() == 2
+    made = checked_sampling(VOCAB, real(0.5), number(3), real(0.75), number(7), number(5), [1, 2])
+    expected = Sampling(
+        temperature=0.5, top_k=3, top_p=0.75, seed=7, stop_ids=(5,), banned_ids=(1, 2)
+    )
+    assert made == expected
 
 
 def test_extreme_settings_are_accepted():
-    made = checked_settings(VOCAB, 1e300, 10**30, 1e-300, 2**32 - 1, None, ())
-    assert float(made.temperature) == np.finfo(np.float32).max
-    assert int(made.top_k) == VOCAB
+    made = checked_sampling(VOCAB, 1e300, 10**30, 1e-300, 2**32 - 1, None, ())
+    assert made.temperature == np.finfo(np.float32).max
+    assert made.top_k == VOCAB
 
 
 @given(st.lists(st.lists(ids, min_size=1, max_size=5), min_size=1, max_size=4))

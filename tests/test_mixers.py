@@ -27,13 +27,14 @@ from simplernn_jax.config import validate
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import check_architecture
 from simplernn_jax.inference import generate, generate_text
+from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel, register_mixer
 from simplernn_jax.models.language_model import abstract_model, check_mesh
 from simplernn_jax.models.mixers.token_mixer import find_mixer, load_plugin
 from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import check_fits
-from simplernn_jax.serving.decoder import Decoder
-from simplernn_jax.serving.jobs import Job, NewTokens, Sampling
+from simplernn_jax.serving.jobs import Job, NewTokens
+from simplernn_jax.serving.scheduler import Scheduler
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.optimizer import make_optimizer
 
@@ -200,7 +201,7 @@ def model_of(mixer):
 def test_the_server_generates_the_same_tokens(mixer):
     model = model_of(mixer)
     prompt = np.random.default_rng(5).integers(0, 31, 70, np.int32)
-    decoder = Decoder(model, num_slots=3, cache_bytes=1 << 22)
+    decoder = Scheduler(model, num_slots=3, cache_bytes=1 << 22)
     expected = generate(model, [prompt], max_new_tokens=17).sequences()[0].tolist()
     for _ in range(2):  # the second time from the prefix cache
         decoder.waiting.append(Job(prompt, Sampling(), max_tokens=17))

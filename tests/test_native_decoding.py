@@ -13,7 +13,7 @@ from references import needs_compiler
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenization import available_cores
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import generate, programs, quantize_model
+from simplernn_jax.inference import engine, generate, quantize_model
 from simplernn_jax.inference.decoder_weights import QUANTIZATIONS, decodes_natively
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.decode import decode_tokens
@@ -37,18 +37,17 @@ def make_model(sizes="small", quantize="none", **fields):
 
 
 def packed(model):
-    architecture, parameters = programs.split_model(model)
-    return programs.weights_for(architecture, parameters)
+    return engine.Engine(model).weights
 
 
 step = jax.jit(decode_tokens)
 forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
-def run(model, tokens, is_active=True):
+def run(model, tokens):
     """Logits after each of ``tokens [N, T]``, and the last states."""
     batch = len(tokens)
-    num_tokens = np.broadcast_to(is_active, batch).astype(np.int32)
+    num_tokens = np.ones(batch, np.int32)
     logits, states = jnp.zeros((batch, VOCAB)), model.initial_state(batch)
     found = []
     for t in range(tokens.shape[1]):
@@ -162,19 +161,6 @@ def test_a_wrong_number_of_tokens_is_refused(count):
         jax.block_until_ready(step(packed(model), *arguments, model.initial_state(2)))
 
 
-def test_inactive_sequences_stay_and_others_do_not_see_them():
-    model = make_model()
-    tokens = draw_tokens(5)
-    is_active = np.array([True, False, True, False, True])
-    logits, states = run(model, tokens, is_active)
-    alone, alone_states = run(model, tokens[is_active])
-    np.testing.assert_array_equal(logits[is_active], alone)
-    for ours, theirs in zip(*map(jax.tree.leaves, (states, alone_states)), strict=True):
-        np.testing.assert_array_equal(ours[is_active], theirs)
-    for leaf in (logits, *jax.tree.leaves(states)):
-        assert not np.asarray(leaf)[~is_active].any()
-
-
 def test_an_id_outside_of_the_vocabulary_gives_nan():
     tokens = np.array([[3], [VOCAB], [-1]], np.int32)
     logits, _ = run(make_model(), tokens)
@@ -188,7 +174,7 @@ def test_generates_the_tokens_of_the_modules(quantize, settings, monkeypatch):
     model = make_model("small", quantize)
     settings = {"max_new_tokens": 200, "seed": 3, **settings}
     ours = generate(model, draw_tokens(3), **settings)
-    monkeypatch.setattr(programs, "decodes_natively", lambda _: False)
+    monkeypatch.setattr(engine, "decodes_natively", lambda _: False)
     theirs = generate(model, draw_tokens(3), **settings)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 

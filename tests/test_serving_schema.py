@@ -3,7 +3,7 @@
 import hypothesis
 import pytest
 
-from simplernn_jax.serving.openapi import openapi_document
+from simplernn_jax.serving.app import openapi_document
 
 schemathesis = pytest.importorskip("schemathesis", reason="Schemathesis is not installed")
 

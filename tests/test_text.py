@@ -10,6 +10,7 @@ from small_runs import small_model
 from simplernn_jax.data import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import TextStream, generate, generate_text
+from simplernn_jax.inference.text import StopStrings
 
 BYTES = load_tokenizer("byte", None)
 TEXT = "aß€😀 שלום\n漢字"
@@ -66,6 +67,24 @@ def test_a_stream_decodes_after_its_context(tmp_path):
     byte_ids = [4 + byte for byte in "€".encode()]
     pieces = [stream.feed([token]) for token in [2, 0, *byte_ids, 1]]
     assert pieces == [" or", " to", "", "", "€", " be"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 50])
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [(["stop"], "a "), (["end", "stop; an"], "a "), (["stops"], "a stop; an end"), ([], None)],
+)
+def test_text_ends_before_the_first_stop_string(stops, expected, step):
+    text = "a stop; an end"
+    strings, found = StopStrings(stops), ""
+    for start in range(0, len(text), step):
+        found += strings.feed(text[start : start + step])
+        if strings.has_ended:
+            break
+        assert stops or found == text[: start + step]  # nothing is held back
+    else:
+        found += strings.finish()
+    assert found == (expected or text)
 
 
 def test_text_is_the_decoded_tokens():

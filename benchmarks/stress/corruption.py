@@ -25,7 +25,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
-from simplernn_jax.inference.state_file import load_state, save_state
+from simplernn_jax.inference.state import load_state, save_state
 from simplernn_jax.models import LanguageModel
 
 from .experiment import Case, experiment, run_cases

@@ -136,9 +136,9 @@ def _model_readers(folder: Path, trained: TrainedModel) -> list[Reader]:
 def _request_readers(folder: Path, model: LanguageModel) -> list[Reader]:
     """Readers of requests; a state is in `folder`."""
     states = StateFolder(str(folder), model, BYTES, 1 << 24)
-    start = states.load("state")
-    engine: Any = None  # nothing is executed
-    service = Service(engine, BYTES, BYTES.vocab_size, "m", states, _ROLES, lambda: None)
+    start = states.load("state").prefix
+    worker: Any = None  # nothing is executed
+    service = Service(worker, BYTES, BYTES.vocab_size, "m", states, _ROLES, lambda: None)
 
     def reader(name: str, kind: Any, use: Callable[[Any], object], *bodies: object) -> Reader:
         def read(content: bytes) -> None:
@@ -209,7 +209,7 @@ def _argument_readers() -> list[Reader]:
     def sampling(values: Any) -> None:
         given = values if isinstance(values, dict) else {}
         known = {name: given.get(name, value) for name, value in settings.items()}
-        arguments.checked_settings(BYTES.vocab_size, **known)
+        arguments.checked_sampling(BYTES.vocab_size, **known)
         arguments.checked_length(given.get("max_new_tokens", 5), 2)
 
     def prompts(values: Any) -> None:

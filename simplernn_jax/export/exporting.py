@@ -28,7 +28,7 @@ from simplernn_jax.export.formats import (
     rounded_weights,
 )
 from simplernn_jax.files import sync
-from simplernn_jax.inference.programs import split_model
+from simplernn_jax.inference.engine import split_model
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 

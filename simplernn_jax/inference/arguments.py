@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.sampling import Settings
+from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
 
 _TokenIds = Sequence[int | np.integer] | np.ndarray | jax.Array
@@ -40,7 +39,7 @@ def checked_integer(
 def _checked(
     convert: type, name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]
 ) -> Any:
-    """Convert `value` to ``int`` or ``float``; anything but such a number is refused."""
+    """Convert `value` to ``int`` or ``float``; anything else is rejected."""
     scalar = value
     if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         scalar = as_array(value, name).item()
@@ -91,7 +90,7 @@ def check_callback(name: str, value: Callable[..., Any] | None) -> None:
 
 
 def checked_path(path: Any) -> str:
-    """Convert the path of a file to text; `UserError` if it is none, empty or holds a NUL."""
+    """Convert the path of a file to text; `UserError` if it is not a path, empty or holds a NUL."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path={_shown(path)}: must be the path of a file")
     name = os.fsdecode(path)
@@ -109,7 +108,7 @@ def as_array(value: Any, where: str) -> np.ndarray:
         raise UserError(f"{where}: no flat sequence of token ids ({error})") from error
 
 
-def checked_settings(
+def checked_sampling(
     vocab_size: int,
     temperature: float,
     top_k: int,
@@ -117,27 +116,26 @@ def checked_settings(
     seed: int,
     eos_id: int | None,
     banned_ids: Sequence[int],
-) -> Settings:
-    """Convert the settings of `generate` to arrays; raises `UserError`, which names a wrong one."""
+) -> Sampling:
+    """Check the settings of `generate`; raises `UserError`, which names a wrong one."""
     allowed = "a finite number, at least 0"
     temperature = _checked(float, "temperature", temperature, allowed, lambda x: 0 <= x < math.inf)
     top_k = checked_integer("top_k", top_k, 0, advice="; 0 is off")
     allowed = "above 0 and at most 1; 1 is off"
     top_p = _checked(float, "top_p", top_p, allowed, lambda x: 0 < x <= 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
-    is_banned = np.zeros(vocab_size, np.bool_)
-    is_banned[_checked_ids(banned_ids, vocab_size, "banned_ids")] = True
-    if is_banned.all():
+    banned = tuple(_checked_ids(banned_ids, vocab_size, "banned_ids").tolist())
+    if len(set(banned)) == vocab_size:
         raise UserError("banned_ids: all tokens are banned; leave at least one")
     if eos_id is not None:
         eos_id = checked_integer("eos_id", eos_id, 0, vocab_size - 1)
-    return Settings(
-        key=jax.random.key(np.uint32(seed)),
-        temperature=jnp.float32(min(temperature, float(np.finfo(np.float32).max))),
-        top_k=jnp.int32(min(top_k, vocab_size)),
-        top_p=jnp.float32(top_p),
-        eos_id=jnp.int32(-1 if eos_id is None else eos_id),
-        is_banned=jnp.asarray(is_banned),
+    return Sampling(
+        temperature=min(temperature, float(np.finfo(np.float32).max)),
+        top_k=min(top_k, vocab_size),
+        top_p=top_p,
+        seed=seed,
+        stop_ids=() if eos_id is None else (eos_id,),
+        banned_ids=banned,
     )
 
 

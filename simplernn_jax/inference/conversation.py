@@ -8,7 +8,7 @@ from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import DecoderState, check_state
-from simplernn_jax.inference.text import generate_text
+from simplernn_jax.inference.text import StopStrings, generate_text
 from simplernn_jax.models import LanguageModel
 
 
@@ -37,7 +37,7 @@ class Conversation:
 
     Raises:
       UserError: the state is of another model or of several sequences, or the template or
-        the tokenizer refuses `system`.
+        the tokenizer rejects `system`.
     """
 
     def __init__(
@@ -91,27 +91,22 @@ class Conversation:
           on_text: called with the characters of the answer as they come.
 
         Raises:
-          UserError: a question that the template or the tokenizer refuses, or as for `generate`.
+          UserError: a question that the template or the tokenizer rejects, or as for `generate`.
         """
-        prompt, end = self._question(question), self._template.stop
-        answer, num_shown = "", 0
+        asked = self._prefill(self._question(question), self.state)
+        answer, turn = "", StopStrings([self._template.stop])
 
-        def show(length: int) -> None:
-            nonlocal num_shown
-            if on_text is not None and length > num_shown:
-                on_text(answer[num_shown:length])
-            num_shown = max(num_shown, length)
+        def show(text: str) -> None:
+            nonlocal answer
+            answer += text
+            if on_text is not None and text:
+                on_text(text)
 
         def take(pieces: list[str]) -> None:
-            nonlocal answer
-            answer += pieces[0]
-            ends_at = answer.find(end)
-            if ends_at >= 0:
-                answer = answer[:ends_at]
+            show(turn.feed(pieces[0]))
+            if turn.has_ended:
                 raise _TurnEnded
-            show(len(answer) - len(end) + 1)
 
-        asked = self._prefill(prompt, self.state)
         with contextlib.suppress(_TurnEnded):
             generate_text(
                 self._model,
@@ -124,7 +119,7 @@ class Conversation:
                 seed=seed,
                 on_text=take,
             )
-        show(len(answer))
+            show(turn.finish())
         # Not the state of the generation, which may have gone past the end of the turn.
         said = self._prefill(answer + self._template.end_of_turn, asked)
         self.turns.append(Turn(question, answer, said))

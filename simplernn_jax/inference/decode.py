@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,9 @@ from simplernn_jax.inference.arguments import (
     check_model,
     checked_length,
     checked_prompts,
-    checked_settings,
+    checked_sampling,
 )
-from simplernn_jax.inference.programs import (
-    BLOCK_TOKENS,
-    Programs,
-    programs_for,
-    split_model,
-    weights_for,
-)
-from simplernn_jax.inference.sampling import Settings
+from simplernn_jax.inference.engine import Block, Engine, PrefixState, Sequences, batch_sequences
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
     DecoderState,
@@ -37,12 +29,13 @@ from simplernn_jax.inference.state import (
 )
 from simplernn_jax.models import LanguageModel
 
-CHUNK_LENGTHS = (512, 64, 8, 1)
-"""Prompts are prefilled in chunks of these lengths, longest first, so that four programs serve
-every length without padding: the state of a sequence depends on its own tokens alone."""
+BLOCK_TOKENS = 32
+"""Maximum number of tokens of a sequence that one dispatch decodes, and `on_tokens` gets."""
+CHUNK_LENGTHS: tuple[int, ...] = (512, 64, 8, 1)
+"""Lengths of the chunks in which prompts are prefilled."""
 NATIVE_TOKENS = 512
 """Tokens of all sequences in a call of the C function, whose activations then stay in the cache of
-a core; there, one program serves every length."""
+a core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,36 +104,49 @@ def generate(
     """
     check_model(model)
     vocab_size = model.config.vocab_size
-    settings = checked_settings(vocab_size, temperature, top_k, top_p, seed, eos_id, banned_ids)
+    sampling = checked_sampling(vocab_size, temperature, top_k, top_p, seed, eos_id, banned_ids)
     check_callback("on_tokens", on_tokens)
     if state is not None:
         check_state(model, state)
     prompts = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
     max_new_tokens = checked_length(max_new_tokens, len(prompts))
-    architecture, parameters = split_model(model)
-    programs = programs_for(architecture)
-    chunk_lengths: tuple[int, ...] = CHUNK_LENGTHS
-    if architecture.decodes_natively:
-        chunk_lengths = (max(1, NATIVE_TOKENS // len(prompts)),)
+    engine = Engine(model)
     if state is None:
         state = _initial_state(model, prompts)
-    weights = weights_for(architecture, parameters)
-    state = _prefill(programs, weights, state, prompts, chunk_lengths)
+    state = _prefill(engine, state, prompts)
     check_logits(state.logits)
 
-    fill = 0 if eos_id is None else eos_id
+    (fill,) = sampling.stop_ids or (0,)
     tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
     lengths = np.zeros(len(prompts), np.int32)
-    blocks = _blocks(programs, weights, state, settings, max_new_tokens)
-    for block, counts, newest_state in blocks:
-        state = newest_state
-        new = [sequence[:count] for sequence, count in zip(block, counts, strict=True)]
-        for sequence, start, added in zip(tokens, lengths, new, strict=True):
-            sequence[start : start + len(added)] = added
-        lengths += counts
+    if not max_new_tokens:
+        return Generation(tokens, lengths, state)
+    finished = np.asarray(state.finished) & bool(sampling.stop_ids)
+    sequences = batch_sequences(
+        PrefixState(state.layers, state.logits),
+        state.stream,
+        state.position,
+        np.where(finished, 0, max_new_tokens).astype(np.int32),
+        sampling.arrays(vocab_size),
+    )
+    for block, newest in _blocks(engine, sequences, max_new_tokens):
+        sequences = newest
+        new = [all_of[:count] for all_of, count in zip(block.tokens, block.counts, strict=True)]
+        for index, added in enumerate(new):
+            tokens[index, lengths[index] :][: len(added)] = added
+            finished[index] |= len(added) > 0 and added[-1] in sampling.stop_ids
+        lengths += block.counts
         if on_tokens is not None:
             on_tokens(new)
-    check_logits(state.logits)  # not at every block, which would wait for the next one
+    layers, logits = sequences.state
+    check_logits(logits)  # not at every block, which would wait for the next one
+    state = dataclasses.replace(
+        state,
+        layers=layers,
+        logits=logits,
+        position=sequences.position,
+        finished=jnp.asarray(finished),
+    )
     generation = Generation(tokens=tokens, lengths=lengths, state=state)
     return dataclasses.replace(generation, state=_remember(state, generation.sequences()))
 
@@ -165,46 +171,40 @@ def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
     return dataclasses.replace(state, recent=jnp.asarray(np.stack(recent)))
 
 
-def _prefill(
-    programs: Programs,
-    weights: Any,
-    state: DecoderState,
-    prompts: list[np.ndarray],
-    lengths: tuple[int, ...],
-) -> DecoderState:
-    """Prefill in chunks of these `lengths`; if there is but one, the last chunk may be shorter."""
-    done = np.zeros(len(prompts), np.int32)
-    size = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    for length in lengths:
-        shortest = length if len(lengths) > 1 else 1
-        while (size - done >= shortest).any():
-            count = np.where(size - done >= shortest, np.minimum(size - done, length), 0)
-            tokens = np.zeros((len(prompts), length), np.int32)
-            for index in np.flatnonzero(count):
-                tokens[index, : count[index]] = prompts[index][done[index] :][: count[index]]
-            state = programs.prefill(weights, state, tokens, count)
-            done += count
+def _prefill(engine: Engine, state: DecoderState, prompts: list[np.ndarray]) -> DecoderState:
+    now, lengths = PrefixState(state.layers, state.logits), CHUNK_LENGTHS
+    if engine.is_native:
+        lengths = (max(1, NATIVE_TOKENS // len(prompts)),)
+    size = np.asarray([len(prompt) for prompt in prompts])
+    done = np.zeros_like(size)
+    while (size > done).any():
+        length, count = engine.next_chunk(size - done, lengths)
+        tokens = np.zeros((len(prompts), length), np.int32)
+        for index in np.flatnonzero(count):
+            tokens[index, : count[index]] = prompts[index][done[index] :][: count[index]]
+        ((now, _),) = engine.prefill([now], tokens, count)
+        done += count
+    finished = jnp.asarray(np.asarray(state.finished) & (size == 0))
+    state = dataclasses.replace(state, layers=now.layers, logits=now.logits, finished=finished)
     return _remember(state, prompts)
 
 
 def _blocks(
-    programs: Programs, weights: Any, state: DecoderState, settings: Settings, max_new_tokens: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, DecoderState]]:
-    """Yield (tokens [B, BLOCK_TOKENS], counts [B], newest state) of all blocks.
+    engine: Engine, sequences: Sequences, max_new_tokens: int
+) -> Iterator[tuple[Block, Sequences]]:
+    """Yield all blocks, as NumPy arrays, each with the newest sequences.
 
     One block is always in flight: the device computes it while the caller handles the previous
-    one. Once all sequences have finished, it is empty and leaves the state unchanged.
+    one. Once all sequences have finished, it is empty and leaves their state unchanged.
     """
+    everyone = np.ones(len(sequences.position), np.bool_)
     in_flight = None
-    for start in range(0, max_new_tokens, BLOCK_TOKENS):
-        num_tokens = np.int32(min(BLOCK_TOKENS, max_new_tokens - start))
-        block, counts, state = programs.decode(weights, state, settings, num_tokens)
+    for _ in range(0, max_new_tokens, BLOCK_TOKENS):
+        block, sequences = engine.decode(sequences, everyone, BLOCK_TOKENS)
         if in_flight is not None:
-            *ready, all_finished = jax.device_get(in_flight)
-            yield *ready, state
-            if all_finished:
+            ready: Block = jax.device_get(in_flight)
+            yield ready, sequences
+            if ready.has_ended:
                 return
-        in_flight = block, counts, jnp.all(state.finished)
-    if in_flight is not None:
-        tokens, counts, _ = jax.device_get(in_flight)
-        yield tokens, counts, state
+        in_flight = block
+    yield jax.device_get(in_flight), sequences

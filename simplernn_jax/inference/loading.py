@@ -53,7 +53,7 @@ def is_exported(folder: Any) -> bool:
 
 
 def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
-    """Load an exported model, executing nothing; raises `UserError` if it is corrupted."""
+    """Load an exported model, executing nothing; raises `UserError` if it is corrupt."""
     config, tokenizer, digest = read_run(folder)
     path = os.path.join(folder, WEIGHTS)
     model = model_from_weights(config.model, read_pytorch_weights(path, digest), path)
@@ -61,7 +61,7 @@ def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
 
 
 def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
-    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupted."""
+    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupt."""
     path = os.path.join(folder, RUN)
     try:
         run: Any = json.loads(read_file(path, _MAX_RUN_BYTES))
@@ -107,7 +107,7 @@ def load_model(
       the run.
 
     Raises:
-      UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupted, or
+      UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupt, or
         the tokenizer has ids that the model does not have.
     """
     if plugin is not None:

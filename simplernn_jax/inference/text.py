@@ -112,7 +112,7 @@ def _encode(
     if state is None:
         encoded = [np.concatenate([[tokenizer.bos_id], ids]) for ids in encoded]
         return encoded, encoded
-    # Not strict: `generate` refuses prompts of another number.
+    # Not strict: `generate` rejects another number of prompts.
     pairs = zip(np.asarray(state.recent), encoded, strict=False)
     return encoded, [np.concatenate([recent[recent >= 0], ids]) for recent, ids in pairs]
 
@@ -152,3 +152,29 @@ class TextStream:
         """Decode the remembered ids, without an unfinished last character unless `final`."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return decoder.decode(self._tokenizer.decode_bytes(self._ids), final)
+
+
+class StopStrings:
+    """Text up to the first of some strings; what may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held_back = ""
+        """Text that may be the beginning of a stop string; one itself once it was found."""
+        self.has_ended = False
+        """True once a stop string was found."""
+        self._num_held_back = max(map(len, stops), default=1) - 1
+
+    def feed(self, text: str) -> str:
+        """Return the text that no later one can make part of a stop string."""
+        text = self.held_back + text
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.has_ended = bool(found)
+        end = min(found, default=max(0, len(text) - self._num_held_back))
+        self.held_back = text[end:]
+        return text[:end]
+
+    def finish(self, text: str = "") -> str:
+        """Return the rest, to which `text` is the last addition."""
+        text = self.feed(text)
+        return text if self.has_ended else text + self.held_back

@@ -1,10 +1,21 @@
-"""Bodies of requests: types, ranges and unknown fields are checked while JSON is parsed."""
+"""Bodies of requests, and what they mean for the model.
 
+Types, ranges and unknown fields are checked while JSON is parsed; ids by `Inputs`.
+"""
+
+import hashlib
 import re
+import secrets
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, Meta, UnsetType
+
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference.sampling import Sampling
 
 NAME_PATTERN = "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 MAX_PROMPTS = 256
@@ -35,6 +46,8 @@ _NEUTRAL = {
 """Values, as compact JSON, with which fields of OpenAI's API ask for nothing but text."""
 _TYPES = {"array": "list", "float": "number", "int": "integer", "str": "string"}
 """Names of types in errors."""
+_SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields that `Sampling` has too, with the same defaults."""
 _UNPARSED: Any = msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
 
 
@@ -77,7 +90,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.001, le=10)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] | None = None
     banned_token_ids: Annotated[list[TokenId], Meta(max_length=4096)] | None = None
@@ -202,7 +215,7 @@ def _decode(kind: Any, content: bytes | msgspec.Raw, where: str) -> Any:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$")
+        what, _, path = str(error).replace("`key` in `$", "`$").partition(" - at `$")
         where = (where + path).strip(".`")
         if field := re.fullmatch("Object .* (unknown|required) field `(.*)`", what, re.DOTALL):
             what, where = f"{field[1]} field", f"{where}.{field[2]}".lstrip(".")
@@ -215,3 +228,81 @@ def _decode(kind: Any, content: bytes | msgspec.Raw, where: str) -> Any:
         raise RequestError(message, param=re.split(r"[.[]", where)[0] or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON that can be read: {error}") from error
+
+
+class Inputs:
+    """Conversion of requests for one vocabulary, at least as large as the tokenizer's."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._banned_ids = ids_without_text(tokenizer, vocab_size)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode `text`; raises `RequestError` if the tokenizer cannot."""
+        try:
+            return self._tokenizer.encode(text)
+        except UserError as error:
+            raise RequestError(str(error), param="prompt") from error
+
+    def prompts(self, request: CompletionRequest) -> list[tuple[str, np.ndarray]]:
+        """Return echoed text and ids of each prompt; raises `RequestError` for wrong ones."""
+        several = parse_prompts(request.prompt)
+        ids = [self.prompt(one, request.state is not None) for one in several]
+        if not request.echo:
+            return [("", one) for one in ids]
+        texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in several]
+        return list(zip(texts, ids, strict=True))
+
+    def prompt(self, prompt: str | list[int], has_state: bool) -> np.ndarray:
+        """Return the ids of a prompt; a text begins with BOS unless it continues a state."""
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+            if not has_state:
+                ids = np.concatenate([[self._tokenizer.bos_id], ids])
+            return ids.astype(np.int32)
+        self.check_ids("prompt", prompt)
+        if not prompt and not has_state:
+            raise RequestError("prompt: a list of token ids is empty", param="prompt")
+        return np.array(prompt, np.int32)
+
+    def check_ids(self, param: str, ids: Collection[int]) -> None:
+        """Check that all ids are in the vocabulary."""
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:
+            raise RequestError(
+                f"{param}: token {largest} is outside the vocabulary of {self._vocab_size}",
+                param=param,
+            )
+
+    def sampling(self, request: SamplingFields) -> Sampling:
+        """Convert settings; `RequestError` for ids outside the vocabulary, or if all are banned."""
+        stop_ids, banned = request.stop_token_ids or [], request.banned_token_ids or []
+        self.check_ids("stop_token_ids", stop_ids)
+        self.check_ids("banned_token_ids", banned)
+        self.check_ids("logit_bias", request.logit_bias or [])
+        if len(self._banned_ids.union(banned)) >= self._vocab_size:
+            raise RequestError(
+                "banned_token_ids: leave at least one token", param="banned_token_ids"
+            )
+        if not request.ignore_eos:
+            stop_ids = [*stop_ids, self._tokenizer.eos_id]
+        given = {name: getattr(request, name) for name in _SAMPLING}
+        return Sampling(
+            **{name: value for name, value in given.items() if value is not None},
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=max(0, min(request.top_k or 0, self._vocab_size)),
+            logit_bias=request.logit_bias or {},
+            banned_ids=tuple(sorted(self._banned_ids.union(banned))),
+            stop_ids=tuple(sorted({*stop_ids})),
+            seed=_seed(request.seed),
+        )
+
+
+def _seed(seed: int | None) -> int:
+    """Seed of 32 bits: of a larger or negative one, a digest; of none, a random one."""
+    if seed is None:
+        return secrets.randbits(32)
+    if 0 <= seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")

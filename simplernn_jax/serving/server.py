@@ -1,4 +1,4 @@
-"""The process of the server: engine thread, event loop, signals."""
+"""The process of the server: worker thread, event loop, signals."""
 
 import asyncio
 import contextlib
@@ -8,25 +8,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from types import FrameType
 
 import uvicorn
 from absl import logging
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from simplernn_jax.data.chat_template import ChatTemplate
-from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.app import make_app
-from simplernn_jax.serving.connections import MAX_HEADER_BYTES, DeadlineProtocol, Gate
-from simplernn_jax.serving.engine import Engine
+from simplernn_jax.serving.http import MAX_HEADER_BYTES, DeadlineProtocol
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
-from simplernn_jax.serving.service import Reload, Service
-from simplernn_jax.serving.states import StateFolder
+from simplernn_jax.serving.service import Service
 
 MAX_UNSENT_BYTES = 1 << 14
 """Bytes that the system keeps for a connection beyond what it may send to the client."""
@@ -60,133 +52,113 @@ def _allow_open_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
-def serve(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    listener: socket.socket,
-    *,
-    model_name: str,
-    num_slots: int,
-    cache_bytes: int,
-    max_waiting: int,
-    drain_timeout: float,
-    states: StateFolder,
-    template: ChatTemplate | None,
-    api_key: bytes | None,
-    allow_origin: str | None,
-    hosts: frozenset[str] | None,
-    max_connections: int,
-    reload_model: Callable[[], Reload | None],
-) -> None:
-    """Answer requests until SIGTERM or SIGINT."""
-    _allow_open_files(2 * max_connections)
-    loop: asyncio.AbstractEventLoop | None = None
+class Server(uvicorn.Server):
+    """Answers requests to `app`, an application of `service`, until SIGTERM or SIGINT.
 
-    def on_events(events: list[tuple[Job, Event]]) -> None:
-        assert loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(route, events)
+    The loop of events runs in the thread that calls `answer`; programs are compiled in another one,
+    while ``/health`` tells that the server is starting.
+    """
 
-    def route(events: list[tuple[Job, Event]]) -> None:
-        for job, event in events:
-            if job.deliver is not None:
-                job.deliver(job, event)
+    def __init__(
+        self, service: Service, app: ASGIApp, *, max_connections: int, drain_timeout: float
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=DeadlineProtocol,
+                h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
+                proxy_headers=False,
+                limit_concurrency=max_connections + 1,  # uvicorn rejects the last one
+                log_level="error",  # or each request that is not HTTP would write a line
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(drain_timeout) + 5,
+            )
+        )
+        self._service, self._worker = service, service.worker
+        self._max_connections = max_connections
+        self._starter = threading.Thread(target=self._start, daemon=True)
+        stop = self._worker.stop
+        self._stopper = threading.Thread(target=stop, args=(drain_timeout,), daemon=True)
+        self._failures: list[BaseException] = []
+        self._reloads: list[asyncio.Task[None]] = []  # the loop itself keeps no task alive
 
-    def on_failure(error: BaseException) -> None:
-        service.status = "failed"
-        fail(error)
+    def answer(self, listener: socket.socket) -> None:
+        """Answer requests until a signal; raises what ended the server before."""
+        _allow_open_files(2 * self._max_connections)
+        # uvicorn raises the signal again after a graceful end: that is no error here.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        asyncio.run(self._run(listener))
+        self._starter.join()  # a process that ends while XLA compiles would crash
+        if self._stopper.ident is not None:
+            self._stopper.join()
+        if self._failures:
+            raise self._failures[0]
 
-    def fail(error: BaseException) -> None:
-        failures.append(error)
-        server.should_exit = True
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Finish the running requests at the first signal."""
+        if self._service.status != "draining":
+            self._service.status = "draining"
+            self._stopper.start()
+        super().handle_exit(sig, frame)
 
-    engine = Engine(
-        model,
-        num_slots=num_slots,
-        cache_bytes=cache_bytes,
-        max_waiting=max_waiting,
-        on_events=on_events,
-        on_failure=on_failure,
-    )
-    service = Service(
-        engine, tokenizer, model.config.vocab_size, model_name, states, template, reload_model
-    )
+    async def _run(self, listener: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._address = listener.getsockname()[:2]
+        self._starter.start()
+        self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload)
+        await self.serve(sockets=[listener])
 
-    def start() -> None:
+    def _start(self) -> None:
+        """Compile all programs, then start the worker."""
+        service = self._service
         try:
-            for number, name in enumerate(engine.decoder.compile(), 1):
+            for number, name in enumerate(self._worker.scheduler.compile(), 1):
                 if service.status != "starting":
                     return
                 _progress(f"compiling program {number}: {name}")
         except BaseException as error:
-            fail(error)
+            self._fail(error)
             return
         # All that lives so far lives on: no collection need look at it, for 0.1 s each time.
         gc.collect()
         gc.freeze()
-        engine.start()
+        self._worker.start(self._on_events, self._on_failure)
         if service.status == "starting":
             service.status = "ready"
-        host, port = listener.getsockname()[:2]
+        host, port = self._address
         _progress(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}\n")
 
-    async def run() -> None:
-        nonlocal loop
-        loop = asyncio.get_running_loop()
-        starter.start()
-        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(reload())))
-        await server.serve(sockets=[listener])
+    def _on_events(self, events: list[tuple[Job, Event]]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(_deliver, events)
 
-    async def reload() -> None:
+    def _on_failure(self, error: BaseException) -> None:
+        self._service.status = "failed"
+        self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failures.append(error)
+        self.should_exit = True
+
+    def _begin_reload(self) -> None:
+        self._reloads.append(self._loop.create_task(self._reload()))
+
+    async def _reload(self) -> None:
         try:
-            is_newer = await service.reload()
+            is_newer = await self._service.reload()
             _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
         except RequestError as error:
             _progress(f"{error.message}\n")
         except Exception:
             logging.exception("the newer checkpoint cannot be used")
 
-    class _Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            if service.status != "draining":
-                service.status = "draining"
-                stopper.start()
-            super().handle_exit(sig, frame)
 
-    starter = threading.Thread(target=start, daemon=True)
-    app: ASGIApp = Gate(make_app(service), api_key, allow_origin, hosts)
-    if allow_origin is not None:
-        app = CORSMiddleware(
-            app,
-            [allow_origin],
-            allow_methods=["*"],
-            allow_headers=["*"],
-            allow_private_network=True,  # a page elsewhere may use a server on this machine
-        )
-    config = uvicorn.Config(
-        app,
-        http=DeadlineProtocol,
-        h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,
-        proxy_headers=False,
-        limit_concurrency=max_connections + 1,  # uvicorn refuses the last one
-        log_level="error",  # or each request that is not HTTP would write a line
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(drain_timeout) + 5,
-    )
-    server = _Server(config)
-    # uvicorn raises the signal again after a graceful end: that is no error here.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    failures: list[BaseException] = []
-    reloads: list[asyncio.Task[None]] = []  # the loop itself keeps no task alive
-    stopper = threading.Thread(target=engine.stop, args=(drain_timeout,), daemon=True)
-    asyncio.run(run())
-    starter.join()  # a process that ends while XLA compiles would crash
-    if stopper.ident is not None:
-        stopper.join()
-    if failures:
-        raise failures[0]
+def _deliver(events: list[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        if job.deliver is not None:
+            job.deliver(job, event)
 
 
 def _progress(line: str) -> None:

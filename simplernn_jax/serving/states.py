@@ -15,10 +15,16 @@ import numpy as np
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import DAMAGE, read_file, sha256_hex, write_file
-from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState
-from simplernn_jax.inference.state_file import decode_state, encode_state, fingerprints
+from simplernn_jax.inference.engine import PrefixState
+from simplernn_jax.inference.state import (
+    RECENT_TOKENS,
+    DecoderState,
+    decode_state,
+    encode_state,
+    fingerprints,
+)
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Root
+from simplernn_jax.serving.jobs import Prefix
 from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
 
 _SUFFIX = ".safetensors"
@@ -38,9 +44,10 @@ class NamedState:
     parent: str | None
 
     @property
-    def root(self) -> Root:
-        """Return the state that a prompt continues."""
-        return Root(bytes.fromhex(self.fingerprint), self.state.layers, self.state.logits[0])
+    def prefix(self) -> Prefix:
+        """What a prompt continues."""
+        state = PrefixState(self.state.layers, self.state.logits)
+        return Prefix(state, bytes.fromhex(self.fingerprint), self.recent)
 
     @property
     def recent(self) -> np.ndarray:
@@ -50,7 +57,7 @@ class NamedState:
 
 
 class StateFolder:
-    """The states of one model in a folder that exists; files of other models are refused."""
+    """The states of one model in a folder that exists; files of other models are rejected."""
 
     def __init__(
         self, folder: str, model: LanguageModel, tokenizer: Tokenizer, max_bytes: int
@@ -85,33 +92,33 @@ class StateFolder:
             raise RequestError(f"state {name!r}: {error.strerror}", status=503) from error
 
     def load(self, name: str) -> NamedState:
-        """Load a state; `RequestError`: 404 without one, 409 if corrupted or of another model."""
+        """Load a state; `RequestError`: 404 without one, 409 if corrupt or of another model."""
         return self._decode(name, self.read(name), status=409)
 
     def add(
-        self, name: str | None, root: Root, tokens: np.ndarray, parent: NamedState | None
+        self, name: str | None, state: PrefixState, tokens: np.ndarray, parent: NamedState | None
     ) -> NamedState:
-        """Save the state that `root` holds, after `parent` and `tokens`; 409 for a name that is
-        taken, 507 without room.
+        """Save the state after `parent` and `tokens`; 409 for a name that is taken, 507 without
+        room.
         """
         before = np.zeros(0, np.int32) if parent is None else parent.recent
         recent = np.full(RECENT_TOKENS, -1, np.int32)
         last = np.concatenate([before, tokens])[-RECENT_TOKENS:]
         recent[len(recent) - len(last) :] = last
         arrays: dict[str, Any] = {
-            "logits": np.asarray(root.logits)[None],
+            "layers": state.layers,
+            "logits": np.asarray(state.logits),
             "position": np.zeros(1, np.int32),
             "stream": np.zeros(1, np.int32),
             "finished": np.zeros(1, np.bool_),
             "recent": recent[None],
         }
-        state = DecoderState(layers=root.layers, **arrays)
         notes = {}
         if parent is None or parent.length is not None:
             notes["length"] = str(len(tokens) + (0 if parent is None else parent.length or 0))
         if parent is not None:
             notes["parent"] = parent.name
-        return self.put(name, encode_state(state, self._fingerprints, **notes))
+        return self.put(name, encode_state(DecoderState(**arrays), self._fingerprints, **notes))
 
     def put(self, name: str | None, content: bytes) -> NamedState:
         """Save the content of a file under a new name.
@@ -150,10 +157,10 @@ class StateFolder:
     def fork(self, name: str, new_name: str | None) -> NamedState:
         """Copy a state; its parent is `name`."""
         original = self.load(name)
-        return self.add(new_name, original.root, np.zeros(0, np.int32), original)
+        return self.add(new_name, original.prefix.state, np.zeros(0, np.int32), original)
 
     def delete(self, name: str) -> None:
-        """Delete a file; raises `RequestError` (404) if there is none."""
+        """Delete a file; raises `RequestError` (404) if it does not exist."""
         path = self._path(name)
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -165,7 +172,7 @@ class StateFolder:
             raise RequestError(f"state {name!r}: {error.strerror}", status=503) from error
 
     def _not_found(self, name: str) -> RequestError:
-        message = f"state {name!r}: there is none of this name"
+        message = f"state {name!r} does not exist"
         return RequestError(message, status=404, code="state_not_found")
 
     def _path(self, name: str) -> str:

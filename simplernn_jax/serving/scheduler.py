@@ -1,23 +1,33 @@
-"""Continuous batching of the jobs of one set of parameters: prefill, slots, and results."""
+"""Continuous batching of the jobs of one set of parameters: prefill, slots, and results.
+
+The number of slots N is fixed, because XLA may order float32 sums differently for another batch
+size. Within one N, a slot gives the same bits whatever its index and its neighbors. Where a C
+function decodes the model, N changes no bit either.
+"""
 
 import dataclasses
 import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.array_types import ModelState
-from simplernn_jax.inference.programs import split_model, weights_for
+from simplernn_jax.inference.engine import (
+    MAX_BLOCK,
+    Block,
+    Engine,
+    PrefixState,
+    Sequences,
+    insert_sequences,
+)
+from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Failed, Job, Logprobs, NewTokens, Sampling
-from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller
-from simplernn_jax.serving.prefix_cache import PrefixCache
-from simplernn_jax.serving.slots import MAX_BLOCK, Block, empty_slots, new_slot, slot_programs
+from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens, Prefilled
+from simplernn_jax.serving.prefill import MAX_JOBS, PrefilledJob, Prefiller, PrefixCache
 
 PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
@@ -40,7 +50,7 @@ class _Choice:
     job: Job
     index: int
     num_tokens: int = 0
-    parts: list[tuple[np.ndarray, Logprobs | None]] = dataclasses.field(default_factory=list)
+    parts: list[tuple[np.ndarray, TokenLogprobs | None]] = dataclasses.field(default_factory=list)
     """Tokens that no event has reported."""
     reported: float = -math.inf
     """Monotonic seconds of the last event."""
@@ -54,54 +64,42 @@ class _Choice:
         parts, self.parts = self.parts, []
         tokens = np.concatenate([new for new, _ in parts])
         logprobs = [some for _, some in parts if some is not None]
-        together = Logprobs(*map(np.concatenate, zip(*logprobs, strict=True))) if logprobs else None
-        return NewTokens(self.index, tokens, together, reason)
+        joined = None
+        if logprobs:
+            joined = TokenLogprobs(*map(np.concatenate, zip(*logprobs, strict=True)))
+        return NewTokens(self.index, tokens, joined, reason)
 
 
 class _Dispatched(NamedTuple):
     """A block of tokens that the device computes."""
 
     block: Block
-    with_logprobs: bool
     choices: list[_Choice | None]
     """Choices of all slots that it computes."""
     time: float
     """Monotonic seconds at its dispatch."""
 
 
-@dataclasses.dataclass(eq=False)
-class _Ready:
-    """A prefilled job whose choices wait for slots."""
-
-    job: Job
-    layers: ModelState
-    logits: jax.Array
-    num_started: int = 0
-
-
-class Decoder:
+class Scheduler:
     """Slots and prefix cache of one set of parameters. Not thread-safe, except `waiting`."""
 
     def __init__(self, model: LanguageModel, num_slots: int, cache_bytes: int) -> None:
         self.model = model
         self.cache = PrefixCache(cache_bytes)
         self.waiting: deque[Job] = deque()
-        architecture, self._parameters = split_model(model)
-        self._programs = slot_programs(architecture)
-        self._weights = weights_for(architecture, self._parameters)
-        self._is_native = architecture.decodes_natively
+        self._engine = Engine(model)
         self._vocab_size = model.config.vocab_size
-        self._zero = jax.block_until_ready(model.initial_state(1))
+        self._zero = jax.block_until_ready(_empty_state(model, 1))
         self._start(num_slots)
 
     def _start(self, num_slots: int) -> None:
         """Clear slots and queues."""
-        self._slots = empty_slots(self.model, num_slots)
+        nothing = _new_sequence(_NO_JOB, 0, self._vocab_size)
+        slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
+        self._slots: Sequences = slots._replace(state=_empty_state(self.model, num_slots))
         self._choices: list[_Choice | None] = [None] * num_slots
-        self._prefiller = Prefiller(
-            self._programs, self._parameters, self._weights, self._is_native, self._zero, self.cache
-        )
-        self._ready: deque[_Ready] = deque()
+        self._prefiller = Prefiller(self._engine, self._zero, self.cache)
+        self._ready: deque[PrefilledJob] = deque()
         self._in_flight: _Dispatched | None = None
         self._collected = 0.0
         self._token_seconds = LONG_SECONDS
@@ -137,8 +135,7 @@ class Decoder:
         """Compile all programs, naming each before it is compiled."""
         yield from self._prefiller.compile()
         yield "insertion"
-        no_logits = jnp.zeros(self._vocab_size, jnp.float32)
-        nothing = _Ready(Job(np.zeros(0, np.int32), Sampling()), self._zero, no_logits)
+        nothing = PrefilledJob(_NO_JOB, Prefilled(0, None, None), self._zero)
         self._insert([(len(self._choices), nothing, 0)])
         yield f"decoding in {len(self._choices)} slots"
         self._dispatch(self._choices, is_first=False)
@@ -230,15 +227,13 @@ class Decoder:
                     return has_prefilled
                 budget -= prefiller.step()
                 has_prefilled = True
-            for job, event, layers, logits in prefiller.finished:
-                self._events.append((job, event))
-                if job.max_tokens:
-                    self._ready.append(_Ready(job, layers, logits))
+            self._events += [(ready.job, ready.event) for ready in prefiller.finished]
+            self._ready += [ready for ready in prefiller.finished if ready.job.max_tokens]
             prefiller.finished.clear()
 
     def _start_choices(self) -> None:
         """Insert choices of prefilled jobs into free slots, in order."""
-        new: list[tuple[int, _Ready, int]] = []
+        new: list[tuple[int, PrefilledJob, int]] = []
         for slot, choice in enumerate(self._choices):
             if choice is None and (ready := self._next_ready()):
                 new.append((slot, ready, ready.num_started))
@@ -249,22 +244,21 @@ class Decoder:
         for start in range(0, len(new), MAX_JOBS):
             self._insert(new[start : start + MAX_JOBS])
 
-    def _next_ready(self) -> _Ready | None:
+    def _next_ready(self) -> PrefilledJob | None:
         """Return the first prefilled job that does not pause."""
         return next((ready for ready in self._ready if ready.job.unread_since is None), None)
 
-    def _insert(self, new: list[tuple[int, _Ready, int]]) -> None:
+    def _insert(self, new: list[tuple[int, PrefilledJob, int]]) -> None:
         """Insert up to MAX_JOBS (slot, job, number of its choice)."""
         idle = MAX_JOBS - len(new)
         _, ready, _ = new[0]
         new = new + [(len(self._choices), ready, 0)] * idle
-        slots = [new_slot(ready.job, choice, self._vocab_size) for _, ready, choice in new]
-        self._slots = self._programs.insert(
+        sequences = [_new_sequence(ready.job, choice, self._vocab_size) for _, ready, choice in new]
+        self._slots = insert_sequences(
             self._slots,
             np.array([slot for slot, _, _ in new], np.int32),
-            tuple(ready.layers for _, ready, _ in new),
-            tuple(ready.logits for _, ready, _ in new),
-            jax.tree.map(lambda *x: np.stack(x), *slots),
+            tuple(ready.state for _, ready, _ in new),
+            jax.tree.map(lambda *x: np.stack(x), *sequences),
         )
 
     def _dispatch(self, choices: list[_Choice | None], is_first: bool) -> _Dispatched:
@@ -276,26 +270,21 @@ class Decoder:
         if is_first and is_streamed:
             length = min(length, FIRST_BLOCK)
         length = max(1, min(length, MAX_BLOCK))
-        with_logprobs = any(choice.job.num_logprobs for choice in active)
-        block, self._slots = self._programs.decode(
-            self._weights,
-            self._slots,
-            np.array([choice is not None for choice in choices]),
-            np.int32(length),
-            np.bool_(with_logprobs),
-            np.bool_(any(choice.job.sampling.has_penalties for choice in active)),
-        )
-        return _Dispatched(block, with_logprobs, list(choices), time.monotonic())
+        is_active = np.array([choice is not None for choice in choices])
+        block, self._slots = self._engine.decode(self._slots, is_active, length)
+        return _Dispatched(block, list(choices), time.monotonic())
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
-        block, with_logprobs, choices, began = dispatched
+        block, choices, began = dispatched
         tokens, counts = jax.device_get((block.tokens, block.counts))
         now = time.monotonic()
         if counts.max():  # else every slot had ended before the block
             self._token_seconds = (now - max(began, self._collected)) / counts.max()
         self._collected = now
-        logprobs = jax.device_get(block.logprobs) if with_logprobs else None
+        logprobs = None
+        if any(choice is not None and choice.job.num_logprobs for choice in choices):
+            logprobs = jax.device_get(block.logprobs)
         for slot, choice in enumerate(choices):
             if choice is None or self._choices[slot] is not choice:
                 continue
@@ -311,8 +300,42 @@ class Decoder:
                 self._choices[slot] = None
             of_tokens = None
             if logprobs is not None and job.num_logprobs:
-                of_tokens = Logprobs(*(x[slot, :count] for x in logprobs))
+                of_tokens = TokenLogprobs(*(x[slot, :count] for x in logprobs))
             choice.parts.append((new, of_tokens))
             if reason is not None or now - choice.reported >= EVENT_SECONDS:
                 self._events.append((job, choice.take(reason)))
                 choice.reported = now
+
+
+_NO_JOB = Job(np.zeros(0, np.int32), Sampling())
+
+
+def _empty_state(model: LanguageModel, batch_size: int) -> PrefixState:
+    logits = jnp.zeros((batch_size, model.config.vocab_size), jnp.float32)
+    return PrefixState(model.initial_state(batch_size), logits)
+
+
+def _new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
+    """Make arrays of a choice of a job, without the axis B and the state after its prompt."""
+    sampling = job.sampling
+    in_prompt = np.zeros(vocab_size, np.bool_)
+    in_prompt[job.tokens] = True
+    if job.prefix is not None:
+        in_prompt[job.prefix.recent] = True
+    arrays: dict[str, Any] = {
+        "state": None,
+        "stream": np.int32(job.first_stream + choice),
+        "position": np.int32(0),
+        "remaining": np.int32(job.max_tokens),
+        "wants_logprobs": np.bool_(job.num_logprobs > 0),
+    }
+    penalties: dict[str, Any] = {
+        "repetition": np.float32(sampling.repetition_penalty),
+        "presence": np.float32(sampling.presence_penalty),
+        "frequency": np.float32(sampling.frequency_penalty),
+        "in_prompt": in_prompt,
+        "counts": np.zeros(vocab_size, np.int32),
+    }
+    return Sequences(
+        **arrays, settings=sampling.arrays(vocab_size), penalties=Penalties(**penalties)
+    )

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from simplernn_jax.data import load_tokenizer
-from simplernn_jax.serving.answers import LONG, MAX_UNREAD_BYTES, Answer, PromptResult
-from simplernn_jax.serving.choice_text import ChoiceText
-from simplernn_jax.serving.jobs import Failed, Job, Logprobs, NewTokens, Prefilled, Sampling
+from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled
 from simplernn_jax.serving.requests import RequestError
+from simplernn_jax.serving.responses import ChoiceText
+from simplernn_jax.serving.service import LONG, MAX_UNREAD_BYTES, Answer, PromptResult
 
 NONE = np.zeros(0, np.int32)
 
@@ -20,8 +21,8 @@ def answer():
     """An answer to one prompt, and a function that delivers an event to it."""
     job = Job(NONE, Sampling(), max_tokens=10**6)
     choice = ChoiceText(load_tokenizer("byte", None), NONE)
-    result = PromptResult(job, "", None, [choice], [mock.Mock()])
-    made = Answer([result], mock.Mock(), mock.Mock(), mock.Mock())
+    result = PromptResult(job, "", None, [choice])
+    made = Answer(mock.Mock(), [result])
     made._deliver(job, Prefilled(0, None, None))
     return made, lambda event: made._deliver(job, event)
 
@@ -31,7 +32,7 @@ def token(reason=None):
 
 
 async def texts(updates):
-    return [update.piece.text async for several in updates for update in several]
+    return [piece.text async for several in updates for _, piece in several]
 
 
 def test_tokens_before_a_failure_are_handed_on():
@@ -40,7 +41,7 @@ def test_tokens_before_a_failure_are_handed_on():
         for event in (token(), token(), Failed("the server is stopping")):
             deliver(event)
         updates = made.updates()
-        assert [update.piece.text for update in await anext(updates)] == ["a", "a"]
+        assert [piece.text for _, piece in await anext(updates)] == ["a", "a"]
         with pytest.raises(RequestError, match="the server is stopping"):
             await anext(updates)
 
@@ -79,10 +80,14 @@ def test_a_request_pauses_until_its_client_reads_and_loses_nothing():
 def test_log_probabilities_count_as_unread():
     made, deliver = answer()
     values = np.zeros((100, 20), np.float32)
-    deliver(NewTokens(0, np.zeros(100, np.int32), Logprobs(values[:, 0], values, values), None))
+    deliver(
+        NewTokens(0, np.zeros(100, np.int32), TokenLogprobs(values[:, 0], values, values), None)
+    )
     assert made.results[0].job.unread_since is None
     for _ in range(MAX_UNREAD_BYTES // (100 * 41 * 4)):
-        deliver(NewTokens(0, np.zeros(100, np.int32), Logprobs(values[:, 0], values, values), None))
+        deliver(
+            NewTokens(0, np.zeros(100, np.int32), TokenLogprobs(values[:, 0], values, values), None)
+        )
     assert made.results[0].job.unread_since is not None
 
 
@@ -96,9 +101,9 @@ def test_scores_of_a_long_prompt_do_not_block_other_requests():
 
     async def run():
         job = Job(np.zeros(LONG + 1, np.int32), Sampling(), max_tokens=0, scores_prompt=True)
-        result = PromptResult(job, "", [], [mock.Mock(finish_reason=None)], [])
-        made = Answer([result], mock.Mock(), score, mock.Mock())
-        made._deliver(job, Prefilled(0, Logprobs(NONE, NONE, NONE), None))
+        result = PromptResult(job, "", [], [mock.Mock(finish_reason=None)])
+        made = Answer(mock.Mock(prompt_entries=score), [result])
+        made._deliver(job, Prefilled(0, TokenLogprobs(NONE, NONE, NONE), None))
         reading = asyncio.create_task(texts(made.updates()))
         while not started.is_set():
             await asyncio.sleep(0.001)

@@ -1,0 +1,376 @@
+"""The engine of inference: prefill of prompts chunk by chunk, and decoding in one compiled loop.
+
+`generate` runs it on a fixed batch of sequences; the server on slots, whose sequences come and go.
+Parameters are arguments, never constants of a program, and a program is compiled once per
+architecture, batch size and chunk length. Its weights are another form of the parameters where a C
+function computes the model: see `decoder_weights`.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from simplernn_jax.array_types import ModelState
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference.decoder_weights import decoder_weights, decodes_natively, weight_format
+from simplernn_jax.inference.sampling import (
+    TOP_LOGPROBS,
+    Penalties,
+    Settings,
+    TokenLogprobs,
+    next_token,
+    token_logprobs,
+)
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.decode import DecoderWeights, decode_tokens
+from simplernn_jax.ops.segments import select_sequences
+
+MAX_BLOCK = 128
+"""Maximum number of tokens of a sequence that one dispatch decodes."""
+
+
+class PrefixState(NamedTuple):
+    """State of B sequences after their tokens so far."""
+
+    layers: ModelState
+    logits: Float[Array, "B vocab"]
+    """float32 logits of the next token."""
+
+
+class Sequences(NamedTuple):
+    """Sequences that are decoded together; every leaf begins with axis B."""
+
+    state: PrefixState
+    stream: Int[Array, "B"]
+    """Number of the random stream of a seed: sequences that share a prompt get streams of their
+    own."""
+    position: Int[Array, "B"]
+    """New tokens so far; it numbers the draws of a sequence."""
+    remaining: Int[Array, "B"]
+    """New tokens still allowed; 0 once a stop id was generated."""
+    settings: Settings
+    penalties: Penalties | None
+    """None leaves them out of the program."""
+    wants_logprobs: Bool[Array, "B"] | None
+    """None leaves log-probabilities out of the program."""
+
+
+class Block(NamedTuple):
+    """New tokens from one dispatch; the first `counts` of a sequence are valid."""
+
+    tokens: Int[Array, "B block"]
+    counts: Int[Array, "B"]
+    logprobs: TokenLogprobs | None
+    """Meaningless unless an active sequence wants them."""
+    has_ended: Bool[Array, ""]
+    """True if no active sequence may have more tokens."""
+
+
+class Engine:
+    """The compiled programs of a model, with its weights; `UserError` for parameters of 16 bits."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        architecture, self.parameters = split_model(model)
+        self.is_native = architecture.decodes_natively
+        """True if a C function decodes the model."""
+        self.weights = weights_for(architecture, self.parameters)
+        self.programs = programs_for(architecture)
+
+    def next_chunk(self, left: np.ndarray, lengths: Sequence[int]) -> tuple[int, np.ndarray]:
+        """Plan the next chunk of prompts that have `left` [B] tokens left.
+
+        Chunks have few lengths, so that few programs serve every prompt. They need no padding, so
+        that the state of a sequence depends on its own tokens alone: a sequence with fewer tokens
+        waits for a shorter chunk, except if `is_native`, where it may have fewer than the others.
+
+        Args:
+          left: not all 0.
+          lengths: of chunks, the longest first, 1 last unless `is_native`.
+
+        Returns:
+          The length of the chunk, and how many tokens [B] of each prompt it takes.
+        """
+        if self.is_native:
+            return lengths[0], np.minimum(left, lengths[0]).astype(np.int32)
+        length = next(length for length in lengths if length <= left.max())
+        return length, np.where(left >= length, length, 0).astype(np.int32)
+
+    def prefill(
+        self, states: Sequence[PrefixState], tokens: np.ndarray, num_tokens: np.ndarray
+    ) -> tuple[tuple[PrefixState, jax.Array], ...]:
+        """Advance states, which have B sequences together, by the next chunk of their prompts.
+
+        Args:
+          states: before the chunk.
+          tokens: [B, T].
+          num_tokens: [B], the first tokens of each sequence that are prefilled: 0, which keeps its
+            state, or T, or any number between if `is_native`.
+
+        Returns:
+          Each state after the chunk, and the inputs of the head at all its tokens, [b, T, D], which
+          mean nothing from `num_tokens` on.
+        """
+        result: tuple[tuple[PrefixState, jax.Array], ...]
+        result = self.programs.prefill(self.weights, tuple(states), tokens, num_tokens)
+        return result
+
+    def score(self, hidden: jax.Array, targets: np.ndarray) -> TokenLogprobs:
+        """Compute the log-probabilities of `targets` [T] from inputs of the head, [1, T, D]."""
+        scores: TokenLogprobs = self.programs.score(self.parameters, hidden, targets)
+        return scores
+
+    def decode(
+        self, sequences: Sequences, is_active: np.ndarray, num_tokens: int
+    ) -> tuple[Block, Sequences]:
+        """Decode up to `num_tokens` more tokens of the active sequences; donates `sequences`."""
+        result: tuple[Block, Sequences]
+        result = self.programs.decode(self.weights, sequences, is_active, np.int32(num_tokens))
+        return result
+
+
+@jax.jit
+def batch_sequences(
+    state: PrefixState, stream: Any, position: Any, remaining: Any, settings: Settings
+) -> Sequences:
+    """Copy a state, for decoding, into sequences that share `settings`, without their axis B."""
+    num_sequences = len(state.logits)
+    settings = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_sequences, *x.shape)), settings)
+    sequences = Sequences(
+        state, stream, position, remaining, settings, penalties=None, wants_logprobs=None
+    )
+    return jax.tree.map(jnp.copy, sequences)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert_sequences(
+    sequences: Sequences, index: Int[Array, "P"], states: tuple[PrefixState, ...], others: Sequences
+) -> Sequences:
+    """Replace P sequences; donates `sequences`.
+
+    Args:
+      sequences: B of them.
+      index: of the sequences to replace; B replaces none.
+      states: of one sequence each.
+      others: the rest of all P; its `state` is not used.
+    """
+    state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
+    new = others._replace(state=state)
+    return jax.tree.map(lambda all, some: all.at[index].set(some, mode="drop"), sequences, new)
+
+
+class Architecture(NamedTuple):
+    """A model without its arrays; hashable."""
+
+    graphdef: Any
+    treedef: Any
+    decodes_natively: bool
+    """True if a C function decodes it."""
+
+    def merge(self, parameters: list[Array]) -> LanguageModel:
+        """Make a model with these arrays."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, parameters))
+
+
+def split_model(model: LanguageModel) -> tuple[Architecture, list[Array]]:
+    """Split a model into its architecture and its arrays; `UserError` if they have 16 bits."""
+    graphdef, arrays = nnx.split(model)
+    parameters, treedef = jax.tree.flatten(arrays)
+    for x in parameters:
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
+            raise UserError(f"model: has {x.dtype} parameters; convert them to float32")
+    return Architecture(graphdef, treedef, decodes_natively(model)), parameters
+
+
+class _Packed(NamedTuple):
+    architecture: Architecture
+    parameters: list[weakref.ref[Array]]
+    weights: DecoderWeights
+
+
+_packed: list[_Packed] = []
+"""The newest packed weights, as long as the parameters exist."""
+
+
+def weights_for(architecture: Architecture, parameters: list[Array]) -> Any:
+    """Return the weights of the programs: parameters, or those of the C function.
+
+    The newest ones are kept for further calls with the same arrays.
+    """
+    if not architecture.decodes_natively:
+        return parameters
+    for kept in list(_packed):
+        is_same = all(ref() is x for ref, x in zip(kept.parameters, parameters, strict=False))
+        if is_same and kept.architecture == architecture:
+            return kept.weights
+    weights = _pack(architecture)(parameters)
+    references = [weakref.ref(x, lambda _: _packed.clear()) for x in parameters]
+    _packed[:] = [_Packed(architecture, references, weights)]
+    return weights
+
+
+@functools.lru_cache(maxsize=16)
+def _pack(architecture: Architecture) -> Any:
+    def pack(parameters: list[Array]) -> DecoderWeights:
+        model = architecture.merge(parameters)
+        return decoder_weights(model, weight_format(model))
+
+    return jax.jit(pack)
+
+
+class _Programs(NamedTuple):
+    """Jitted functions of one architecture, for the methods of `Engine`."""
+
+    prefill: Any
+    score: Any
+    decode: Any
+
+
+@functools.lru_cache(maxsize=16)
+def programs_for(architecture: Architecture) -> _Programs:
+    """Make the programs of an architecture.
+
+    Cached here, because hashing a graph at every dispatch takes as long as a token.
+    """
+
+    def prefill(
+        weights: Any,
+        states: tuple[PrefixState, ...],
+        tokens: Int[Array, "B T"],
+        num_tokens: Int[Array, "B"],
+    ) -> tuple[tuple[PrefixState, Float[Array, "b T D"]], ...]:
+        state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
+        state, hidden = _advance(
+            architecture, weights, tokens, num_tokens, state, copies_caches=True
+        )
+        bounds = itertools.accumulate((len(part.logits) for part in states), initial=0)
+        return tuple(
+            jax.tree.map(lambda x, i=start, j=end: x[i:j], (state, hidden))
+            for start, end in itertools.pairwise(bounds)
+        )
+
+    def score(
+        parameters: list[Array], hidden: Float[Array, "1 T D"], targets: Int[Array, "T"]
+    ) -> TokenLogprobs:
+        return token_logprobs(architecture.merge(parameters).logits(hidden)[0], targets)
+
+    decode = functools.partial(_decode, architecture)
+    return _Programs(jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1))
+
+
+def _advance(
+    architecture: Architecture,
+    weights: Any,
+    tokens: Int[Array, "B T"],
+    num_tokens: Int[Array, "B"],
+    state: PrefixState,
+    *,
+    copies_caches: bool,
+) -> tuple[PrefixState, Float[Array, "B T D"]]:
+    """Compute states after `num_tokens` tokens, and the inputs of the head; see `Engine.prefill`.
+
+    Unless `copies_caches`, which takes as long as a token, a KV cache that gets no token loses the
+    oldest one, which no later token attends to.
+    """
+    layers, logits = state
+    if architecture.decodes_natively:
+        logits, hidden, layers = decode_tokens(weights, tokens, num_tokens, logits, layers)
+        return PrefixState(layers, logits), hidden
+    model = architecture.merge(weights)
+    select = functools.partial(select_sequences, num_tokens > 0)
+    hidden, new_layers = model.hidden_states(tokens, layers)
+    logits = select(model.logits(hidden[:, -1:])[:, 0], logits)
+    if copies_caches:
+        layers = jax.tree.map(select, new_layers, layers)
+    else:
+        layers = model.select_states(num_tokens == 0, layers, new_layers)
+    return PrefixState(layers, logits), hidden
+
+
+def _decode(
+    architecture: Architecture,
+    weights: Any,
+    start: Sequences,
+    is_active: Bool[Array, "B"],
+    num_tokens: Int[Array, ""],
+) -> tuple[Block, Sequences]:
+    num_sequences, vocab_size = start.state.logits.shape
+    settings, penalties = start.settings, start.penalties
+    with_penalties = with_logprobs = jnp.bool_(False)
+    if penalties is not None:
+        is_neutral = (penalties.repetition == 1) & (penalties.presence == 0)
+        is_neutral &= penalties.frequency == 0
+        with_penalties = jnp.any(is_active & ~is_neutral)
+    if start.wants_logprobs is not None:
+        with_logprobs = jnp.any(is_active & start.wants_logprobs)
+    keys = jax.vmap(lambda seed, stream: jax.random.fold_in(jax.random.key(seed), stream))(
+        settings.seed, start.stream
+    )
+
+    def is_unfinished(carry: tuple[Any, Block, Sequences]) -> Bool[Array, ""]:
+        step, _, now = carry
+        return (step < num_tokens) & jnp.any(is_active & (now.remaining > 0))
+
+    def decode_one(carry: tuple[Any, Block, Sequences]) -> tuple[Any, Block, Sequences]:
+        step, block, now = carry
+        logits = now.state.logits
+        token = next_token(logits, settings, now.penalties, with_penalties, keys, now.position)
+        is_decoded = is_active & (now.remaining > 0)
+        new = is_decoded.astype(jnp.int32)
+        is_stop = jnp.take_along_axis(settings.is_stop, token[:, None], axis=1)[:, 0]
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
+        logprobs = None
+        if block.logprobs is not None:
+            logprobs = lax.cond(with_logprobs, token_logprobs, no_logprobs, logits, token)
+        block = block._replace(
+            tokens=put(block.tokens, token),
+            counts=block.counts + new,
+            logprobs=jax.tree.map(put, block.logprobs, logprobs),
+        )
+        if now.penalties is not None:
+            counts = lax.cond(
+                with_penalties, count, lambda counts, *_: counts, now.penalties.counts, token, new
+            )
+            now = now._replace(penalties=now.penalties._replace(counts=counts))
+        # A stop id is not part of the state, so that its sequence can be continued.
+        is_read = (is_decoded & ~is_stop).astype(jnp.int32)
+        state, _ = _advance(
+            architecture, weights, token[:, None], is_read, now.state, copies_caches=False
+        )
+        now = now._replace(
+            state=state,
+            position=now.position + new,
+            remaining=jnp.where(is_decoded & is_stop, 0, now.remaining - new),
+        )
+        return step + 1, block, now
+
+    def no_logprobs(logits: jax.Array, token: jax.Array) -> TokenLogprobs:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(token_logprobs, logits, token))
+
+    def count(counts: jax.Array, token: jax.Array, new: jax.Array) -> jax.Array:
+        return counts.at[jnp.arange(num_sequences), token].add(new, unique_indices=True)
+
+    logprobs = None
+    if start.wants_logprobs is not None:
+        shape = num_sequences, MAX_BLOCK, min(TOP_LOGPROBS, vocab_size)
+        logprobs = TokenLogprobs(
+            token=jnp.zeros(shape[:2], jnp.float32),
+            top=jnp.zeros(shape, jnp.float32),
+            top_ids=jnp.zeros(shape, jnp.int32),
+        )
+    block = Block(
+        tokens=jnp.zeros((num_sequences, MAX_BLOCK), jnp.int32),
+        counts=jnp.zeros(num_sequences, jnp.int32),
+        logprobs=logprobs,
+        has_ended=jnp.bool_(False),
+    )
+    _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))
+    return block._replace(has_ended=~jnp.any(is_active & (end.remaining > 0))), end

@@ -1,0 +1,434 @@
+"""Continuous batching: what a sequence gets does not depend on slots, neighbors or the cache."""
+
+import itertools
+import math
+import random
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+from flax import nnx
+from references import needs_compiler
+from small_runs import HYBRID, small_model
+
+from simplernn_jax.inference import generate, quantize_model
+from simplernn_jax.inference.engine import MAX_BLOCK
+from simplernn_jax.inference.sampling import Sampling
+from simplernn_jax.serving import scheduler as scheduling
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Prefix
+from simplernn_jax.serving.prefill import GRID, PrefixCache, is_kept, prefix_keys
+from simplernn_jax.serving.scheduler import PREFILL_TOKENS, UNREAD_SECONDS, Scheduler
+
+VOCAB = 31
+EOS = 29
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(**HYBRID, mixer_options={"context": 23}, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def scheduler(model):
+    return Scheduler(model, num_slots=5, cache_bytes=1 << 24)
+
+
+def tokens_of(seed, length):
+    return np.random.default_rng(seed).integers(0, VOCAB, length, np.int32)
+
+
+def make_job(seed=3, length=5, **options):
+    return Job(tokens_of(seed, length), Sampling(), **options)
+
+
+def jobs_of_all_kinds():
+    settings = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.9},
+        {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"temperature": 1.0, "logit_bias": {3: 5.0}, "banned_ids": (4, 5)},
+        {"temperature": 1.0, "stop_ids": (2, 20)},
+    ]
+    return [
+        Job(
+            tokens_of(index % 3, 50 + 37 * index),
+            Sampling(seed=index, **one),
+            max_tokens=11 + index,
+            num_choices=1 + (index % 3 == 1),
+            num_logprobs=3 * (index % 2),
+            is_streamed=index % 2 == 0,
+        )
+        for index, one in enumerate(settings)
+    ]
+
+
+def run(scheduler, jobs):
+    """Run `jobs` together; return (tokens, log-probabilities, reason) by (seed, choice)."""
+    scheduler.waiting.extend(jobs)
+    parts, cached = {}, {}
+    while not scheduler.is_idle:
+        for job, event in scheduler.step():
+            if isinstance(event, Prefilled):
+                cached[job.sampling.seed] = event.cached_tokens
+            elif isinstance(event, NewTokens):
+                parts.setdefault((job.sampling.seed, event.choice), []).append(event)
+    found = {
+        key: (
+            np.concatenate([event.tokens for event in events]).tolist(),
+            b"".join(b"" if e.logprobs is None else e.logprobs.top.tobytes() for e in events),
+            [event.finish_reason for event in events if event.finish_reason],
+        )
+        for key, events in parts.items()
+    }
+    return found, cached
+
+
+def collect(scheduler, *jobs):
+    """Run `jobs`; return their events in order."""
+    scheduler.waiting.extend(jobs)
+    events = []
+    while not scheduler.is_idle:
+        events += [event for _, event in scheduler.step()]
+    return events
+
+
+def joined(events):
+    return np.concatenate([e.tokens for e in events if isinstance(e, NewTokens)]).tolist()
+
+
+@pytest.mark.oldest_python
+def test_failed_jobs_report_tokens_that_were_held_back(scheduler, monkeypatch):
+    options = {"max_tokens": 10 * MAX_BLOCK, "is_streamed": True}
+    expected = joined(collect(scheduler, make_job(**options)))
+    monkeypatch.setattr(scheduling, "EVENT_SECONDS", math.inf)
+    scheduler.waiting.append(make_job(**options))
+    events = [event for _ in range(9) for _, event in scheduler.step()]
+    failed = Failed("such as a lack of memory")
+    held_back, last = [event for _, event in scheduler.fail_all(failed)]
+    scheduler.reset()
+    assert last is failed
+    found = joined([*events, held_back])
+    assert len(found) > len(joined(events))
+    assert found == expected[: len(found)]
+
+
+@pytest.mark.oldest_python
+def test_events_close_to_each_other_are_one(scheduler, monkeypatch):
+    options = {"max_tokens": 150, "num_logprobs": 2, "is_streamed": True}
+    _, *expected = collect(scheduler, make_job(**options))
+    monkeypatch.setattr(scheduling, "EVENT_SECONDS", math.inf)
+    _, *events = collect(scheduler, make_job(**options))
+    assert len(events) == 2  # the first one never waits, and the last one ends the text
+    assert events[0].finish_reason is None
+    assert joined(events) == joined(expected)
+    tops = [np.concatenate([e.logprobs.top for e in each]) for each in (events, expected)]
+    np.testing.assert_array_equal(*tops)
+
+
+def test_alone_together_and_from_the_cache_are_the_same_bits(scheduler):
+    alone = {}
+    for job in jobs_of_all_kinds():
+        scheduler.cache.clear()
+        alone |= run(scheduler, [job])[0]
+    assert all(len(reasons) == 1 for _, _, reasons in alone.values())
+    assert {reason for _, _, (reason,) in alone.values()} == {"length", "stop"}
+    scheduler.cache.clear()
+    together, cached = run(scheduler, jobs_of_all_kinds()[::-1])
+    assert together == alone
+    again, cached = run(scheduler, jobs_of_all_kinds())
+    assert again == alone
+    assert cached == {
+        job.sampling.seed: len(job.tokens) // GRID * GRID for job in jobs_of_all_kinds()
+    }
+
+
+@pytest.mark.oldest_python
+@needs_compiler
+def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
+    # With as many ids, XLA orders the sums of a softmax over 1 or 2 sequences in another way.
+    model = quantize_model(small_model("residual", vocab_size=259), "int8")
+    few, many = (Scheduler(model, num_slots=n, cache_bytes=1 << 24) for n in (1, 32))
+    alone = {}
+    for job in jobs_of_all_kinds()[:4]:
+        alone |= run(few, [job])[0]
+    assert run(many, jobs_of_all_kinds()[:4])[0] == alone
+
+
+@pytest.fixture(scope="module")
+def native_model():
+    return small_model("residual", vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def native_scheduler(native_model):
+    return Scheduler(native_model, num_slots=5, cache_bytes=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["scheduler", "native_scheduler"])
+def test_jobs_that_pause_give_the_same_bits(which, request, monkeypatch):
+    scheduler = request.getfixturevalue(which)
+    expected, _ = run(scheduler, jobs_of_all_kinds())
+    jobs, draw, step = jobs_of_all_kinds()[::-1], random.Random(0), scheduler.step
+    for name in ("SHORT_SECONDS", "LONG_SECONDS"):
+        monkeypatch.setattr(scheduling, name, 0.0)  # blocks of one token
+
+    def step_with_pauses():
+        for job in jobs:
+            job.unread_since = time.monotonic() if draw.random() < 0.5 else None
+        return step()
+
+    monkeypatch.setattr(scheduler, "step", step_with_pauses)
+    assert run(scheduler, jobs)[0] == expected
+
+
+@pytest.fixture
+def start_unread(scheduler):
+    """Start a job whose client has not read for `seconds`."""
+
+    def start(num_choices, seconds):
+        job = make_job(max_tokens=10**6, num_choices=num_choices)
+        scheduler.waiting.append(job)
+        scheduler.step()
+        job.unread_since = time.monotonic() - seconds
+        while scheduler.step():
+            pass
+        return job
+
+    yield start
+    scheduler.fail_all(Failed("the test has ended"))
+    scheduler.reset()
+
+
+def test_a_job_that_pauses_gives_way_but_keeps_its_slots_while_nobody_waits(
+    scheduler, start_unread
+):
+    unread = start_unread(7, 0)  # in five slots
+    assert scheduler.is_stalled
+    assert scheduler.num_active == 5
+    other = make_job(max_tokens=40)
+    scheduler.waiting.append(other)
+    assert scheduler.step() == [(other, mock.ANY)]  # its prompt; it waits for a slot
+    unread.unread_since -= UNREAD_SECONDS + 1
+    later = list(itertools.chain.from_iterable(iter_steps(scheduler)))
+    assert [event for job, event in later if job is unread] == [Failed(mock.ANY)]
+    assert len(joined([event for job, event in later if job is other])) == 40
+    assert unread.is_cancelled
+
+
+def test_a_job_that_pauses_is_kept_while_slots_are_free(scheduler, start_unread):
+    unread = start_unread(4, UNREAD_SECONDS + 1)  # in five slots
+    other = make_job(max_tokens=40)
+    scheduler.waiting.append(other)
+    events = [event for _ in range(60) for event in scheduler.step()]
+    assert events[-1] == (other, mock.ANY)
+    assert events[-1][1].finish_reason == "length"
+    assert {job for job, _ in events} == {other}
+    assert not unread.is_cancelled
+
+
+def test_a_job_that_pauses_does_not_wait_for_itself(scheduler, start_unread):
+    unread = start_unread(7, UNREAD_SECONDS + 1)  # in five slots
+    assert scheduler.is_stalled
+    prefill = make_job(4)  # needs no slot
+    scheduler.waiting.append(prefill)
+    assert scheduler.step() == [(prefill, mock.ANY)]
+    assert scheduler.step() == []
+    assert not unread.is_cancelled
+
+
+def test_steps_that_wait_for_a_slot_are_stalled_while_a_prefill_is_unfinished(
+    scheduler, start_unread
+):
+    start_unread(5, 0)
+    scheduler.waiting.append(make_job(12, 20_000, max_tokens=1))
+    assert scheduler.step() == []
+    assert not scheduler.is_stalled  # it prefills
+    ready = make_job(max_tokens=1)
+    scheduler.waiting.append(ready)
+    while (ready, mock.ANY) not in scheduler.step():
+        assert not scheduler.is_stalled
+    for _ in range(3):
+        assert scheduler.step() == []
+        assert scheduler.is_stalled
+    assert scheduler.num_waiting == 2
+
+
+def test_jobs_start_before_one_that_pauses(scheduler):
+    unread, other = make_job(max_tokens=4, unread_since=math.inf), make_job(max_tokens=4)
+    scheduler.waiting.extend([unread, other])
+    events = [event for _ in range(4) for event in scheduler.step()]
+    assert [job for job, event in events if getattr(event, "finish_reason", None)] == [other]
+    unread.unread_since = None
+    run(scheduler, [])
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["hybrid", "native"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20, "seed": 3}])
+def test_tokens_are_those_of_generate(model, native_model, which, settings):
+    """One engine decodes for both; prompts are prefilled in other chunks."""
+    model = model if which == "hybrid" else native_model
+    prompt = tokens_of(5, 70)
+    expected = generate(model, [prompt], max_new_tokens=17, eos_id=EOS, **settings).sequences()[0]
+    job = Job(prompt, Sampling(stop_ids=(EOS,), **settings), max_tokens=17)
+    assert joined(collect(Scheduler(model, num_slots=3, cache_bytes=0), job)) == expected.tolist()
+
+
+def test_scores_are_log_softmax(model, scheduler):
+    prompt = tokens_of(6, 77)
+    job = Job(prompt, Sampling(), scores_prompt=True, num_logprobs=4)
+    logprobs = collect(scheduler, job)[0].logprobs
+    logits = np.asarray(
+        nnx.jit(lambda model, tokens: model(tokens))(model, prompt[None])[0][0], np.float64
+    )
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(
+        logprobs.token, expected[np.arange(76), prompt[1:]], rtol=0, atol=2e-5
+    )
+    np.testing.assert_array_equal(logprobs.top_ids[:, 0], expected[:-1].argmax(axis=-1))
+    np.testing.assert_allclose(logprobs.top[:, 0], expected[:-1].max(axis=-1), rtol=0, atol=2e-5)
+
+
+def iter_steps(scheduler):
+    while not scheduler.is_idle:
+        yield scheduler.step()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_block_after_every_end_does_not_change_the_time_per_token(model, monkeypatch, slots):
+    scheduler = Scheduler(model, num_slots=slots, cache_bytes=0)
+    collect, seen = Scheduler._collect, []
+
+    def record(self, dispatched):
+        before = self._token_seconds
+        collect(self, dispatched)
+        is_empty = not np.any(dispatched.block.counts)
+        seen.append((is_empty, self._token_seconds == before))
+
+    monkeypatch.setattr(Scheduler, "_collect", record)
+    jobs = [Job(tokens_of(n, 9), Sampling(seed=n), max_tokens=300) for n in range(slots)]
+    run(scheduler, jobs)
+    assert {is_empty for is_empty, _ in seen} == {True, False}
+    assert all(is_same == is_empty for is_empty, is_same in seen)
+
+
+def test_a_state_continues_as_often_as_wanted(scheduler):
+    first, second = tokens_of(7, 45), tokens_of(8, 66)
+    (prefilled,) = collect(scheduler, Job(first, Sampling(), keeps_state=True))
+
+    def continued(tokens):
+        prefix = Prefix(prefilled.state, b"digest", first)
+        job = Job(tokens, Sampling(seed=3), max_tokens=9, num_logprobs=2, prefix=prefix)
+        return run(scheduler, [job])
+
+    (found, cached), (again, cached_again) = continued(second), continued(second)
+    assert found == again
+    assert (cached[3], cached_again[3]) == (0, GRID)
+    assert continued(second[:0])[0] != found
+    whole = Job(np.concatenate([first, second]), Sampling(seed=3), max_tokens=9, num_logprobs=2)
+    assert run(scheduler, [whole])[0][3, 0][0] == found[3, 0][0]  # equal but for rounding
+
+
+def test_a_cancelled_job_frees_its_slots(scheduler):
+    job = make_job(max_tokens=10**6, num_choices=7)
+    scheduler.waiting.append(job)
+    scheduler.step()
+    scheduler.step()
+    assert scheduler.num_active == 5
+    job.cancelled_choices.add(0)
+    scheduler.step()
+    assert scheduler.num_active == 5  # the next choice took its slot
+    job.is_cancelled = True
+    scheduler.step()
+    scheduler.step()
+    assert scheduler.is_idle
+
+
+def test_a_long_prompt_alone_is_prefilled_in_many_steps(scheduler):
+    job = make_job(11, 5000, max_tokens=1)
+    scheduler.waiting.append(job)
+    assert scheduler.step() == []
+    job.is_cancelled = True
+    scheduler.step()
+    assert scheduler.is_idle
+
+
+@pytest.mark.oldest_python
+@pytest.mark.parametrize("step", range(1, 12, 2))
+def test_every_job_of_a_failing_step_gets_an_end(model, monkeypatch, step):
+    scheduler = Scheduler(model, num_slots=3, cache_bytes=0)
+    jobs = [make_job(i, 40 + 30 * i, max_tokens=3 + 9 * i, num_choices=1 + i % 2) for i in range(5)]
+    scheduler.waiting.extend(jobs)
+    events = [event for _ in range(step) for event in scheduler.step()]
+    monkeypatch.setattr(scheduler, "_dispatch", mock.Mock(side_effect=MemoryError))
+    failed = Failed("no memory")
+    try:
+        while not scheduler.is_idle:
+            events += scheduler.step()
+    except MemoryError:
+        events += scheduler.fail_all(failed)
+    ended = {job for job, event in events if event is failed}
+    choices = [(j, e.choice) for j, e in events if isinstance(e, NewTokens) and e.finish_reason]
+    complete = {job for job in jobs if len({c for j, c in choices if j is job}) == job.num_choices}
+    assert ended | complete == set(jobs)
+    scheduler.reset()
+    monkeypatch.undo()
+    assert scheduler.is_idle
+    assert run(scheduler, [jobs[0]])
+
+
+def test_a_long_prompt_does_not_stall_streams(scheduler, monkeypatch):
+    monkeypatch.setattr(scheduling, "EVENT_SECONDS", 0.0)  # every block is reported
+    stream = make_job(1, 3, max_tokens=10**6, is_streamed=True)
+    long = make_job(2, 5000, max_tokens=1)
+    scheduler.waiting.append(stream)
+    scheduler.step()
+    scheduler.waiting.append(long)
+    counts = []
+    for events in iter_steps(scheduler):
+        counts.append(sum(len(event.tokens) for job, event in events if job is stream))
+        if any(job is long for job, _ in events):
+            break
+    stream.is_cancelled = True
+    run(scheduler, [])
+    assert len(counts) >= 5000 // (PREFILL_TOKENS + GRID)
+    # The first block was collected early, and the last step has the long job's first token.
+    assert all(0 < count <= MAX_BLOCK for count in counts[1:-1])
+
+
+def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
+    cache = PrefixCache(max_bytes=3 * 80)
+    states = [np.full(5, i, np.float64) for i in range(4)]
+    keys = [bytes([i]) for i in range(4)]
+    for key, state in zip(keys[:3], states, strict=False):
+        cache.add(key, (state, state))
+    assert cache.longest(keys[:1])[0] == 1
+    cache.add(keys[3], (states[3], states[3]))
+    assert (cache.longest(keys[1:2])[0], cache.longest(keys[:1])[0]) == (0, 1)
+    assert (cache.num_bytes, cache.num_evicted) == (240, 1)
+    cache.add(b"large", (np.zeros(31), np.zeros(0)))
+    assert cache.num_bytes == 240
+
+
+def test_prefixes_have_keys_of_their_own():
+    tokens = tokens_of(0, 3 * GRID + 5)
+    keys = prefix_keys(b"", tokens)
+    assert len(set(keys)) == 3
+    assert keys[:2] == prefix_keys(b"", tokens[: 2 * GRID])
+    assert not set(keys) & set(prefix_keys(b"root", tokens))
+    tokens[0] += 1
+    assert not set(keys) & set(prefix_keys(b"", tokens))
+
+
+def test_a_long_prompt_keeps_few_states_but_its_last_one():
+    length = 50_000
+    kept = [p for p in range(GRID, length, GRID) if is_kept(p, length)]
+    assert kept[-1] == length // GRID * GRID
+    assert len(kept) < 300
+    assert all(
+        after - before <= max(GRID, before / 8) for before, after in itertools.pairwise(kept)
+    )
