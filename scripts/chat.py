@@ -66,6 +66,7 @@ def main() -> None:
                 if conversation.state is None:
                     raise UserError("/save: nothing was said yet")
                 save_state(os.path.expanduser(argument), conversation.state, model, tokenizer)
+                return f"(saved to {argument}; /load {argument} continues from there)"
             case "load" if argument in forks:
                 conversation = forks[argument].fork()
             case "load":

@@ -1,7 +1,7 @@
 """Recurrent language models in JAX: the SimpleRNN cell, its training and its decoding.
 
 Among the public names, all of which docs/api.md lists, are `Config`, `load_config`, `train`,
-`load_model` and `generate` here; `gated_linear_recurrence` and `recurrent_step` in
+`load_model`, `generate` and `generate_text` here; `gated_linear_recurrence` and `recurrent_step` in
 `simplernn_jax.ops`; `SimpleRNNCell`, `SimpleRNN` and `LanguageModel` in `simplernn_jax.models`.
 """
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from simplernn_jax.config_files import load_config as load_config
     from simplernn_jax.inference.decode import generate as generate
     from simplernn_jax.inference.loading import load_model as load_model
+    from simplernn_jax.inference.text import generate_text as generate_text
     from simplernn_jax.training.loop import train as train
 else:
     _MODULES = {
         "Config": "config",
         "load_config": "config_files",
         "generate": "inference.decode",
+        "generate_text": "inference.text",
         "load_model": "inference.loading",
         "train": "training.loop",
     }

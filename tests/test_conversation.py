@@ -102,7 +102,8 @@ def test_chat_script(workdir, tmp_path, loaded):
     ((code, output, errors),) = run_scripts(script, stdin="\n".join(lines).encode())
     assert code == 0, errors
     found = [line for line in output.splitlines() if line.startswith("(")]
-    assert found == [*["(1 turn)"] * 4, *["(0 turns)"] * 3]
+    saved = f"(saved to {tmp_path / 's'}; /load {tmp_path / 's'} continues from there)"
+    assert found == [*["(1 turn)"] * 2, saved, "(1 turn)", *["(0 turns)"] * 3]
     expected = Conversation(*loaded)
     answers = [expected.ask(text, max_new_tokens=5) for text in ("hi", "more")]
     assert output.count(answers[1]) >= 4

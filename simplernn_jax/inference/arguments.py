@@ -172,7 +172,9 @@ def checked_prompts(
         prompts = as_array(prompts, "prompts")
     is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
     if not is_array and (isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)):
-        raise UserError(f"prompts: {type(prompts).__name__}; pass sequences of token ids")
+        raise UserError(
+            f"prompts: {type(prompts).__name__}; pass sequences of token ids, or call generate_text"
+        )
     sequences: Any = [prompts] if len(prompts) > 0 and _is_id(prompts[0]) else prompts
     checked = [
         _checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(sequences)
@@ -205,12 +207,13 @@ def checked_length(max_new_tokens: Any, batch_size: int) -> int:
 
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
     ids = as_array(ids, where)
-    if ids.ndim != 1:
+    if ids.ndim != 1 and ids.dtype.kind not in "US":
         raise UserError(f"{where}: has {ids.ndim} axes; pass one flat sequence of token ids")
     if len(ids) == 0:
         return np.zeros(0, np.int32)
     if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{where}: {ids.dtype} values; token ids are integers")
+        advice = "; generate_text takes text" if ids.dtype.kind in "US" else ""
+        raise UserError(f"{where}: {ids.dtype} values; token ids are integers{advice}")
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         at = int(np.argmax(outside))

@@ -43,7 +43,7 @@ _MAX_STREAMS = 2**31
 _FORMAT = "simplernn_jax decoder state"
 _VERSION = "1"
 
-_ADVICE = "specify a file that save_state wrote"
+_ADVICE = "specify a file of a saved state"
 
 _MAX_HEADER_BYTES = 1 << 24
 """Bytes of names and shapes in a file at most; a thousand layers need less than one MB."""

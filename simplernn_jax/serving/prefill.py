@@ -92,14 +92,17 @@ class Prefiller:
         shapes = [(LANES, length) for length in CHUNK_LENGTHS]
         if self._engine.is_native:
             shapes = [(MAX_JOBS, GRID)]
+        scored = set()
         for count, length in [(1, GRID), *shapes]:
             yield f"prefill of {count} x {length}"
             tokens = np.zeros((count, length), np.int32)
             num_tokens = np.full(count, length, np.int32)
             (state, hidden), *_ = self._engine.prefill([self._zero] * count, tokens, num_tokens)
             check_logits(state.logits)
-            yield f"scores of {length}"
-            self._engine.score(hidden, tokens[0])
+            if length not in scored:
+                scored.add(length)
+                yield f"scores of {length}"
+                self._engine.score(hidden, tokens[0])
 
     def start(self, job: Job) -> None:
         """Begin with a job; there must be fewer than `MAX_JOBS`."""
