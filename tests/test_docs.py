@@ -125,6 +125,16 @@ def test_source_files_in_sentences_exist(page):
         assert (ROOT / path).exists() or (ROOT / "simplernn_jax" / path).exists(), path
 
 
+def test_the_traces_name_what_their_files_define():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/[\w/]+\.py)`:(?: each| where)? `([\w.]+)`", page)
+    assert len(named) >= 15
+    for path, name in named:
+        file = ROOT / path if (ROOT / path).exists() else ROOT / "simplernn_jax" / path
+        text = file.read_text(encoding="utf-8")
+        assert all(re.search(rf"(def|class) {part}\b", text) for part in name.split(".")), path
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on the PATH")
 def test_a_long_command_breaks_between_its_words_and_a_flag_nowhere():
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

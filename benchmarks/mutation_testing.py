@@ -1,7 +1,7 @@
 """Mutation testing: how many small changes of the code the tests notice.
 
     .venv/bin/pip install cosmic-ray
-    .venv/bin/python tools/mutation_testing.py --count 100 --seed 1 --out mutants.jsonl
+    .venv/bin/python benchmarks/mutation_testing.py --count 100 --seed 1 --out mutants.jsonl
 
 Samples places in `PACKAGES`, changes one at a time in a clone of the last commit, and runs the test
 files that name the changed module or what it defines, most mentions first, until one fails. Places
