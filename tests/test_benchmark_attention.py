@@ -1,5 +1,6 @@
 """``benchmark.py attention`` at tiny sizes: counts, tasks, learning and the table of aspects."""
 
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ from benchmarks.attention import aspects, corpus, resources, synthetic
 from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line
 from benchmarks.attention.program_work import count_work
 from benchmarks.tables import Results
-from benchmarks.train_steps import BY_CHUNKS, count_parameters
+from benchmarks.train_steps import count_parameters
 from simplernn_jax.ops import gated_linear_recurrence
 
 pytestmark = pytest.mark.oldest_python
@@ -43,8 +44,8 @@ def test_operations_and_their_chain_are_counted(function, arguments, work):
 def test_our_operations_count_as_their_default_form_and_unknown_ones_are_rejected():
     """In chunks, the recurrence takes at least the matmuls of its definition."""
     arrays = [jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)] * 4
-    for recurrence in (gated_linear_recurrence, BY_CHUNKS):
-        counted = count_work(recurrence, *arrays)
+    for method in ("auto", "chunkwise"):
+        counted = count_work(functools.partial(gated_linear_recurrence, method=method), *arrays)
         assert counted.flops > 2 * 2 * 64 * 2 * 8 * 8
         assert counted.chain > 1
     with pytest.raises(ValueError, match="the work of while cannot be counted"):
