@@ -105,7 +105,7 @@ def test_sources_and_weights(source, expected):
         ("a,b:0.7", "no weight for"),
     ],
 )
-def test_bad_weights_are_refused(source, problem):
+def test_bad_weights_are_rejected(source, problem):
     with pytest.raises(UserError, match=f"data.source={source}: {problem}.* such as 'a/:0.7,"):
         parse_mixture(source)
 
@@ -167,7 +167,7 @@ def test_a_mixture_is_found_by_its_content(folder):
         ("sources", None, "is not a record of a mixture"),
     ],
 )
-def test_a_sealed_record_of_something_else_is_refused(folder, name, value, problem):
+def test_a_sealed_record_of_something_else_is_rejected(folder, name, value, problem):
     corpus = prepare("a:3,b.jsonl:1")
     (path,) = (folder / "cache").glob(".mixture-*")
     record = json.loads(read_sealed(path)) | {name: value}
@@ -278,7 +278,7 @@ def test_an_epoch_has_the_tokens_of_all_sources():
         ((0.5, 0.5), {"sequence_length": 60, "stride": 3}, "the b train split has 59 tokens"),
     ],
 )
-def test_a_source_without_a_sequence_is_refused(weights, fields, problem):
+def test_a_source_without_a_sequence_is_rejected(weights, fields, problem):
     config = DataConfig(**{"batch_size": 8, "sequence_length": 11} | fields)
     with pytest.raises(UserError, match=problem):
         make_batches(mixed(weights), config, 0, PAD, slice(0, 1))
