@@ -100,7 +100,7 @@ def test_the_script_writes_the_same_in_another_process(source, tmp_path, threads
     assert prepare_corpus(loaded, 3, str(tmp_path / "b")).tokenizer.vocab_size == SIZE
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(source, tmp_path):
+def test_an_output_that_cannot_be_written_is_rejected_before_the_work(source, tmp_path):
     done = run_python(
         ROOT / "scripts" / "train_tokenizer.py",
         *("--config", ROOT / "configs" / "base.py", f"--config.data.source={source}"),
@@ -168,7 +168,7 @@ def test_ordinary_words_are_those_of_gpt2():
 
 
 @pytest.mark.parametrize("size", ["", "258", "1e4", "-5", "٣٠٠", "1048577", "9" * 40, "8192 "])
-def test_an_impossible_size_is_refused(source, tmp_path, size):
+def test_an_impossible_size_is_rejected(source, tmp_path, size):
     with pytest.raises(UserError, match="vocabulary size from 259 to 1,048,576"):
         prepare_corpus(config_of(source, tokenizer=f"bpe:{size}"), 3, str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()

@@ -295,7 +295,7 @@ def test_records_of_sharegpt_and_alpaca(tmp_path, record, text):
         ({"instruction": "a", "output": "b", "system": 3}, "message 0 has no text"),
     ],
 )
-def test_bad_records_of_sharegpt_and_alpaca(tmp_path, record, problem):
+def test_malformed_records_of_sharegpt_and_alpaca(tmp_path, record, problem):
     path = write(tmp_path / "a.jsonl", records(record))
     with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{problem}"):
         read_all(path, template="roles")

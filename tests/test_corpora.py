@@ -338,7 +338,7 @@ def test_json_of_one_object_or_of_lines(tmp_path):
         (b'[{"text": "a"}, {"text": "\xff"}]', r"a\.json\[0\]: invalid UTF-8 at byte 26"),
     ],
 )
-def test_bad_records_of_a_json_array(tmp_path, content, problem):
+def test_malformed_records_of_a_json_array(tmp_path, content, problem):
     path = write(tmp_path / "a.json", content)
     with pytest.raises(UserError, match=problem):
         read_all(path)
@@ -414,7 +414,7 @@ def test_messages_are_not_text(tmp_path):
     assert read_all(path, field="messages") == {"a.jsonl:1": "already one text"}
 
 
-def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
+def test_malformed_records_are_counted_and_warned_of_once(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", "no\n" + records({"text": "a"}) + "no\n")
     corpus = open_corpus(DataConfig(source=str(path), max_malformed_records=2))
     for _ in range(2):
@@ -428,7 +428,7 @@ def test_bad_records_are_counted_and_warned_of_once(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 @pytest.mark.parametrize("encoding_errors", ["strict", "replace"])
-def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, encoding_errors):
+def test_every_damaged_file_is_read_or_rejected_in_one_line(tmp_path, name, encoding_errors):
     text = "é — \n\u2028🙂"
     content = records(*({"text": f"{text}{n}", "other": [n, {}]} for n in range(7)))
     content += json.dumps({"text": text}, ensure_ascii=False)
@@ -442,7 +442,7 @@ def test_jsonl_replaces_invalid_characters(tmp_path):
     assert [*read_all(path, encoding_errors="replace").values()] == ["\ufffd", "\ufffd!"]
 
 
-def test_an_endless_line_or_array_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+def test_an_endless_line_or_array_is_rejected_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "a" * (1 << 20)}]))
     with pytest.raises(UserError, match=r"a\.jsonl:1: a record .* than 1 MiB; .*jq -c '\.\[\]'"):

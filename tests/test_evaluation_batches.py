@@ -178,6 +178,6 @@ def test_a_stride_of_the_length_resets_after_each_context():
 
 
 @pytest.mark.parametrize(("length", "stride"), [(3, 4), (3, 0), (0, 0)])
-def test_contexts_that_would_leave_tokens_out_are_refused(length, stride):
+def test_contexts_that_would_leave_tokens_out_are_rejected(length, stride):
     with pytest.raises(UserError, match=f"contexts of {length} tokens, one every {stride}: "):
         overlapping(length, stride)

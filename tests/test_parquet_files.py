@@ -68,13 +68,13 @@ def test_rows_without_text_are_malformed_records(tmp_path, caplog):
         ({"messages": [[{"role": "user"}]]}, "no field 'text' but 'messages'; conversations need"),
     ],
 )
-def test_a_column_that_is_none_of_text_is_refused(tmp_path, columns, problem):
+def test_a_column_without_text_is_rejected(tmp_path, columns, problem):
     with pytest.raises(UserError, match=rf"a\.parquet: {problem}"):
         read_all(write(tmp_path / "a.parquet", columns))
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_every_damaged_file_is_read_or_refused_in_one_line(tmp_path, compression):
+def test_every_damaged_file_is_read_or_rejected_in_one_line(tmp_path, compression):
     path = write(tmp_path / "a.parquet", {"text": TEXTS}, compression=compression)
     list(read_damaged(path, 100, max_malformed_records=3))
     for _ in truncations(path):

@@ -1,4 +1,4 @@
-"""Tokenizers that lose text are refused with the first difference."""
+"""Tokenizers that lose text are rejected with the first difference."""
 
 import pytest
 from small_tokenizers import byte_level, word_level
@@ -44,7 +44,7 @@ def prepare(tmp_path):
         ),
     ],
 )
-def test_a_lossy_tokenizer_is_refused_with_the_first_difference(
+def test_a_lossy_tokenizer_is_rejected_with_the_first_difference(
     prepare, tmp_path, tokenizer, difference
 ):
     with pytest.raises(UserError, match=rf"tokenizer\.json: loses text: {difference}") as raised:

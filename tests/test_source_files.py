@@ -63,7 +63,7 @@ def test_a_skippable_frame_and_an_empty_file_have_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
-def test_every_damaged_archive_is_read_or_refused_in_one_line(tmp_path, name):
+def test_every_damaged_archive_is_read_or_rejected_in_one_line(tmp_path, name):
     path = tmp_path / name
     content = (RECORDS if "jsonl" in name else TEXT).encode()
     expected = read_all(write(path, COMPRESS[path.suffix](content)))

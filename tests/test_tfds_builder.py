@@ -78,7 +78,7 @@ def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir):
         build_tfds(jsonl, "my_books", data_dir)
 
 
-def test_bad_source_is_refused_and_can_be_fixed(jsonl, data_dir, tmp_path):
+def test_bad_source_is_rejected_and_can_be_fixed(jsonl, data_dir, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         build_tfds(DataConfig(source=str(tmp_path / "nowhere")), "my_books", data_dir)
     path = Path(jsonl.source)
@@ -127,7 +127,7 @@ def test_script_makes_a_dataset_or_gives_one_line(jsonl, data_dir):
     assert texts_of("tfds:my_books") == [text for text in TEXTS if text]
 
 
-def test_other_datasets_are_no_text_and_a_source_without_text_is_refused(tmp_path):
+def test_other_datasets_are_no_text_and_a_source_without_text_is_rejected(tmp_path):
     write(tmp_path / "in" / "a.txt", "a")
     for name in ("first", "second"):
         folder = build_tfds(

@@ -60,7 +60,7 @@ def test_features_of_tfds_are_accepted(tmp_path, features):
         {"type": SEQUENCE, "content": " " + json.dumps({"feature": feature(FOREIGN)})},
     ],
 )
-def test_a_foreign_feature_class_is_refused_before_its_module_is_imported(
+def test_a_foreign_feature_class_is_rejected_before_its_module_is_imported(
     tmp_path, monkeypatch, features
 ):
     (tmp_path / "somebodys_module.py").write_text("raise SystemExit('imported')")

@@ -376,14 +376,14 @@ def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, copy_of_stor
 @pytest.mark.parametrize("name", ["meta.json", "train.tokens"])
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EACCES])
 def test_an_error_of_the_machine_is_not_corruption(whole_store, monkeypatch, caplog, name, number):
-    def refuse(path, **options):
+    def fail(path, **options):
         if os.path.basename(path) == name:
             raise OSError(number, os.strerror(number))
         return open_file(path, **options)
 
     source, store, corpus = whole_store
     for module in ("files", "data.store_reader"):
-        monkeypatch.setattr(f"simplernn_jax.{module}.open_file", refuse)
+        monkeypatch.setattr(f"simplernn_jax.{module}.open_file", fail)
     with pytest.raises(UserError, match=os.strerror(number)):
         prepare(source, store.parent, **HALF)
     with pytest.raises(UserError, match=f"{os.strerror(number)}; make it readable"):
@@ -555,7 +555,7 @@ def test_processes_that_find_a_corrupt_store_all_get_the_new_one(copy_of_store, 
 def test_without_file_locks_the_slower_process_takes_the_store_of_the_faster(
     source, cache, monkeypatch
 ):
-    def refuse(*_):
+    def fail(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def prepare_meanwhile(*args):
@@ -564,7 +564,7 @@ def test_without_file_locks_the_slower_process_takes_the_store_of_the_faster(
         write_store(*args)
 
     found: list[TokenizedCorpus] = []
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", fail)
     monkeypatch.setattr(token_store, "write_store", prepare_meanwhile)
     corpus = prepare(source, cache)
     assert corpus.content_hash == found[0].content_hash

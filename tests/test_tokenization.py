@@ -158,7 +158,9 @@ def test_what_a_process_cannot_encode_is_named(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cores", [1, 3])
-def test_bad_records_of_all_parts_are_counted(source, tokenizer, tmp_path, monkeypatch, cores):
+def test_malformed_records_of_all_parts_are_counted(
+    source, tokenizer, tmp_path, monkeypatch, cores
+):
     use_cores(monkeypatch, cores)
     lines = source.read_text("utf-8").splitlines()
     bad = (2, 15, 28)

@@ -158,7 +158,7 @@ def test_json_is_complete_and_stable(any_tokenizer):
         assert getattr(again, name) == getattr(any_tokenizer, name)
 
 
-def test_lone_surrogate_is_refused(any_tokenizer):
+def test_lone_surrogate_is_rejected(any_tokenizer):
     with pytest.raises(UserError, match=r"U\+DCE9 at character 2 .* half a surrogate pair"):
         any_tokenizer.encode("os\udce9")
 

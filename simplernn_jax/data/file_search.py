@@ -14,9 +14,8 @@ from pathlib import Path
 from absl import logging
 
 from simplernn_jax.data.source_files import SourceFile, open_source
-from simplernn_jax.data.store_reader import META_FILE, MIXTURE_SUFFIX, is_store
+from simplernn_jax.data.store_reader import META_FILE, is_store
 from simplernn_jax.errors import UserError, counted, one_line
-from simplernn_jax.files import read_sealed
 
 _STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 _BINARY_PROBE = 8192
@@ -122,13 +121,6 @@ def _is_excluded(path: str, top: str, exclude: frozenset[str]) -> bool:
     )
 
 
-def _is_sealed(path: str) -> bool:
-    try:
-        return read_sealed(path) is not None
-    except OSError:
-        return False
-
-
 def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     binary: list[str] = []
@@ -153,8 +145,6 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
             path = os.path.join(folder, name)
             if name.startswith(".") or not os.path.isfile(path):
                 continue
-            if name.endswith(MIXTURE_SUFFIX) and _is_sealed(path):
-                continue  # names the stores of a mixture
             if _is_binary(path):
                 binary.append(path)
             else:

@@ -26,8 +26,6 @@ from simplernn_jax.files import check_damage, open_file, read_sealed
 
 META_FILE = "meta.json"
 """Manifest of a store."""
-MIXTURE_SUFFIX = ".mixture.json"
-"""Suffix of a file, next to the stores, that names the stores of a mixture."""
 
 
 class CorruptStore(Exception):

@@ -219,7 +219,7 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
                 yield is_locked
             finally:
                 if is_locked:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
             return
 
 

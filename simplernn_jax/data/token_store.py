@@ -19,7 +19,7 @@ from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.mixture import WeightedSource, parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
 from simplernn_jax.data.progress import reading_progress
-from simplernn_jax.data.store_reader import MIXTURE_SUFFIX, CorruptStore, content_hashes, open_store
+from simplernn_jax.data.store_reader import CorruptStore, content_hashes, open_store
 from simplernn_jax.data.store_writer import (
     SplitPlan,
     locked,
@@ -41,6 +41,8 @@ __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "tr
 _FORMAT = 1
 """Incremented when the split changes, so that old stores are left to old runs."""
 _STORE_NAME = re.compile("[0-9a-f]{32}")
+_MIXTURE = ".mixture-"
+"""Prefix of a file, next to the stores, that names the stores of a mixture."""
 _FEW_TOKENS = 10_000
 """Validation tokens below which the loss is noisy: its standard error is some hundredths."""
 
@@ -196,7 +198,7 @@ def train_tokenizer(
         show_progress=show_progress,
     )
     cache = _cache_path(cache_dir)
-    # Hidden: `find_corpus` looks at the other names. Version 1 had words of any length.
+    # Hidden, unlike stores. Version 1 had words of any length.
     path = cache / f".bpe-v2-{vocab_size}-{corpus.content_hash}.json"
     with _disk_errors(cache, config.source):
         content = read_sealed(path, MAX_TOKENIZER_BYTES)
@@ -224,8 +226,8 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
     """
     cache = _cache_path(cache_dir)
     corrupt, unreadable = None, None
-    for path in sorted(cache.glob("[!.]*")):
-        is_mixture = path.name.endswith(MIXTURE_SUFFIX)
+    for path in sorted([*cache.glob("[!.]*"), *cache.glob(f"{_MIXTURE}*.json")]):
+        is_mixture = path.name.startswith(_MIXTURE)
         try:
             if is_mixture:
                 found = _read_mixture(path).get("content_hash")
@@ -374,7 +376,7 @@ def _mix(
         "stores": stores,
     }
     body = json.dumps(record, indent=2) + "\n"
-    path = cache / f"{mixed.content_hash[:32]}{MIXTURE_SUFFIX}"
+    path = cache / f"{_MIXTURE}{mixed.content_hash[:32]}.json"
     if read_sealed(path) != body:
         write_sealed(path, body)
     return mixed
