@@ -1,7 +1,6 @@
 """Whole runs: their end, their bit-exact resumption, and how they stop."""
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -332,23 +331,6 @@ def test_a_sample_of_a_chat_model_answers_the_prompt(tmp_path):
         json.loads((tmp_path / "run" / "config.json").read_text())["train"]["sample_prompt"]
         == "who?"
     )
-
-
-def test_the_last_save_is_awaited_when_the_metrics_cannot_be_closed(whole, tmp_path, monkeypatch):
-    closed = []
-    close, close_metrics = run.Checkpointer.close, loop.MetricsWriter.close
-
-    def fail(writer):
-        close_metrics(writer)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(loop.MetricsWriter, "close", fail)
-    monkeypatch.setattr(
-        run.Checkpointer, "close", lambda saves, **how: (close(saves, **how), closed.append(saves))
-    )
-    with pytest.raises(OSError, match="No space left"):
-        train(whole[0], str(tmp_path / "run"))
-    assert len(closed) == 1
 
 
 def test_overfits_six_sentences_and_generates_them(tmp_path, capsys):

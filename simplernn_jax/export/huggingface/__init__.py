@@ -35,32 +35,26 @@ def write(trained: TrainedModel, folder: Path) -> None:
     check_packages("huggingface", "torch", "transformers")
     safetensors.write(trained, folder)
     shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
-    tokenizer = trained.tokenizer
-    module = Path(CODE).stem
-    special = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+    tokenizer, template = trained.tokenizer, trained.config.data.template
     text, names = tokenizer_json(tokenizer)
     (folder / "tokenizer.json").write_text(text, "utf-8")
-    fields = {
-        **description(trained),
+    fields, module = description(trained), Path(CODE).stem
+    classes = {
         "architectures": ["SimpleRNNForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.SimpleRNNConfig",
             "AutoModelForCausalLM": f"{module}.SimpleRNNForCausalLM",
         },
     }
-    _write_json(folder / "config.json", fields)
-    template = trained.config.data.template
+    _write_json(folder / "config.json", {**fields, **classes})
     turn_end = _turn_end(template, tokenizer)
+    generation = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if turn_end:
+        generation["eos_token_id"] = [tokenizer.eos_id, *turn_end]
+    _write_json(folder / "generation_config.json", {"do_sample": True, **generation})
     end_text = tokenizer.decode(turn_end)
     is_control = not (end_text.isprintable() or end_text.isspace())  # decoded text leaves it out
     library = library_tokenizer(tokenizer)
-    ends = [tokenizer.eos_id, *turn_end]
-    generation = {**special, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-    _write_json(folder / "generation_config.json", {"do_sample": True, **generation})
     _write_json(
         folder / "tokenizer_config.json",
         {
