@@ -214,8 +214,8 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
       name: NAME.
 
     Raises:
-      UserError: both are given; the file cannot be read, is not regular or exceeds 1 GiB; or the
-        text is not UTF-8.
+      UserError: both are given, or the text is not UTF-8 or exceeds 1 GiB.
+      OSError: the file cannot be read, is not regular or exceeds 1 GiB.
     """
     if text is not None and file is not None:
         raise UserError(f"--{name} and --{name}_file are mutually exclusive")
@@ -228,13 +228,7 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
                 f"standard input: more than {_MAX_TEXT_BYTES:,} bytes; use a shorter text"
             )
     else:
-        where = file
-        try:
-            data = read_file(expand_path(file, f"{name}_file"), _MAX_TEXT_BYTES)
-        except OSError as error:
-            raise UserError(
-                f"--{name}_file={file}: {error.strerror}; specify a readable file"
-            ) from error
+        where, data = file, read_file(expand_path(file, f"{name}_file"), _MAX_TEXT_BYTES)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
