@@ -36,10 +36,10 @@ _HELP = """\
 
 def main() -> None:
     """Answer one line of standard input after another."""
+    model, tokenizer, config = _MODEL.load()
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference import Conversation, load_state, save_state
 
-    model, tokenizer, config = _MODEL.load()
     if not config.data.template:
         raise UserError(
             f"{_MODEL.workdir}: not trained on conversations (--config.data.template); "

@@ -69,13 +69,13 @@ def main() -> None:
         for flag in (_SPLIT, *_CORPUS.holders):
             if flag.present:
                 raise UserError(f"--source and --{flag.name} are mutually exclusive")
+    model, tokenizer, config = _MODEL.load()
     from flax import nnx
 
     from simplernn_jax.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.reporter import align
 
-    model, tokenizer, config = _MODEL.load()
     if _SOURCE.value is None:
         split = saved_split(_MODEL.workdir)
     else:

@@ -23,7 +23,7 @@ import sys
 from absl import flags
 
 from simplernn_jax import command_line
-from simplernn_jax.errors import UserError, counted
+from simplernn_jax.errors import counted
 from simplernn_jax.files import check_writable
 
 _MODEL = command_line.ModelFlags()
@@ -52,12 +52,15 @@ def main() -> None:
 
     A single continuation is streamed; of several, each is printed below a header line.
     """
-    _check_save_state()
+    save_path = None
+    if _SAVE_STATE.value is not None:
+        save_path = command_line.expand_path(_SAVE_STATE.value, "save_state")
+        check_writable(save_path)
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
+    model, tokenizer, _ = _MODEL.load()
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
     from simplernn_jax.memory_estimate import check_generation
 
-    model, tokenizer, _ = _MODEL.load()
     max_new_tokens, settings = _SAMPLING.max_new_tokens, _SAMPLING.settings
     state = None
     if _LOAD_STATE.value is not None:
@@ -67,7 +70,7 @@ def main() -> None:
     batch_size = len(prefix.state.position) * _NUM_SAMPLES.value
     check_generation(model, batch_size, max_new_tokens)
     forked = fork_state(prefix.state, _NUM_SAMPLES.value)
-    only_prefills = max_new_tokens == 0 and _SAVE_STATE.value is not None
+    only_prefills = max_new_tokens == 0 and save_path is not None
     is_streamed = batch_size == 1 and not only_prefills
     if is_streamed:
         _write(prompt)
@@ -84,13 +87,12 @@ def main() -> None:
     elif not only_prefills:
         for number, text in enumerate(texts, 1):
             _write(f"--- {number} of {batch_size} ---\n{prompt}{text}\n")
-    if _SAVE_STATE.value is not None:
-        path = os.path.expanduser(_SAVE_STATE.value)
-        save_state(path, texts.state, model, tokenizer)
+    if save_path is not None:
+        save_state(save_path, texts.state, model, tokenizer)
         in_prompt = len(tokenizer.encode(prompt)) + (state is None)  # with BOS
         new = int((texts.state.position - forked.position).sum())
         print(
-            f"{path}: saved {os.path.getsize(path):,} bytes of decoder state, after "
+            f"{save_path}: saved {os.path.getsize(save_path):,} bytes of decoder state, after "
             f"{counted(in_prompt, 'prompt token')} and {counted(new, 'new token')}",
             file=sys.stderr,
         )
@@ -99,21 +101,6 @@ def main() -> None:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _check_save_state() -> None:
-    """Reject a path that would fail after generation."""
-    if _SAVE_STATE.value is None:
-        return
-    if not _SAVE_STATE.value:
-        raise UserError("--save_state is empty; specify a file in a writable folder")
-    path = os.path.expanduser(_SAVE_STATE.value)
-    advice = "specify a new or regular file in a writable folder"
-    try:
-        check_writable(path)
-    except (OSError, ValueError) as error:  # a name may hold a NUL character
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--save_state={path}: cannot be written ({reason}); {advice}") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A script defines its flags at module level and ends with ``command_line.run(main
 are those of `simplernn_jax.exit_codes`.
 """
 
+import difflib
 import io
 import logging
 import math
@@ -18,7 +19,6 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from simplernn_jax.config import Config, by_field
-from simplernn_jax.config_flag import nearest_flag, unknown_field
 from simplernn_jax.errors import UserError
 from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
@@ -38,6 +38,22 @@ _CONVERSION_ERRORS = {
     "('Non-boolean argument": "neither true nor false",
 }
 """Beginnings of the messages of absl's conversions, and what to say instead."""
+
+
+_OTHER_NAMES = {
+    "batch_size": "bs",
+    "learning_rate": "lr",
+    "max_new_tokens": "max_length max_tokens num_tokens",
+    "num_samples": "n",
+    "out": "o output output_dir",
+    "prompt": "text",
+    "prompt_file": "file text_file",
+    "source": "data dataset file text text_file",
+    "steps": "iters max_iters max_steps",
+    "weight_decay": "wd",
+    "workdir": "logdir model out_dir output_dir run_dir",
+}
+"""What other programs call the flags and fields of this project."""
 
 
 class Arguments:
@@ -209,8 +225,8 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
       name: NAME.
 
     Raises:
-      UserError: both are given; the file cannot be read, is not regular or exceeds 1 GiB; or the
-        text is not UTF-8.
+      UserError: both are given, or the text is not UTF-8 or exceeds 1 GiB.
+      OSError: the file cannot be read, is not regular or exceeds 1 GiB.
     """
     if text is not None and file is not None:
         raise UserError(f"--{name} and --{name}_file are mutually exclusive")
@@ -223,13 +239,7 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
                 f"standard input: more than {_MAX_TEXT_BYTES:,} bytes; use a shorter text"
             )
     else:
-        where = file
-        try:
-            data = read_file(expand_path(file, f"{name}_file"), _MAX_TEXT_BYTES)
-        except OSError as error:
-            raise UserError(
-                f"--{name}_file={file}: {error.strerror}; specify a readable file"
-            ) from error
+        where, data = file, read_file(expand_path(file, f"{name}_file"), _MAX_TEXT_BYTES)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -276,14 +286,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        name = error.flagname
-        if name.startswith("config.") and "config" in flags.FLAGS:
-            raise unknown_field(name.removeprefix("config.")) from error
-        fields = by_field(Config()) if "config" in flags.FLAGS else ()
-        own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-        known = [f"--config.{field}" for field in fields] + [f"--{flag.name}" for flag in own]
-        near = nearest_flag(name, known)
-        raise UserError(f"--{name}: no such flag{near or ';'} --help shows the flags") from error
+        near = _nearest_flag(error.flagname)
+        raise UserError(
+            f"--{error.flagname}: no such flag{near or ';'} --help shows the flags"
+        ) from error
     except flags.IllegalFlagValueError as error:
         for of_python, reason in _CONVERSION_ERRORS.items():
             flag, found, _ = str(error).partition(f": {of_python}")
@@ -300,6 +306,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _arguments.value = arguments
     _show_own_logs_only()
     return argv
+
+
+def _nearest_flag(name: str) -> str:
+    """Return ``"; did you mean '--seed'?"`` of this script's flags, or "" if none is near.
+
+    Sections of the configuration are not compared: a field may be given without its own.
+    """
+    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    fields = [f"config.{field}" for field in by_field(Config())] if "config" in own else []
+    known = {one.rpartition(".")[2]: f"--{one}" for one in [*fields, *own]}
+    name = name.rpartition(".")[2].replace("-", "_")
+    usual = [one for one, others in _OTHER_NAMES.items() if name in others.split()]
+    near = [one for one in [*usual, name] if one in known]
+    near += [one for one in known if len(name) > 2 and one.startswith(name)]
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""
 
 
 def _help() -> str:

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -39,20 +37,6 @@ _PARSERS: dict[type, type[flags.ArgumentParser]] = {
     str: flags.ArgumentParser,
     dict: _OptionsParser,
 }
-_OTHER_NAMES = {
-    "batch_size": "bs",
-    "learning_rate": "lr",
-    "max_new_tokens": "max_length max_tokens num_tokens",
-    "num_samples": "n",
-    "out": "o output output_dir",
-    "prompt": "text",
-    "prompt_file": "file text_file",
-    "source": "data dataset file text text_file",
-    "steps": "iters max_iters max_steps",
-    "weight_decay": "wd",
-    "workdir": "logdir model out_dir output_dir run_dir",
-}
-"""What other programs call the flags and fields of this project."""
 
 
 class _OrNone(flags.ArgumentParser):
@@ -108,27 +92,3 @@ def read_config(default: str = "") -> Config:
             setattr(getattr(config, section), field, flag.value)
     validate(config)
     return config
-
-
-def unknown_field(path: str) -> UserError:
-    """Return the error for ``--config.PATH``, which is not a field."""
-    fields = list(by_field(Config()))
-    in_section = [field for field in fields if field.startswith(f"{path}.")]
-    if in_section:
-        return UserError(f"--config.{path}: a section; set one of {', '.join(in_section)}")
-    hint = nearest_flag(path, fields) or "; --help shows them all"
-    return UserError(f"--config.{path}: no such field{hint}")
-
-
-def nearest_flag(name: str, flags_and_fields: Iterable[str]) -> str:
-    """Return ``"; did you mean '--seed'?"`` of `flags_and_fields`, or "" if none is near.
-
-    Sections are not compared: a field may be given without its own.
-    """
-    known = {one.lstrip("-").rpartition(".")[2]: one for one in flags_and_fields}
-    name = name.rpartition(".")[2].replace("-", "_")
-    usual = [one for one, others in _OTHER_NAMES.items() if name in others.split()]
-    near = [one for one in [*usual, name] if one in known]
-    near += [one for one in known if len(name) > 2 and one.startswith(name)]
-    near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {known[near[0]]!r}?" if near else ""

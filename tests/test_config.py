@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.train_steps import change, count_parameters
-from simplernn_jax.config import (
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    by_field,
-    differing_fields,
-    from_json,
-    to_json,
-    validate,
-)
+from simplernn_jax.config import Config, ModelConfig, differing_fields, from_json, to_json, validate
 from simplernn_jax.config_files import load_config
 from simplernn_jax.errors import UserError
 
@@ -240,32 +231,3 @@ def test_shakespeare_keeps_to_the_budget():
     data = config.data
     assert (data.mode, data.tokenizer, data.split) == ("window", "char", "position")
     assert data.validation_fraction == pytest.approx(0.1)
-
-
-def test_the_gpu_budget_is_that_of_shakespeare_for_longer():
-    shorter, longer = load("shakespeare"), load("shakespeare_gpu_budget")
-    assert longer.train.steps > 5 * shorter.train.steps
-    longer.model.dropout = shorter.model.dropout
-    assert (longer.model, longer.data.source) == (shorter.model, shorter.data.source)
-    assert longer.data.split == "position"
-
-
-def test_the_run_of_the_pytorch_project():
-    config = load("pytorch_reference")
-    expected = {"block": "plain", "num_layers": 2, "num_heads": 1} | dict.fromkeys(
-        ("hidden_dim", "key_dim", "value_dim"), 128
-    )
-    assert vars(config.model).items() >= expected.items()
-    expected = {"data.mode": "document", "data.field": "bot", "data.batch_size": 2}
-    assert by_field(config).items() >= (expected | {"train.epochs": 20}).items()
-    # torch.optim.Adam with a learning rate of 1e-3 and defaults.
-    assert config.optimizer == OptimizerConfig(
-        learning_rate=1e-3,
-        warmup_steps=0,
-        final_learning_rate=1.0,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
-        clip_norm=0.0,
-    )

