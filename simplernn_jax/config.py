@@ -371,8 +371,11 @@ def _check_model(model: ModelConfig) -> None:
         allowed = f"{ModelConfig.norm_epsilon} with config.model.block={model.block!r}"
         _reject("model.norm_epsilon", model.norm_epsilon, allowed)
     for name, value in model.mixer_options.items():
-        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
-            allowed = "a dict of names and numbers, strings or booleans"
+        is_scalar = isinstance(value, bool | int | str) or (
+            isinstance(value, float) and abs(value) <= _MAX_FLOAT
+        )
+        if not isinstance(name, str) or not is_scalar:
+            allowed = "a dict of names and finite numbers, strings or booleans"
             _reject("model.mixer_options", model.mixer_options, allowed)
     from simplernn_jax.models.mixers.token_mixer import check_mixers  # imports JAX
 
