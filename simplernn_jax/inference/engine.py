@@ -47,7 +47,7 @@ class PrefixState(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Sequences that are decoded together; every leaf begins with axis B."""
+    """Sequences that are decoded together; leaves begin with axis B, except shared settings."""
 
     state: PrefixState
     stream: Int[Array, "B"]
@@ -142,8 +142,7 @@ def batch_sequences(
     state: PrefixState, stream: Any, position: Any, remaining: Any, settings: Settings
 ) -> Sequences:
     """Copy a state, for decoding, into sequences that share `settings`, without their axis B."""
-    num_sequences = len(state.logits)
-    settings = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_sequences, *x.shape)), settings)
+    settings = jax.tree.map(lambda x: x[None], settings)
     sequences = Sequences(
         state, stream, position, remaining, settings, penalties=None, wants_logprobs=None
     )
@@ -311,8 +310,9 @@ def _decode(
         with_penalties = jnp.any(is_active & ~is_neutral)
     if start.wants_logprobs is not None:
         with_logprobs = jnp.any(is_active & start.wants_logprobs)
+    seeds = jnp.broadcast_to(settings.seed, start.stream.shape)
     keys = jax.vmap(lambda seed, stream: jax.random.fold_in(jax.random.key(seed), stream))(
-        settings.seed, start.stream
+        seeds, start.stream
     )
 
     def is_unfinished(carry: tuple[Any, Block, Sequences]) -> Bool[Array, ""]:

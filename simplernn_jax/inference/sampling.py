@@ -55,7 +55,7 @@ class Sampling:
 
 
 class Settings(NamedTuple):
-    """`Sampling` of B sequences as arrays."""
+    """`Sampling` of B sequences as arrays; those that all share have 1 in place of B."""
 
     seed: UInt[Array, "B"]
     temperature: Float[Array, "B"]
