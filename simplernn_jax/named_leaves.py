@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 
-_Class = TypeVar("_Class", bound=tuple[Any, ...])
+_Class = TypeVar("_Class", bound=Any)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
