@@ -32,7 +32,7 @@ if [ -n "$sanitize" ]; then
   exit
 fi
 
-sources=(simplernn_jax scripts benchmarks configs docs tests tools)
+sources=(simplernn_jax scripts benchmarks configs docs tests)
 status=0
 ruff check "${sources[@]}" || status=1
 ruff format --check "${sources[@]}" || status=1
