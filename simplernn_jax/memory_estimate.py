@@ -57,7 +57,7 @@ def check_training(config: Config, mesh: Mesh) -> float:
     return _check("this run", estimate, _TRAINING_FIELDS, mesh)
 
 
-def check_program(num_bytes: float, mesh: Mesh) -> None:
+def check_program(num_bytes: int, mesh: Mesh) -> None:
     """Raise `UserError` if a train step of `num_bytes` on each device does not fit in memory."""
     memory = _memory_per_device(list(mesh.local_devices))
     if memory is not None and num_bytes > memory:
