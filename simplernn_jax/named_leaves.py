@@ -32,7 +32,7 @@ def tuple_with_names(cls: type[_Class]) -> type[_Class]:
     JAX's own keys are the names, with which `flax.nnx.tabulate` fails: it indexes every tuple.
     """
     keys = []
-    for index, name in enumerate(cls._fields):  # type: ignore[attr-defined]
+    for index, name in enumerate(cls._fields):
         field = _Field(index)
         field.name = name
         keys.append(jax.tree_util.DictKey(field))
