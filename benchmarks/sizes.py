@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from simplernn_jax import config_files, project
+from simplernn_jax import project
+from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config
 
 from .measure import on_simulated_devices

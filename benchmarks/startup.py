@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.compilation_cache import use_compilation_cache
+from simplernn_jax.cli.compilation_cache import use_compilation_cache
 
 from . import measure
 from .measure import Call, Effort, alternate, call_isolated, median

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from simplernn_jax import config_files, project
+from simplernn_jax import project
+from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batch_iterator import make_batches
 from simplernn_jax.data.batches import Batch

@@ -43,7 +43,7 @@ from benchmarks.baselines import report
 from benchmarks.baselines.programs import LOOKS
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
-from simplernn_jax import command_line, config_files, process_start
+from simplernn_jax.cli import command_line, config_files, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 

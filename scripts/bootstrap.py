@@ -5,7 +5,7 @@
     if __name__ == "__main__":
         bootstrap.start()
 
-All other imports are below that; see `simplernn_jax.process_start`.
+All other imports are below that; see `simplernn_jax.cli.process_start`.
 """
 
 import os
@@ -20,6 +20,6 @@ def start(*, resumes: bool = False) -> None:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if os.path.isdir(os.path.join(root, "simplernn_jax")):  # a checkout, which may not be installed
         sys.path.append(root)
-    from simplernn_jax import process_start
+    from simplernn_jax.cli import process_start
 
     process_start.start(root, resumes=resumes)

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from simplernn_jax.command_line import expand_path, run
+from simplernn_jax.cli.command_line import expand_path, run
 from simplernn_jax.config import ENCODING_ERRORS, DataConfig
 from simplernn_jax.data.prepared_dataset import default_data_dir
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, counted
 
 _MODEL = command_line.ModelFlags()

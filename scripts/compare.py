@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import check_output, write_file
 

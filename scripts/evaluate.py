@@ -22,7 +22,7 @@ import tempfile
 import numpy as np
 from absl import flags
 
-from simplernn_jax import command_line, process_start
+from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.chat_template import ChatTemplate
@@ -72,7 +72,7 @@ def main() -> None:
     model, tokenizer, config = _MODEL.load()
     from flax import nnx
 
-    from simplernn_jax.memory_estimate import check_evaluation
+    from simplernn_jax.models.memory_estimate import check_evaluation
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.reporter import align
 

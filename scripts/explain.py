@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import check_output, write_file
 

@@ -26,7 +26,7 @@ import re
 
 from absl import flags, logging
 
-from simplernn_jax import command_line, process_start
+from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS, QUANTIZATIONS
 

@@ -28,8 +28,8 @@ from types import FrameType
 
 from simplernn_jax.devices import end_with_parent
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, EXIT_USER_ERROR
+from simplernn_jax.parallel.supervisor import HEARTBEAT_SECONDS
 from simplernn_jax.project import name_commands, name_configs
-from simplernn_jax.supervisor import HEARTBEAT_SECONDS
 
 SHUTDOWN_TIMEOUT_SECONDS = HEARTBEAT_SECONDS + 10.0
 """Timeout for the other processes to end after the first failure."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, counted, format_bytes
 from simplernn_jax.files import write_file
 from simplernn_jax.project import name_commands, name_configs

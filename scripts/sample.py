@@ -22,7 +22,7 @@ import sys
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import counted
 from simplernn_jax.files import check_writable
 
@@ -59,7 +59,7 @@ def main() -> None:
     prompt = command_line.read_text(_PROMPT.value, _PROMPT_FILE.value, name="prompt")
     model, tokenizer, _ = _MODEL.load()
     from simplernn_jax.inference import fork_state, generate_text, load_state, save_state
-    from simplernn_jax.memory_estimate import check_generation
+    from simplernn_jax.models.memory_estimate import check_generation
 
     max_new_tokens, settings = _SAMPLING.max_new_tokens, _SAMPLING.settings
     state = None

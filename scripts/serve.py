@@ -19,7 +19,7 @@ import tempfile
 
 from absl import flags
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 

@@ -35,7 +35,7 @@ from benchmarks.stress import (  # noqa: F401 - each registers its experiments
     soak,
 )
 from benchmarks.stress.experiment import EXPERIMENTS, check_packages, run_experiment
-from simplernn_jax import command_line, process_start
+from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 

@@ -25,10 +25,10 @@ import os
 
 from absl import flags, logging
 
-from simplernn_jax import command_line, process_start
-from simplernn_jax.config_flag import define_config_flag, read_config
+from simplernn_jax.cli import command_line, process_start
+from simplernn_jax.cli.config_flag import define_config_flag, read_config
+from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
-from simplernn_jax.exit_codes import exit_with
 
 define_config_flag()
 command_line.define_plugin_flag()
@@ -66,7 +66,7 @@ def main() -> int:
         if cluster != (None, None, None):
             raise UserError("--coordinator, --num_processes, --process_id: only with --distributed")
         return _train()
-    from simplernn_jax import supervisor
+    from simplernn_jax.parallel import supervisor
 
     supervisor.supervise()
     from simplernn_jax.parallel import distributed
@@ -86,7 +86,7 @@ def _train() -> int:
     config = read_config(default=_saved_config())
     if not workdir:
         raise UserError("no --workdir: specify a folder for the run, such as --workdir runs/mine")
-    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.cli.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from simplernn_jax.cli.config_files import load_config as load_config
     from simplernn_jax.config import Config as Config
-    from simplernn_jax.config_files import load_config as load_config
     from simplernn_jax.inference.decode import generate as generate
     from simplernn_jax.inference.loading import load_model as load_model
     from simplernn_jax.inference.text import generate_text as generate_text
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     _MODULES = {
         "Config": "config",
-        "load_config": "config_files",
+        "load_config": "cli.config_files",
         "generate": "inference.decode",
         "generate_text": "inference.text",
         "load_model": "inference.loading",

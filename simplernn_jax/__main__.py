@@ -54,8 +54,8 @@ def main() -> int:
 
 
 def _print_completion(arguments: list[str]) -> NoReturn:
-    from simplernn_jax.completion import completion_script
-    from simplernn_jax.exit_codes import exit_with
+    from simplernn_jax.cli.completion import completion_script
+    from simplernn_jax.cli.exit_codes import exit_with
 
     def show() -> None:
         if len(arguments) != 1:

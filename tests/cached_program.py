@@ -7,7 +7,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 
-from simplernn_jax.compilation_cache import use_compilation_cache
+from simplernn_jax.cli.compilation_cache import use_compilation_cache
 
 warnings.simplefilter("error")
 

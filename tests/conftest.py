@@ -147,7 +147,7 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session", autouse=True)
 def _caches(request):
     """Keep compiled C code and programs for the next run, out of the user's cache."""
-    from simplernn_jax.compilation_cache import use_compilation_cache
+    from simplernn_jax.cli.compilation_cache import use_compilation_cache
 
     os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("scripts"))  # of the scripts
     folder = request.config.cache.mkdir("programs")

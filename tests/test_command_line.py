@@ -16,7 +16,7 @@ from processes import (
     start_python,
 )
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 
 SCRIPT = '''
 """Counts something."""
@@ -26,7 +26,7 @@ import os
 
 from absl import flags, logging
 
-from simplernn_jax import command_line
+from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")

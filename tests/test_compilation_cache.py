@@ -12,7 +12,7 @@ from odd_files import put_odd_file
 from processes import run_python, run_scripts
 from small_runs import newest_checkpoint, write_corpus
 
-from simplernn_jax.compilation_cache import delete_invalid_entries, seal_entries
+from simplernn_jax.cli.compilation_cache import delete_invalid_entries, seal_entries
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.train_steps import change, count_parameters
+from simplernn_jax.cli.config_files import load_config
 from simplernn_jax.config import Config, ModelConfig, differing_fields, from_json, to_json, validate
-from simplernn_jax.config_files import load_config
 from simplernn_jax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"

@@ -11,8 +11,8 @@ from simplernn_jax.config import Config, DataConfig, TrainConfig, to_json
 SCRIPT = '''
 """Prints a configuration."""
 
-from simplernn_jax import command_line
-from simplernn_jax.config_flag import define_config_flag, read_config
+from simplernn_jax.cli import command_line
+from simplernn_jax.cli.config_flag import define_config_flag, read_config
 
 define_config_flag()
 

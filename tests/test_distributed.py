@@ -18,12 +18,12 @@ PEER_FAILURE = "error: a peer process failed"
 
 MEMBER = """
 import itertools, os, sys, time
-from simplernn_jax import supervisor
+from simplernn_jax.parallel import supervisor
 supervisor.supervise()
 supervisor.HEARTBEAT_SECONDS = 4
 from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
-from simplernn_jax.exit_codes import exit_with
+from simplernn_jax.cli.exit_codes import exit_with
 
 def refuse():
     raise UserError("no text")
@@ -95,7 +95,7 @@ def end(process):
     ],
 )
 def test_the_supervisor_ends_as_its_child(run, code, expected, line):
-    prefix = "import os, signal, time; from simplernn_jax import supervisor; "
+    prefix = "import os, signal, time; from simplernn_jax.parallel import supervisor; "
     process = run(f"{prefix}supervisor.supervise(); {code}")
     assert end(process) == (expected, "", line)
 
@@ -103,7 +103,7 @@ def test_the_supervisor_ends_as_its_child(run, code, expected, line):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
 def test_a_child_does_not_outlive_its_supervisor(run):
     process = run(
-        "import os, time; from simplernn_jax import supervisor; supervisor.supervise(); "
+        "import os, time; from simplernn_jax.parallel import supervisor; supervisor.supervise(); "
         "print(os.getpid(), flush=True); time.sleep(30)"
     )
     process.stdout.readline()

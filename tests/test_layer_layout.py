@@ -9,8 +9,8 @@ from small_runs import small_config
 
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.layer_stack import LayerStack
-from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.named_leaves import named_leaves
 from simplernn_jax.training.optimizer import decay_mask, make_optimizer
 
 LAYERS = 3

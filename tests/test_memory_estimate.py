@@ -5,11 +5,12 @@ import pytest
 from flax import nnx
 from small_runs import small_config
 
-from simplernn_jax import memory_estimate
+from simplernn_jax.cli.config_files import load_config
 from simplernn_jax.config import Config
-from simplernn_jax.config_files import load_config
 from simplernn_jax.errors import UserError
-from simplernn_jax.memory_estimate import (
+from simplernn_jax.models import memory_estimate
+from simplernn_jax.models.language_model import LanguageModel, abstract_model
+from simplernn_jax.models.memory_estimate import (
     check_evaluation,
     check_generation,
     check_training,
@@ -17,7 +18,6 @@ from simplernn_jax.memory_estimate import (
     evaluation_sequences,
     model_bytes,
 )
-from simplernn_jax.models.language_model import LanguageModel, abstract_model
 from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import check_memory

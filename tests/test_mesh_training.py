@@ -16,7 +16,7 @@ from small_runs import HYBRID, random_batch, small_config
 
 from benchmarks.sizes import bytes_by_kind, text_of_loops
 from benchmarks.train_steps import collectives
-from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.named_leaves import named_leaves
 from simplernn_jax.parallel.shardings import variable_specs
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step, state_specs

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from simplernn_jax.named_leaves import named_leaves, tuple_with_names
+from simplernn_jax.parallel.named_leaves import named_leaves, tuple_with_names
 
 
 @jax.tree_util.register_dataclass

@@ -7,8 +7,8 @@ from meshes import mesh_of
 from small_runs import small_config
 
 from simplernn_jax.array_types import LogicalAxes
-from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.mesh import partition_spec
+from simplernn_jax.parallel.named_leaves import named_leaves
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, state_specs
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from simplernn_jax import process_start
+from simplernn_jax.cli import process_start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,7 +123,7 @@ if __name__ == "__main__":
 
 import time
 
-from simplernn_jax import process_start
+from simplernn_jax.cli import process_start
 
 if {started}:
     process_start.run_starts()

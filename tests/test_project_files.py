@@ -13,8 +13,9 @@ import yaml
 from processes import ROOT
 
 import simplernn_jax
-from simplernn_jax import config, config_files, inference
+from simplernn_jax import config, inference
 from simplernn_jax.__main__ import COMMANDS
+from simplernn_jax.cli import config_files
 from simplernn_jax.inference import loading
 from simplernn_jax.training import loop
 

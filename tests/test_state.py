@@ -23,7 +23,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference import fork_state, generate, generate_text, load_state, save_state
 from simplernn_jax.inference.state import empty_state, state_shapes
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 BYTES = ByteTokenizer()
 DRAWN = {"temperature": 1.0, "seed": 3}

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simplernn_jax import config_files, project
+from simplernn_jax import project
 from simplernn_jax.analysis.plots import add_legend, new_figure, png
+from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.errors import UserError, counted

@@ -17,7 +17,7 @@ from flax import nnx
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.compilation_cache import delete_invalid_entries, seal_entries
+from simplernn_jax.cli.compilation_cache import delete_invalid_entries, seal_entries
 from simplernn_jax.config import Config
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer

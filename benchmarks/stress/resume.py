@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simplernn_jax.compilation_cache import use_compilation_cache
+from simplernn_jax.cli.compilation_cache import use_compilation_cache
 from simplernn_jax.config import Config
 
 from ..measure import on_simulated_devices

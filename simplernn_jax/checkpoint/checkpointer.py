@@ -44,8 +44,8 @@ from simplernn_jax.checkpoint.folder import (
 )
 from simplernn_jax.config import Config
 from simplernn_jax.errors import DISK_ADVICE, UserError
-from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinator, is_coordinator
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 _FAILED_RUN_TIMEOUT_SECONDS = 5.0
 

@@ -23,8 +23,8 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
-from simplernn_jax.named_leaves import named_leaves
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 TEXTS = ("config", "tokenizer")
 """Items that `read_texts` reads."""

@@ -33,7 +33,7 @@ from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import Weights
-from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,8 @@ from simplernn_jax.inference.arguments import (
     checked_path,
 )
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.named_leaves import named_leaves
-from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
+from simplernn_jax.models.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 RECENT_TOKENS = 64
 """Ids kept as context for the text of the next ones: with some tokenizers the text of a token

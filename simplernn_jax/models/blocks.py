@@ -14,11 +14,11 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.convolution import ShortConvolution
 from simplernn_jax.models.layers import Dense, RMSNorm, dropout, fused_dense, kernel_init
 from simplernn_jax.models.mixers.token_mixer import TokenMixer, make_mixer
-from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.ops.segments import reset_state, select_sequences
+from simplernn_jax.parallel.named_leaves import tuple_with_names
 
 CONVOLUTION_WIDTH = 4
 """Width of the residual block's short convolution in tokens, the current one included."""

@@ -23,7 +23,7 @@ from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import open_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.named_weights import Weights, model_from_weights
-from simplernn_jax.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
+from simplernn_jax.models.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
 
 _ADVICE = "export the file again"
 _METADATA = {"format": "pt"}

@@ -19,10 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from simplernn_jax import __version__, supervisor
+from simplernn_jax import __version__
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import EXIT_PEER_FAILURE, EXIT_USER_ERROR, UserError
 from simplernn_jax.files import sha256_hex
+from simplernn_jax.parallel import supervisor
 
 
 @contextlib.contextmanager

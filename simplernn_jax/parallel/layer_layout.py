@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.named_leaves import named_leaves
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 STACKED = "stacked"
 """The entry of stacked layers, in place of 0, 1, ..."""

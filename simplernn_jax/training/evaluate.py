@@ -16,8 +16,8 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenSplit
-from simplernn_jax.memory_estimate import evaluation_sequences
 from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.models.memory_estimate import evaluation_sequences
 from simplernn_jax.parallel.collectives import psum
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from simplernn_jax import memory_estimate
 from simplernn_jax.array_types import LogicalAxes, ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.batches import Batch
+from simplernn_jax.models import memory_estimate
 from simplernn_jax.models.language_model import Initialized, initialize
 from simplernn_jax.ops.primitive import vary_like, varying
 from simplernn_jax.parallel.collectives import axis_index, psum

@@ -20,12 +20,12 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
 from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
-from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
 from simplernn_jax.ops.segments import segment_starts
 from simplernn_jax.parallel.collectives import axis_size, broadcast_from_last
 from simplernn_jax.parallel.mesh import AXES as MESH_AXES
+from simplernn_jax.parallel.named_leaves import tuple_with_names
 from simplernn_jax.parallel.sequence import AXIS, left_halo, segment_offset
 
 

@@ -25,9 +25,9 @@ from simplernn_jax.models.layers import Dense, RMSNorm, kernel_init
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer
 from simplernn_jax.models.mixers.simple_rnn import check_method
 from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
-from simplernn_jax.named_leaves import tuple_with_names
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.parallel.mesh import AXES
+from simplernn_jax.parallel.named_leaves import tuple_with_names
 from simplernn_jax.parallel.sequence import sharded_recurrence
 
 GATE_LOGIT_NORMALIZER = 16

@@ -1,7 +1,7 @@
 """Command line of the scripts: shared flags, help, input texts and logs.
 
 A script defines its flags at module level and ends with ``command_line.run(main)``. The exit codes
-are those of `simplernn_jax.exit_codes`.
+are those of `simplernn_jax.cli.exit_codes`.
 """
 
 import difflib
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.config import Config, by_field
 from simplernn_jax.errors import UserError
-from simplernn_jax.exit_codes import exit_with
 from simplernn_jax.files import read_file
 from simplernn_jax.project import PACKAGE, name_commands, name_configs, usage
 
@@ -132,7 +132,7 @@ class ModelFlags:
         Raises:
           UserError: there is no valid model, or the devices cannot be used.
         """
-        from simplernn_jax.compilation_cache import use_compilation_cache
+        from simplernn_jax.cli.compilation_cache import use_compilation_cache
         from simplernn_jax.devices import check_devices
 
         workdir = self.workdir  # its error comes before the slow start of a backend

@@ -7,8 +7,8 @@ from typing import Any
 
 from absl import flags
 
+from simplernn_jax.cli.config_files import load_config
 from simplernn_jax.config import Config, Scalar, by_field, types_of, validate
-from simplernn_jax.config_files import load_config
 from simplernn_jax.errors import UserError
 
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it

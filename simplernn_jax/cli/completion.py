@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from simplernn_jax.command_line import Arguments
-from simplernn_jax.config_files import config_names
+from simplernn_jax.cli.command_line import Arguments
+from simplernn_jax.cli.config_files import config_names
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
 

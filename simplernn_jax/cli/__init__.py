@@ -1,0 +1,1 @@
+"""Start of a script's process, its flags, configuration files and exit codes."""
