@@ -82,6 +82,7 @@ def main() -> int:
 
 
 def _train() -> int:
+    command_line.load_plugins()
     workdir = command_line.expand_path(_WORKDIR.value, "workdir") if _WORKDIR.value else ""
     config = read_config(default=_saved_config())
     if not workdir:

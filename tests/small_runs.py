@@ -29,6 +29,13 @@ HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
 """Fields of `small_config`: one layer of each mixer."""
 
 
+class Options(dict):
+    """Options of mixers that `functools.cache` can take."""
+
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
 def small_config(block="plain", **fields):
     """A run of one narrow layer; `fields` of any section, by name."""
     config = Config(

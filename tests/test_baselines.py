@@ -239,9 +239,9 @@ def test_bad_requests_are_one_line(small, monkeypatch):
         with pytest.raises(UserError, match=message):
             request(**given)
     endless = small_config(steps=0, epochs=3, validation_fraction=0.5)
-    monkeypatch.setattr(report.config_flag, "load_config", lambda _: endless)
+    monkeypatch.setattr(report.config_files, "load_config", lambda _: endless)
     with pytest.raises(UserError, match=r"base: has no number of steps; .*--seconds=60"):
         request(seconds=("0",))
-    monkeypatch.setattr(report.config_flag, "load_config", lambda _: small_config())
+    monkeypatch.setattr(report.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
         request()

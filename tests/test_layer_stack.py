@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from small_runs import random_batch, small_config
+from small_runs import Options, random_batch, small_config
 
 from benchmarks.train_steps import collectives
 from simplernn_jax.config import MeshConfig
@@ -82,7 +82,7 @@ def assert_equals_one_device(sizes, dtype, limit, model, **fields):
         ((("pipeline", 2),), {"num_layers": 2, "mode": "window"}, {}),  # no carried state
         (
             STAGE_2_WITH_OTHERS,
-            {"num_layers": 2, "mixer": "attention", "mixer_options": {"context": 7}},
+            {"num_layers": 2, "mixer": "attention", "mixer_options": Options(context=7)},
             {},
         ),
     ],

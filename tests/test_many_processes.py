@@ -40,7 +40,7 @@ def launch(start):
 
     def launch(config, workdir, devices=1):
         """`config` and `workdir` are those of `train`."""
-        flags = {f"config.{name}": value for name, value in by_field(config).items()}
+        flags = {f"config.{name}": value for name, value in by_field(config).items() if value != {}}
         return start(
             *("scripts/launch_local.py", 2, "--config=configs/tiny.py", f"--workdir={workdir}"),
             *(f"--{name}={value}" for name, value in flags.items()),

@@ -212,7 +212,7 @@ def test_other_files_are_refused(tmp_path, path, model):
 def test_a_file_larger_than_memory_is_not_read(path, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(devices, "host_memory", lambda: 64)
-        assert refusal(path, model).startswith("needs 3.99 kB, more than half of the 64 B of mem")
+        assert refusal(path, model).startswith("needs 4 kB, more than half of the 64 B of mem")
     load_state(str(path), model, BYTES)
 
 

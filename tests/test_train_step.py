@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from meshes import mesh_of
 from references import assert_same_bytes
-from small_runs import random_batch, small_config
+from small_runs import Options, random_batch, small_config
 
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.accumulation import choose_microbatches
@@ -26,12 +26,12 @@ SGD = optax.sgd(1.0)
 
 KINDS = {
     "plain": {},
-    "attention": {"block": "residual", "mixer": "attention", "mixer_options": {"context": 3}},
+    "attention": {"block": "residual", "mixer": "attention", "mixer_options": Options(context=3)},
     "hybrid": {
         "block": "residual",
         "num_layers": 2,
         "mixer": "simple_rnn,attention",
-        "mixer_options": {"context": 7},
+        "mixer_options": Options(context=7),
     },
 }
 """Attention contexts shorter and longer than the sequences of a batch."""

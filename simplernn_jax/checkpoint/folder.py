@@ -119,7 +119,7 @@ class CheckpointFolder:
             if os.path.islink(path) or not os.path.isdir(path):
                 os.remove(path)
             else:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # a reader on NFS may hold a file
         return unfinished
 
     def mark_complete(self, step: int) -> None:

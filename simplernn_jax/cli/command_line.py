@@ -78,13 +78,21 @@ def define_arguments(usage: str) -> Arguments:
 
 
 def define_plugin_flag() -> None:
-    """Define ``--plugin``; `run` imports what it names."""
+    """Define ``--plugin``; see `load_plugins`."""
     flags.DEFINE_multi_string(
         "plugin",
         [],
         "Python file, or importable module, that registers token mixers of your own; may be given "
         "several times.",
     )
+
+
+def load_plugins() -> None:
+    """Import what ``--plugin`` names; it imports JAX."""
+    for plugin in flags.FLAGS.plugin:
+        from simplernn_jax.models.mixers.token_mixer import load_plugin
+
+        load_plugin(plugin)
 
 
 class ModelFlags:
@@ -138,6 +146,7 @@ class ModelFlags:
         workdir = self.workdir  # its error comes before the slow start of a backend
         check_devices()
         use_compilation_cache()
+        load_plugins()
         return self.load_again(workdir)
 
     def load_again(self, workdir: str) -> "tuple[LanguageModel, Tokenizer, Config]":
@@ -268,14 +277,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # Names of files and texts may hold what its encoding cannot represent.
         sys.stdout.reconfigure(errors="backslashreplace")
 
-    def import_plugins_and_run(_: list[str]) -> int | None:
-        for plugin in flags.FLAGS.plugin if "plugin" in flags.FLAGS else ():
-            from simplernn_jax.models.mixers.token_mixer import load_plugin
-
-            load_plugin(plugin)
-        return main()
-
-    exit_with(lambda: app.run(import_plugins_and_run, flags_parser=_parse_flags))
+    exit_with(lambda: app.run(lambda _: main(), flags_parser=_parse_flags))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -12,15 +12,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 from absl import logging
 
-from simplernn_jax.files import cache_folder, read_file, sha256_hex, write_file
+from simplernn_jax.files import cache_folder, check_owner, read_file, sha256_hex, write_file
 
 MAX_BYTES = 256 * 2**20
 """Size limit of all entries, unless ``JAX_COMPILATION_CACHE_MAX_SIZE`` sets another bound."""
 
-_SUFFIXES = _ENTRY, _, _SEAL = "-cache", "-atime", "-sha256"
+_SUFFIXES = _ENTRY, _TIME, _SEAL = "-cache", "-atime", "-sha256"
 """Of the files of an entry: JAX's content and time of use, and our checksum."""
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 """Event of JAX, sent for every program once it was compiled and stored, or loaded."""
@@ -41,6 +42,7 @@ def use_compilation_cache() -> None:
     try:
         folder = cache_folder("compiled")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what will be executed
+        check_owner(os.stat(folder), folder)
         tempfile.TemporaryFile(dir=folder).close()
         delete_invalid_entries(folder)
     except (OSError, RuntimeError) as error:
@@ -64,23 +66,31 @@ def use_compilation_cache() -> None:
 
 def delete_invalid_entries(folder: Path) -> None:
     """Delete entries that do not match their seals, and what remains of entries that are gone."""
-    for key in {path.name.rpartition("-")[0] for path in folder.glob("*-*")}:
-        entry, time_of_use, seal = (folder / f"{key}{suffix}" for suffix in _SUFFIXES)
-        if not (time_of_use.is_file() and _is_sealed(entry, seal)):
-            for path in (entry, time_of_use, seal):
-                path.unlink(missing_ok=True)
+    with _lock(folder):
+        for key in {path.name.rpartition("-")[0] for path in folder.glob("*-*")}:
+            entry, time_of_use, seal = (folder / f"{key}{suffix}" for suffix in _SUFFIXES)
+            if not (time_of_use.is_file() and _is_sealed(entry, seal)):
+                for path in (entry, time_of_use, seal):
+                    path.unlink(missing_ok=True)
 
 
 def seal_entries(folder: Path) -> None:
-    """Seal all new entries."""
-    names = set(os.listdir(folder))
-    for name in names:
-        key = name.removesuffix(_ENTRY)
-        if key != name and f"{key}{_SEAL}" not in names:
+    """Seal all new entries; one without its time of use was not written to its end."""
+    with _lock(folder):
+        names = set(os.listdir(folder))
+        for name in names:
+            key = name.removesuffix(_ENTRY)
+            if key == name or f"{key}{_SEAL}" in names or f"{key}{_TIME}" not in names:
+                continue
             entry = folder / name
-            with contextlib.suppress(FileNotFoundError):  # another process has deleted it
-                entry.chmod(0o600)
+            with contextlib.suppress(OSError):  # of another user, for example
+                entry.chmod(0o600, follow_symlinks=False)
                 write_file(folder / f"{key}{_SEAL}", _checksum(entry), durable=False, mode=0o600)
+
+
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    """Return the lock that JAX holds while it writes and deletes entries."""
+    return filelock.FileLock(folder / ".lockfile", timeout=10)
 
 
 def _is_sealed(entry: Path, seal: Path) -> bool:

@@ -50,10 +50,13 @@ def start(root: str, *, resumes: bool = False) -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: the next opened file would get its number
             null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
             setattr(sys, name, os.fdopen(null, "r" if name == "stdin" else "w"))
     _use_python_with_packages(root)
     _use_huge_pages()
-    if resumes:
+    if _is_observed():
+        pass  # a debugger expects Python's own handlers
+    elif resumes:
         codes = (128 + signal.SIGINT, EXIT_INTERRUPTED)
         _end_on_signals(codes, "stopped before the run started; run the same command to start it")
     else:
@@ -67,16 +70,31 @@ def start(root: str, *, resumes: bool = False) -> None:
 
 def run_starts() -> None:
     """Record that the run can be resumed from now on."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        return  # for a debugger
     _end_on_signals((EXIT_INTERRUPTED,) * 2, "stopped; run the same command to resume")
 
 
 def raise_on_signals() -> None:
     """Let signals raise, for a script that has temporary folders and child processes to clean up.
 
-    SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143.
+    SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with code 143. What a handler raises in a
+    finalizer or in a callback of the garbage collector (JAX has one) is lost: the signal is then
+    sent again.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    report = sys.unraisablehook
+
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        elif isinstance(lost.exc_value, SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            report(lost)
+
+    sys.unraisablehook = send_again
 
 
 def has_huge_pages() -> bool:
@@ -122,7 +140,8 @@ def _use_huge_pages() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if os.environ.get(HUGE_PAGES) == "0" or _TUNABLE in tunables or not has_huge_pages():
         return
-    if _is_observed() or not sys.executable:
+    # Not a program that runs a script by `runpy`.
+    if _is_observed() or not sys.executable or sys.argv[0] not in sys.orig_argv:
         return
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}=1".lstrip(":")
     with contextlib.suppress(OSError):
@@ -149,9 +168,8 @@ def _end_on_signals(codes: tuple[int, int], what: str) -> None:
             os.write(2, ("\x1b[?25h" * has_cursor + line).encode())
         os._exit(codes[number == signal.SIGTERM])
 
-    if not _is_observed():  # a debugger expects Python's own handlers
-        for number in _SIGNALS:
-            signal.signal(number, stop)
+    for number in _SIGNALS:
+        signal.signal(number, stop)
 
 
 def _check_environment_variables() -> None:

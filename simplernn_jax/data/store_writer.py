@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,8 @@ BUFFER_BYTES = 1 << 20
 """Bytes that are written at a time, a multiple of the size of a token."""
 _RANGES = 1 << 16
 """Documents whose ranges are in memory at a time."""
+ABANDONED_SECONDS = 3600
+"""Time without a change after which the temporary files of a writer are removed."""
 _TEMPORARY = re.compile(r"\.([0-9a-f]{32})\.\w+\.tmp")
 
 
@@ -252,5 +255,7 @@ def remove_abandoned(cache: Path) -> None:
         if name is None:
             continue
         with contextlib.suppress(OSError), locked(cache / name[1], wait=False) as is_locked:
-            if is_locked:
+            # Some network file systems have locks of one host only.
+            newest = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+            if is_locked and time.time() - newest > ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)

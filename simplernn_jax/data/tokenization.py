@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,7 +29,7 @@ from simplernn_jax.data.documents import Corpus, MalformedRecord, Record
 from simplernn_jax.data.token_split import token_dtype
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
-from simplernn_jax.devices import core_limits
+from simplernn_jax.devices import core_limits, end_with_parent
 from simplernn_jax.errors import UserError
 
 PART_CHARACTERS = 1 << 23
@@ -282,10 +283,11 @@ def _started(
         try:
             with _spawning():
                 pool = stack.enter_context(
-                    ProcessPoolExecutor(count, context, _start, (alive, *arguments))
+                    ProcessPoolExecutor(count, context, _start, (os.getpid(), alive, *arguments))
                 )
-                first = pool.submit(os.getpid)
-            first.result()
+                started = [pool.submit(time.sleep, 0.01) for _ in range(count)]
+            for each in started:
+                each.result()
         except (OSError, BrokenProcessPool) as error:
             logging.warning("cannot start processes (%s); tokenizing in this one", error)
             pool = None
@@ -324,8 +326,11 @@ class _Process:
     tokenizer: _Tokenizer
 
 
-def _start(parent: Connection, folder: Path, corpus: Corpus, tokenizer_json: str) -> None:
+def _start(
+    parent_id: int, parent: Connection, folder: Path, corpus: Corpus, tokenizer_json: str
+) -> None:
     """Prepare a process that tokenizes."""
+    end_with_parent(parent_id)  # also while a library holds the GIL
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends us
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _Process.tokenizer = _Tokenizer(folder, corpus, tokenizer_from_json(tokenizer_json))

@@ -207,13 +207,14 @@ def checked_length(max_new_tokens: Any, batch_size: int) -> int:
 
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
     ids = as_array(ids, where)
-    if ids.ndim != 1 and ids.dtype.kind not in "US":
+    if ids.dtype.kind in "US":
+        raise UserError(f"{where}: text; pass token ids, or call generate_text")
+    if ids.ndim != 1:
         raise UserError(f"{where}: has {ids.ndim} axes; pass one flat sequence of token ids")
     if len(ids) == 0:
         return np.zeros(0, np.int32)
     if not np.issubdtype(ids.dtype, np.integer):
-        advice = "; generate_text takes text" if ids.dtype.kind in "US" else ""
-        raise UserError(f"{where}: {ids.dtype} values; token ids are integers{advice}")
+        raise UserError(f"{where}: {ids.dtype} values; token ids are integers")
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         at = int(np.argmax(outside))

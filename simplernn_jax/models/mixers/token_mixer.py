@@ -183,7 +183,7 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
         import_file(text, "--plugin", f"simplernn_plugin_{Path(text).stem}")
         return
     folder = os.getcwd()
-    sys.path.insert(0, folder)
+    sys.path.append(folder)
     try:
         importlib.import_module(text)
     except (Exception, SystemExit) as error:
