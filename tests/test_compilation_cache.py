@@ -139,4 +139,5 @@ def test_corrupted_entries_are_deleted(tmp_path, damage, suffix):
     delete_invalid_entries(tmp_path)
     kept = ["third"] if damage is swap else ["other", "third"]
     suffixes = ("-atime", "-cache", "-sha256")
-    assert sorted(os.listdir(tmp_path)) == [f"{key}{suffix}" for key in kept for suffix in suffixes]
+    found = sorted(path.name for path in tmp_path.glob("*-*"))
+    assert found == [f"{key}{suffix}" for key in kept for suffix in suffixes]

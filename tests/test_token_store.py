@@ -25,6 +25,7 @@ from simplernn_jax.data import (
     TokenSplit,
     load_tokenizer,
     prepare_corpus,
+    store_writer,
     token_store,
 )
 from simplernn_jax.data.store_reader import CorruptStore, open_store
@@ -423,8 +424,9 @@ prepare_corpus(DataConfig(source={source!r}), 3, {cache!r})
     ],
 )
 def test_what_a_killed_writer_left_is_removed_by_the_next(
-    tmp_path, module, function, calls, source, cache
+    tmp_path, monkeypatch, module, function, calls, source, cache
 ):
+    monkeypatch.setattr(store_writer, "ABANDONED_SECONDS", -1)
     names = {"module": module, "function": function, "calls": calls}
     code = KILLED.format(**names, source=str(source), cache=str(cache))
     code, _, errors = run_python("-c", code)
@@ -438,7 +440,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(
     assert contents(store) == contents(other)
 
 
-def test_what_a_living_writer_or_a_user_has_beside_stores_stays(source, cache):
+def test_what_a_living_writer_or_a_user_has_beside_stores_stays(monkeypatch, source, cache):
+    monkeypatch.setattr(store_writer, "ABANDONED_SECONDS", -1)
     mine = {cache / ".mine.tmp", cache / f".{'01' * 16}.tmp", cache / ".backup"}
     left = cache / f".{'23' * 16}.left.tmp"
     for folder in (*mine, left):

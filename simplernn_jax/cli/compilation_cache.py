@@ -83,8 +83,10 @@ def seal_entries(folder: Path) -> None:
             if key == name or f"{key}{_SEAL}" in names or f"{key}{_TIME}" not in names:
                 continue
             entry = folder / name
+            if entry.is_symlink():
+                continue
             with contextlib.suppress(OSError):  # of another user, for example
-                entry.chmod(0o600, follow_symlinks=False)
+                entry.chmod(0o600)
                 write_file(folder / f"{key}{_SEAL}", _checksum(entry), durable=False, mode=0o600)
 
 

@@ -54,14 +54,12 @@ def start(root: str, *, resumes: bool = False) -> None:
             setattr(sys, name, os.fdopen(null, "r" if name == "stdin" else "w"))
     _use_python_with_packages(root)
     _use_huge_pages()
-    if _is_observed():
-        pass  # a debugger expects Python's own handlers
-    elif resumes:
-        codes = (128 + signal.SIGINT, EXIT_INTERRUPTED)
-        _end_on_signals(codes, "stopped before the run started; run the same command to start it")
-    else:
-        _end_on_signals((128 + signal.SIGINT, 128 + signal.SIGTERM), "stopped")
+    if resumes:
+        _Ending.codes = (128 + signal.SIGINT, EXIT_INTERRUPTED)
+        _Ending.what = "stopped before the run started; run the same command to start it"
     for number in _SIGNALS:
+        if not _is_observed():  # a debugger expects Python's own handlers
+            signal.signal(number, _stop)
         # When Python ends it restores default handlers: a signal would replace the exit code.
         atexit.register(signal.signal, number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -70,9 +68,8 @@ def start(root: str, *, resumes: bool = False) -> None:
 
 def run_starts() -> None:
     """Record that the run can be resumed from now on."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        return  # for a debugger
-    _end_on_signals((EXIT_INTERRUPTED,) * 2, "stopped; run the same command to resume")
+    _Ending.codes = (EXIT_INTERRUPTED, EXIT_INTERRUPTED)
+    _Ending.what = "stopped; run the same command to resume"
 
 
 def raise_on_signals() -> None:
@@ -155,21 +152,23 @@ def _is_observed() -> bool:
     return bool(is_traced) or any(name in sys.modules for name in tools)
 
 
-def _end_on_signals(codes: tuple[int, int], what: str) -> None:
+class _Ending:
+    """How SIGINT and SIGTERM end this process; JAX replaces the handlers of a distributed run."""
+
+    codes = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    what = "stopped"
+
+
+def _stop(number: int, _: object) -> None:
     """End the process with the code for SIGINT or SIGTERM, and one line on stderr."""
-
-    def stop(number: int, _: object) -> None:
-        with contextlib.suppress(Exception):  # such as a write that the signal has interrupted
-            sys.stdout.flush()
-        # A progress bar hides the cursor.
-        has_cursor = os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
-        line = f"{signal.Signals(number).name}: {what}\n"
-        with contextlib.suppress(OSError):
-            os.write(2, ("\x1b[?25h" * has_cursor + line).encode())
-        os._exit(codes[number == signal.SIGTERM])
-
-    for number in _SIGNALS:
-        signal.signal(number, stop)
+    with contextlib.suppress(Exception):  # such as a write that the signal has interrupted
+        sys.stdout.flush()
+    # A progress bar hides the cursor.
+    has_cursor = os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
+    line = f"{signal.Signals(number).name}: {_Ending.what}\n"
+    with contextlib.suppress(OSError):
+        os.write(2, ("\x1b[?25h" * has_cursor + line).encode())
+    os._exit(_Ending.codes[number == signal.SIGTERM])
 
 
 def _check_environment_variables() -> None:
