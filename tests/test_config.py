@@ -44,7 +44,7 @@ def load(name):
         ("model.mixer", ["attention", "rnn", "attention", "attention"], "gla, simple_rnn"),
         ("model.mixer", ["attention", "simple_rnn"], "each of config.model.num_layers=4 layers"),
         ("model.mixer_options", {"method": "scn"}, "method=scn .* one of auto, fused"),
-        ("model.mixer_options", {"method": 3}, "method=3 .* of type str"),
+        ("model.mixer_options", {"method": 3}, "method=3 .* a value of type str"),
         ("model.mixer_options", {"methd": ""}, "an option of simple_rnn; did you mean 'method'"),
         ("model.mixer_options", {"method": None}, "a dict of names and finite numbers, str"),
         ("model.mixer_options", {"method": float("nan")}, "a dict of names and finite numbers"),

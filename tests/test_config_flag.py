@@ -93,6 +93,25 @@ def test_none_leaves_a_choice_to_the_program(folder):
     )
 
 
+def test_flags_from_a_file(folder):
+    (folder / "flags.txt").write_text("--config.train.steps=11\n")
+    (folder / "wrong.txt").write_text("--config.train.stpes=11\n")
+    (folder / "zero.txt").write_text("--flagfile=/dev/zero\n")
+    (folder / "large.txt").write_bytes(bytes(2**20 + 1))
+    (folder / "latin.txt").write_bytes(b"--config=\xe9.py\n")
+    assert show(folder, ["--config=seven.py", "--flagfile=flags.txt"]) == ["11 stdlib True\n"]
+    assert_each_refused(
+        "show.py",
+        (["--config=seven.py", "--flagfile=wrong.txt"], "did you mean '--config.train.steps'?"),
+        (["--flagfile=missing.txt"], "--flagfile=missing.txt: No such file"),
+        (["--flagfile", "/dev/zero"], "--flagfile=/dev/zero: not a regular file"),
+        (["--flagfile=zero.txt"], "--flagfile=zero.txt: includes another file"),
+        (["--flagfile=large.txt"], "--flagfile=large.txt: larger than 1,048,576 bytes"),
+        (["--flagfile=latin.txt"], "--flagfile=latin.txt: 'utf-8' codec can't decode"),
+        cwd=folder,
+    )
+
+
 def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
     of_a_list = CONFIG.replace(
         "return", "config.model.mixer = ['simple_rnn', 'attention'] * 2; return"

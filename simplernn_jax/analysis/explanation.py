@@ -15,6 +15,7 @@ from simplernn_jax.analysis.decomposition import (
     map_contributions,
 )
 from simplernn_jax.analysis.memory import Memory, measure_memory
+from simplernn_jax.analysis.recording import find_mixers
 from simplernn_jax.analysis.state_value import (
     SHORT_CONTEXT,
     ContextGain,
@@ -151,6 +152,7 @@ def explain(
             f"token {token}: the text has {counted(len(ids) - 1, 'token')}; "
             f"specify one of 1 to {len(ids) - 1}"
         )
+    find_mixers(model)  # its error comes before minutes of work
     params = nnx.state(model, nnx.Param)
     evaluator = Evaluator(config, tokenizer.pad_id)
     document = document_split(ids, len(text.encode("utf-8")))

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,6 +54,9 @@ _OTHER_NAMES = {
     "workdir": "logdir model out_dir output_dir run_dir",
 }
 """What other programs call the flags and fields of this project."""
+
+
+_FLAG_FILE = re.compile(r"^--?flagfile[=\n](.+)", re.MULTILINE)
 
 
 class Arguments:
@@ -280,11 +283,30 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     exit_with(lambda: app.run(lambda _: main(), flags_parser=_parse_flags))
 
 
+def _check_flag_files(arguments: Iterable[str]) -> None:
+    """Check what ``--flagfile`` names before absl reads it to its end.
+
+    Raises:
+      UserError: not a regular file, larger than 1 MiB, not UTF-8, or it includes another file.
+    """
+    for path in _FLAG_FILE.findall("\n".join(arguments)):
+        try:
+            text = read_file(os.path.expanduser(path.strip()), 1 << 20).decode("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--flagfile={path}: {reason}; specify a file of flags") from error
+        if _FLAG_FILE.search(text):
+            raise UserError(
+                f"--flagfile={path}: includes another file; name both on the command line"
+            )
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if {"-h", "-help", "--help"} & set(options):
         print(_help())
         sys.exit(0)
+    _check_flag_files(options)
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from simplernn_jax.errors import UserError
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
 from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name, write_example
 from simplernn_jax.inference.loading import WEIGHTS
@@ -31,10 +32,15 @@ def write(trained: TrainedModel, folder: Path) -> None:
     for name, length in (("prefill", PREFILL_TOKENS), ("decode", 1)):
         exported = _export(model, weights, length)
         (folder / f"{name}.bin").write_bytes(exported.serialize())
-    parts = {
-        name: {"shape": ["B", *x.shape[1:]], "dtype": str(x.dtype), "value": 0}
-        for name, x in state_by_name(model.initial_state(1))[0].items()
-    }
+    parts = {}
+    for name, x in state_by_name(model.initial_state(1))[0].items():
+        value = x.flatten()[0].item()
+        if not (x == value).all():
+            raise UserError(
+                f"--format=stablehlo: the initial state {name} is no single number, which this "
+                "format needs; use safetensors"
+            )
+        parts[name] = {"shape": ["B", *x.shape[1:]], "dtype": str(x.dtype), "value": value}
     fields = {"platforms": PLATFORMS, "state": parts}
     write_example(trained, folder, fields, __file__)
 

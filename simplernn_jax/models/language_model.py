@@ -86,11 +86,12 @@ class LanguageModel(nnx.Module):
         self.remat = remat
 
     def initial_state(self, batch_size: int) -> ModelState:
-        """Return zeros: one entry per layer, or one for all stacked layers; axis B first.
+        """Return the state before the first token: one entry per layer, or one for stacked layers.
 
-        Recurrent states have the dtype ``state_precision``, KV caches ``precision`` (their lengths
-        int32), inputs of convolutions float32. Under ``jax_enable_x64``, float32 ones are float64,
-        except in KV caches.
+        Every array begins with axis B. Those of the package's mixers are zeros: recurrent states
+        have the dtype ``state_precision``, KV caches ``precision`` (their lengths int32), inputs of
+        convolutions float32. Under ``jax_enable_x64``, float32 ones are float64, except in KV
+        caches.
         """
         if isinstance(self.layers, LayerStack):
             return self.layers.initial_state(batch_size)
@@ -206,10 +207,10 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: ``[B, T]`` integers in ``[0, vocab_size)``. Eager calls check the range on the
             host; under `jax.jit`, ids out of range give NaN (zeros if the vocabulary is sharded).
-          state: the state that an earlier call returned, as in `initial_state`; None starts from
-            zero.
-          segment_ids: ``[B, T]``; a change of id resets the state to zero. `state` belongs to the
-            first token's segment.
+          state: the state that an earlier call returned, as in `initial_state`; None is the initial
+            one.
+          segment_ids: ``[B, T]``; a change of id resets the state to the initial one. `state`
+            belongs to the first token's segment.
           dropout_key: PRNG key of dropout; None disables it.
 
         Returns:

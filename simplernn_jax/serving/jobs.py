@@ -1,4 +1,4 @@
-"""Requests of the HTTP side to the engine, and its replies."""
+"""Requests of the HTTP side to the worker, and its replies."""
 
 import dataclasses
 from collections.abc import Callable

@@ -122,8 +122,10 @@ class Evaluator:
         self._score: Callable[..., tuple[jax.Array, jax.Array, ModelState]] = jax.jit(
             score, **shardings
         )
-        self._zero_state = jax.jit(
-            abstract.initial_state, static_argnums=0, out_shardings=state_shardings
+        self._initial_state = jax.jit(
+            lambda params, batch_size: nnx.merge(graph, params).initial_state(batch_size),
+            static_argnums=1,
+            out_shardings=state_shardings,
         )
 
     def scores(
@@ -147,7 +149,7 @@ class Evaluator:
         carried = None
         for batch in batches:
             batch_size = len(batch.reset)
-            carried = self._zero_state(batch_size) if carried is None else carried
+            carried = self._initial_state(params, batch_size) if carried is None else carried
             placed = batch
             if self._batch_shardings is not None:
                 placed = global_arrays_from_local(batch, self._batch_shardings, 0, batch_size)

@@ -11,7 +11,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -21,7 +20,7 @@ from jaxtyping import Array, Bool
 from simplernn_jax.array_types import Activations, LogicalAxes, SegmentIds
 from simplernn_jax.config import ModelConfig, Scalar
 from simplernn_jax.errors import UserError, nearest_name, one_line
-from simplernn_jax.files import import_file
+from simplernn_jax.files import import_file, sha256_hex
 from simplernn_jax.ops.primitive import vary_like
 from simplernn_jax.ops.segments import select_sequences
 
@@ -77,9 +76,9 @@ class TokenMixer(nnx.Module):
 
     def state_axes(self) -> Any:
         """Return the `LogicalAxes` of each array of the state, in its structure."""
-        return jax.tree.map(
-            lambda _: LogicalAxes("batch"), jax.eval_shape(lambda: self.initial_state(1))
-        )
+        graph, params = nnx.split(self)
+        state = jax.eval_shape(lambda params: nnx.merge(graph, params).initial_state(1), params)
+        return jax.tree.map(lambda _: LogicalAxes("batch"), state)
 
 
 class ZeroStateMixer(TokenMixer):
@@ -150,7 +149,10 @@ def register_mixer(
 
 def _source(make: Callable[..., Any]) -> tuple[str, str]:
     """Return file and name, which a module that is imported again has too."""
-    return inspect.getsourcefile(make) or "", make.__qualname__
+    try:
+        return inspect.getsourcefile(make) or "", make.__qualname__
+    except (OSError, TypeError):  # typed at a prompt
+        return "", make.__qualname__
 
 
 def find_mixer(name: str) -> Registered:
@@ -180,7 +182,8 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
     text = os.fspath(plugin)
     PLUGINS[text] = None
     if text.endswith(".py") or os.sep in text:
-        import_file(text, "--plugin", f"simplernn_plugin_{Path(text).stem}")
+        name = sha256_hex(os.path.realpath(os.path.expanduser(text)))[:16]
+        import_file(text, "--plugin", f"simplernn_plugin_{name}")
         return
     folder = os.getcwd()
     sys.path.append(folder)
@@ -197,8 +200,19 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
 
 
 def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
-    """Construct a mixer, with a value for each of its options in ``config.mixer_options``."""
-    return find_mixer(name).make(complete_options(name, config), rngs=rngs)
+    """Construct a mixer, with a value for each of its options in ``config.mixer_options``.
+
+    Raises:
+      UserError: it is not registered, or an array of its state does not begin with axis B.
+    """
+    mixer = find_mixer(name).make(complete_options(name, config), rngs=rngs)
+    for leaf in jax.tree.leaves(jax.eval_shape(lambda: mixer.initial_state(2))):
+        if leaf.shape[:1] != (2,):
+            raise UserError(
+                f"mixer {name!r}: initial_state(2) has an array of shape {list(leaf.shape)}; the "
+                "first axis of every array is the batch"
+            )
+    return mixer
 
 
 def complete_options(name: str, config: ModelConfig) -> ModelConfig:
@@ -230,6 +244,6 @@ def check_mixers(config: ModelConfig) -> None:
             reject_option(key, value, f"{allowed}; there are {', '.join(known) or 'none'}")
         for default in defaults:
             if type(value) is not type(default) and (type(default), type(value)) != (float, int):
-                reject_option(key, value, f"of type {type(default).__name__}")
+                reject_option(key, value, f"a value of type {type(default).__name__}")
     for name, mixer in mixers.items():
         mixer.check(complete_options(name, config))
