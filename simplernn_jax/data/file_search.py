@@ -75,7 +75,7 @@ def stdlib_files() -> list[SourceFile]:
 
 
 def _glob_files(source: str, path: str, exclude: frozenset[str]) -> list[SourceFile]:
-    top = _glob_folder(path)
+    top = glob_folder(path)
     # Of several paths to a folder, through links, the first is taken.
     distinct = {
         (os.path.realpath(os.path.dirname(match)), os.path.basename(match)): match
@@ -103,7 +103,7 @@ def _advice(source: str) -> str:
     return "correct the source"
 
 
-def _glob_folder(pattern: str) -> str:
+def glob_folder(pattern: str) -> str:
     """Folder that a glob searches: all before its first magic character."""
     folder = os.path.dirname(pattern)
     while glob.has_magic(folder):
