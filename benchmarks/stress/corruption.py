@@ -162,7 +162,10 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
         return bytes_of(vars(load_state(str(path / "state"), model, tokenizer)))
 
     def read_program(path: Path) -> bytes:
-        delete_invalid_entries(path)
+        try:
+            delete_invalid_entries(path)
+        except OSError as error:  # of its lock: the cache is not used
+            raise UserError(f"not cached: {error}") from error
         if not (path / "key-cache").exists():
             raise UserError("compiled again")
         return (path / "key-cache").read_bytes()
