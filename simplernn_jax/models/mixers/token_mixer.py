@@ -22,7 +22,7 @@ from simplernn_jax.config import ModelConfig, Scalar
 from simplernn_jax.errors import UserError, nearest_name, one_line
 from simplernn_jax.files import import_file, sha256_hex
 from simplernn_jax.ops.primitive import vary_like
-from simplernn_jax.ops.segments import select_sequences
+from simplernn_jax.ops.segments import reset_state, select_sequences
 
 
 class TokenMixer(nnx.Module):
@@ -92,7 +92,7 @@ class ZeroStateMixer(TokenMixer):
 
     def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
         """See `TokenMixer.reset`."""
-        return jax.tree.map(lambda leaf: select_sequences(where, 0, leaf), state)
+        return reset_state(state, where)
 
 
 MakeMixer = Callable[..., TokenMixer]
