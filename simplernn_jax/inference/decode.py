@@ -131,7 +131,9 @@ def generate(
     )
     for block, newest in _blocks(engine, sequences, max_new_tokens):
         sequences = newest
-        new = [all_of[:count] for all_of, count in zip(block.tokens, block.counts, strict=True)]
+        new = [
+            row[:count] for row, count in zip(np.asarray(block.tokens), block.counts, strict=True)
+        ]
         for index, added in enumerate(new):
             tokens[index, lengths[index] :][: len(added)] = added
             finished[index] |= len(added) > 0 and added[-1] in sampling.stop_ids
