@@ -31,7 +31,9 @@ def test_a_wrong_call_is_an_exception(kind, number):
     if kind == "native" and not has_native_functions():
         pytest.skip("no C compiler")
     number *= TIMES
-    code, text, errors = run_python("tests/wrong_calls.py", kind, number, timeout=600 * TIMES)
+    code, text, errors = run_python(
+        "tests/helpers/wrong_calls.py", kind, number, timeout=600 * TIMES
+    )
     assert code == 0, errors[-5000:]
     counts = json.loads(text)
     assert counts["calls"] >= number

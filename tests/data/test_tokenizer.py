@@ -10,17 +10,13 @@ from damages import damaged_json
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
-from small_tokenizers import word_level
+from small_tokenizers import char_tokenizer, word_level
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from benchmarks.stress.mutation import mutated
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, tokenizer_from_json
 from simplernn_jax.errors import UserError
-
-
-def char_tokenizer(alphabet: str):
-    return tokenizer_from_json(json.dumps({"kind": "char", "alphabet": alphabet}))
 
 
 def byte_fallback_json() -> str:

@@ -48,3 +48,13 @@ def truncations(path, step=101):
     for size in range(1, len(whole), step):
         path.write_bytes(whole[:size])
         yield
+
+
+def talk(*pairs, system=None):
+    """A conversation of questions and answers."""
+    found = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in pairs:
+        found.append({"role": "user", "content": question})
+        if answer is not None:
+            found.append({"role": "assistant", "content": answer})
+    return found

@@ -11,7 +11,7 @@ import pytest
 
 from simplernn_jax.cli import process_start
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import bootstrap
@@ -92,7 +92,7 @@ def test_a_python_without_the_packages_is_replaced_by_the_environment_beside_the
     script, environment, code, output, error
 ):
     if environment is not None:
-        python = script.parents[1] / ".venv" / "bin" / "python"
+        python = script.parents[2] / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text(f"#!/bin/sh\n{environment}\n")
         python.chmod(0o755)

@@ -8,14 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import tokenizers
-from corpus_files import records, write
+from corpus_files import records, talk, write
 from export_models import MODELS, TOKENIZERS, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_scripts
 from small_runs import small_config, write_corpus
 from small_tokenizers import byte_level, pretrained, word_level
-from test_chat_template import talk
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax import load_model

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from corpus_files import read_all, records, write
+from corpus_files import read_all, records, talk, write
 from damages import flip_bit
 from processes import ROOT
 
@@ -22,16 +22,6 @@ from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 
 ROLES = load_template("roles")
-
-
-def talk(*pairs, system=None):
-    """A conversation of questions and answers."""
-    found = [] if system is None else [{"role": "system", "content": system}]
-    for question, answer in pairs:
-        found.append({"role": "user", "content": question})
-        if answer is not None:
-            found.append({"role": "assistant", "content": answer})
-    return found
 
 
 def cut(template, chat, *, only_assistant):

@@ -23,7 +23,7 @@ def default_settings(monkeypatch):
 
 def run_program(**environment):
     """(result, number of programs loaded from the cache, standard error)."""
-    command = ("tests/cached_program.py",)
+    command = ("tests/helpers/cached_program.py",)
     if any(name.startswith("JAX_") for name in environment):  # read when JAX is imported
         result = run_python(*command, **environment)
     else:

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers of a few tokens, shared by tests."""
+"""Tokenizers of a few tokens, shared by tests."""
 
 import json
 
@@ -42,3 +42,7 @@ def word_level(*words, unknown="[UNK]"):
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+def char_tokenizer(alphabet: str):
+    return tokenizer_from_json(json.dumps({"kind": "char", "alphabet": alphabet}))

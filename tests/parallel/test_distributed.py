@@ -1,4 +1,4 @@
-"""Joining and leaving a run; tests/test_many_processes.py has training runs."""
+"""Joining and leaving a run; tests/parallel/test_many_processes.py has training runs."""
 
 import contextlib
 import os

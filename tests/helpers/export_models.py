@@ -1,8 +1,7 @@
 """Small models of every kind, shared by the tests of exports."""
 
 from flax import nnx
-from small_tokenizers import bpe_of, pretrained
-from test_tokenizer import char_tokenizer
+from small_tokenizers import bpe_of, char_tokenizer, pretrained
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
 from simplernn_jax.config import Config, ModelConfig
