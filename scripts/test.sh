@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Checks everything: bash scripts/test.sh [--python python3.13] [--sanitize] [arguments of pytest]
+# Checks everything: bash scripts/test.sh [--python python3.13] [--all|--sanitize] [arguments of pytest]
 # Linter, formatter, type checker and tests all run; any failure is an error.
+# --all: also the slow tests, and those of the recurrence and the train step as XLA optimizes them.
 # --sanitize: only the tests of the C functions, built with gcc's address and undefined-behavior
 # sanitizers: the first finding ends the tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-sanitize=""
+all="" sanitize=""
 take_python "$@"
 set -- ${rest[@]+"${rest[@]}"}
-if [ "${1:-}" = --sanitize ]; then
-  sanitize=yes
-  shift
-fi
+case "${1:-}" in
+  --all) all=yes && shift ;;
+  --sanitize) sanitize=yes && shift ;;
+esac
 use_environment test "$python"
 cd "$root"
 
@@ -38,5 +39,10 @@ status=0
 ruff check "${sources[@]}" || status=1
 ruff format --check "${sources[@]}" || status=1
 mypy || status=1
+[ -n "$all" ] || [ $# -gt 0 ] || set -- -m "not slow"
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=1
+if [ -n "$all" ]; then
+  DEFAULT_XLA_FLAGS=1 python -m pytest -n 2 --dist loadfile "$@" \
+    tests/ops/test_gated_linear_recurrence.py tests/training/test_train_step.py || status=1
+fi
 exit "$status"
