@@ -1,8 +1,10 @@
-"""Answers to requests: text and log-probabilities from the events of their jobs."""
+"""Answers to requests: text and log-probabilities from the events of their jobs, as JSON."""
 
 import asyncio
 import dataclasses
+import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
@@ -201,7 +203,7 @@ class Answer:
             if updates:
                 yield updates
             if isinstance(event, Failed) and self._num_left:  # after what came before it
-                raise RequestError(event.message, status=503, code="server_error")
+                raise RequestError(event.message, status=503)
             self._count_unread(-sum(event_bytes(event) for _, event in events))
 
     async def pieces(self) -> list[Piece]:
@@ -241,3 +243,101 @@ class Answer:
             job.cancelled_choices.add(event.choice)
             self._num_left -= 1
         return [(first + event.choice, piece)]
+
+
+class TokenNames:
+    """Names and bytes of the ids of a tokenizer.
+
+    A token's name is its text; bytes that are part of a character are ``bytes:\\xNN``, as in
+    OpenAI's API. Tokens without a text, or with one that another token has, are ``token_id:N``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.bytes_of = [tokenizer.decode_bytes([number]) for number in range(vocab_size)]
+        names = [_name(content) for content in self.bytes_of]
+        uses = Counter(names)
+        self.names = [
+            name
+            if name and uses[name] == 1 and not name.startswith("token_id:")
+            else f"token_id:{i}"
+            for i, name in enumerate(names)
+        ]
+
+
+def _name(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class Completion:
+    """Bodies of one text completion; `names` if it has log-probabilities."""
+
+    id_prefix = "cmpl-"
+    whole = "text_completion"
+    chunk = "text_completion"
+
+    def __init__(self, model_name: str, names: TokenNames | None) -> None:
+        self._names = names
+        self._head = {
+            "id": self.id_prefix + secrets.token_hex(12),
+            "created": int(time.time()),
+            "model": model_name,
+        }
+
+    def response(self, pieces: list[Piece], usage: Any) -> Any:
+        """Make the body of an answer that is not streamed."""
+        choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
+        return {**self._head, "object": self.whole, "choices": choices, "usage": usage}
+
+    def frame(self, choices: list[Any], **more: Any) -> Any:
+        """Make a frame of a stream."""
+        return {**self._head, "object": self.chunk, "choices": choices, **more}
+
+    def choice(self, index: int, piece: Piece, is_first: bool | None = None) -> Any:
+        """Make a whole choice or, given whether it is the first, its part of a frame."""
+        logprobs = self._logprobs(self._names, piece.entries) if self._names else None
+        ends = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return {"index": index, **self._content(piece, is_first), **ends}
+
+    def _content(self, piece: Piece, is_first: bool | None) -> dict[str, Any]:
+        return {"text": piece.text}
+
+    def _logprobs(self, names: TokenNames, entries: list[TokenEntry]) -> Any:
+        name = names.names
+        return {
+            "tokens": [name[entry.token] for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                None if e.logprob is None else {name[token]: value for token, value in e.top}
+                for e in entries
+            ],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+
+class ChatCompletion(Completion):
+    """Bodies of one chat completion."""
+
+    id_prefix = "chatcmpl-"
+    whole = "chat.completion"
+    chunk = "chat.completion.chunk"
+
+    def _content(self, piece: Piece, is_first: bool | None) -> dict[str, Any]:
+        if is_first is None:
+            return {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+        role = {"role": "assistant"} if is_first else {}
+        return {"delta": role | ({"content": piece.text} if piece.text or is_first else {})}
+
+    def _logprobs(self, names: TokenNames, entries: list[TokenEntry]) -> Any:
+        def named(token: int, logprob: float | None) -> Any:
+            content = list(names.bytes_of[token])
+            return {"token": names.names[token], "logprob": logprob, "bytes": content}
+
+        content = [
+            named(entry.token, entry.logprob)
+            | {"top_logprobs": [named(token, value) for token, value in entry.top]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import simplernn_jax
-from simplernn_jax.serving.answers import Answer, Piece
+from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Piece
 from simplernn_jax.serving.http import (
     EventStream,
     error_object,
@@ -36,17 +36,15 @@ from simplernn_jax.serving.requests import (
     TokenizeRequest,
     parse,
 )
-from simplernn_jax.serving.responses import ChatCompletion, Completion
 from simplernn_jax.serving.service import Service
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
 PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/tokens.js": ("tokens.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
+    "index.html": "text/html",
+    "page.js": "text/javascript",
+    "tokens.js": "text/javascript",
+    "page.css": "text/css",
 }
-"""Name and media type of the page's files by path."""
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
@@ -59,7 +57,7 @@ PAGE_HEADERS = {
 def make_app(service: Service) -> Starlette:
     """Make the application."""
     api = Api(service)
-    routes = [Route(path, page_file(*of_path)) for path, of_path in PAGE_FILES.items()]
+    routes = [Route(f"/{name}".removesuffix("index.html"), page_file(name)) for name in PAGE_FILES]
     routes += [
         Route(path, api.endpoint(path, handler), methods=[method])
         for method, path, handler, _ in OPERATIONS
@@ -70,12 +68,12 @@ def make_app(service: Service) -> Starlette:
     return app
 
 
-def page_file(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+def page_file(name: str) -> Callable[[Request], Awaitable[Response]]:
     """Make the endpoint of a file, which another installation may replace meanwhile."""
-    content = (PAGE / name).read_bytes()
+    content, media_type = (PAGE / name).read_bytes(), f"{PAGE_FILES[name]}; charset=utf-8"
 
     async def respond(request: Request) -> Response:
-        return Response(content, 200, PAGE_HEADERS, f"{media_type}; charset=utf-8")
+        return Response(content, 200, PAGE_HEADERS, media_type)
 
     return respond
 
@@ -316,7 +314,7 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
     started: set[int] = set()
 
     def frame(index: int, piece: Piece) -> bytes:
-        return sse_frame(form.frame([form.delta(index, piece, index not in started)], **more))
+        return sse_frame(form.frame([form.choice(index, piece, index not in started)], **more))
 
     try:
         async for updates in answer.updates():

@@ -66,9 +66,8 @@ def error_object(error: RequestError) -> Any:
     """Make OpenAI's error object."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, kind)
-    param = error.param and excerpt(error.param)
     message = excerpt(error.message)
-    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": None}}
 
 
 def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:

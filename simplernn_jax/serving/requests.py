@@ -25,16 +25,18 @@ _Body = TypeVar("_Body")
 
 
 class RequestError(Exception):
-    """A request that cannot be answered; an OpenAI error object with `status`."""
+    """A request that cannot be answered, with the status of the response."""
 
-    def __init__(
-        self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
         self.status = status
-        self.code = code
+
+    @property
+    def param(self) -> str | None:
+        """The field with whose name the message begins."""
+        field = re.match(r"(\w{1,100}): ", self.message)
+        return field and field[1]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -90,7 +92,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check rules of several fields."""
         if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options: only with stream", param="stream_options")
+            raise RequestError("stream_options: only with stream")
 
     @property
     def stops(self) -> list[str]:
@@ -114,11 +116,11 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
         """Check rules of several fields."""
         super().__post_init__()
         if self.best_of not in (None, self.n or 1):
-            raise RequestError("best_of: only the value of n is supported", param="best_of")
+            raise RequestError("best_of: only the value of n is supported")
         if isinstance(self.prompt, list) and len({type(one) for one in self.prompt}) > 1:
-            raise RequestError("prompt: its items have several types", param="prompt")
+            raise RequestError("prompt: its items have several types")
         if len(self.prompts) > MAX_PROMPTS:
-            raise RequestError(f"prompt: over {MAX_PROMPTS} prompts", param="prompt")
+            raise RequestError(f"prompt: over {MAX_PROMPTS} prompts")
 
     @property
     def length(self) -> int:
@@ -176,9 +178,9 @@ class ChatRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
         super().__post_init__()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             message = "max_tokens: leave it out with max_completion_tokens"
-            raise RequestError(message, param="max_tokens")
+            raise RequestError(message)
         if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs: only with logprobs", param="top_logprobs")
+            raise RequestError("top_logprobs: only with logprobs")
 
     @property
     def echo(self) -> bool:
@@ -225,7 +227,8 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        field = re.search(r"\$\.(\w+)", str(error)) or re.search("field `(.*)`", str(error), re.S)
-        raise RequestError(str(error), param=field and field[1]) from error
+        what = str(error)
+        field = re.search(r"\$\.(\w+)", what) or re.search("field `(.*)`", what, re.DOTALL)
+        raise RequestError(f"{field[1]}: {what}" if field else what) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON that can be read: {error}") from error

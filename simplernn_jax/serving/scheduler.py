@@ -53,10 +53,6 @@ class _Choice:
     reported: float = -math.inf
     """Monotonic seconds of the last event."""
 
-    @property
-    def is_cancelled(self) -> bool:
-        return self.job.is_cancelled or self.index in self.job.cancelled_choices
-
     def take(self, reason: str | None) -> NewTokens:
         """Make the event of the tokens that none has reported."""
         parts, self.parts = self.parts, []
@@ -175,7 +171,9 @@ class Scheduler:
         self._ready = deque(prompt for prompt in self._ready if not prompt.job.is_cancelled)
         self._prefiller.drop_cancelled()
         for slot, choice in enumerate(self._choices):
-            if choice is not None and choice.is_cancelled:
+            if choice is None:
+                continue
+            if choice.job.is_cancelled or choice.index in choice.job.cancelled_choices:
                 self._choices[slot] = None
 
     def _admit(self) -> bool:

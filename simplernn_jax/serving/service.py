@@ -13,7 +13,7 @@ from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import Answer
+from simplernn_jax.serving.answers import Answer, TokenNames
 from simplernn_jax.serving.http import in_thread_if_long
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.metrics import Metrics
@@ -25,7 +25,6 @@ from simplernn_jax.serving.requests import (
     SamplingFields,
     StateRequest,
 )
-from simplernn_jax.serving.responses import TokenNames
 from simplernn_jax.serving.states import NamedState, StateFolder
 from simplernn_jax.serving.worker import Worker
 
@@ -75,16 +74,13 @@ class Service:
         """Raise `RequestError` (404) if a request names another model."""
         if name not in (None, self.model_name):
             raise RequestError(
-                f"model: {name!r} is not served here; {self.model_name!r} is",
-                param="model",
-                status=404,
-                code="model_not_found",
+                f"model: {name!r} is not served here; {self.model_name!r} is", status=404
             )
 
     def check_room(self) -> None:
         """Raise `RequestError`: 429 if the queue is full, 503 unless the server runs."""
         if self.status != "ready":
-            raise RequestError(f"the server is {self.status}", status=503, code=self.status)
+            raise RequestError(f"the server is {self.status}", status=503)
         self.worker.check_room()
 
     async def reload(self) -> bool:
@@ -100,7 +96,7 @@ class Service:
                 model = await asyncio.to_thread(self._load)
                 scheduler = await asyncio.to_thread(self.worker.make_scheduler, model)
             except (UserError, OSError) as error:
-                raise RequestError(str(error), status=409, code="reload_failed") from error
+                raise RequestError(str(error), status=409) from error
             states = await asyncio.to_thread(self.states.with_model, model)
             # Together: no request sees the parameters of one and the states of another.
             self.worker.use_scheduler(scheduler)
@@ -153,14 +149,13 @@ class Service:
         num_choices, max_tokens, num_logprobs = request.n or 1, request.length, request.num_logprobs
         if num_choices * sum(map(len, texts)) > MAX_ECHOED:
             message = f"echo: over {MAX_ECHOED:,} characters in one answer; lower n"
-            raise RequestError(message, param="echo")
+            raise RequestError(message)
         reported = 0 if request.stream else max_tokens * len(ids)
         reported += sum(map(len, ids)) if request.echo else 0
         if num_logprobs is not None and num_choices * reported * (1 + num_logprobs) > MAX_LOGPROBS:
             raise RequestError(
                 f"logprobs: over {MAX_LOGPROBS:,} of them in one answer; lower max_tokens, n or "
-                "logprobs, or stream",
-                param="logprobs",
+                "logprobs, or stream"
             )
         sampling, jobs = self.sampling(request), []
         streams: Counter[bytes] = Counter()
@@ -193,7 +188,7 @@ class Service:
             else:
                 text = self.template.render(messages, add_generation_prompt=True)
         except TemplateError as error:
-            raise RequestError(f"messages: {error}", param="messages") from error
+            raise RequestError(f"messages: {error}") from error
         return text, self.template.stop
 
     def encode(self, text: str) -> np.ndarray:
@@ -201,7 +196,7 @@ class Service:
         try:
             return self.tokenizer.encode(text)
         except UserError as error:
-            raise RequestError(str(error), param="prompt") from error
+            raise RequestError(f"prompt: {error}") from error
 
     def prompt_ids(self, prompt: Prompt, has_state: bool) -> np.ndarray:
         """Return the ids of a prompt; a text begins with BOS unless it continues a state."""
@@ -210,7 +205,7 @@ class Service:
             return np.concatenate([bos, self.encode(prompt)]).astype(np.int32)
         self.check_ids("prompt", prompt)
         if not prompt and not has_state:
-            raise RequestError("prompt: a list of token ids is empty", param="prompt")
+            raise RequestError("prompt: a list of token ids is empty")
         return np.array(prompt, np.int32)
 
     def check_ids(self, param: str, ids: Collection[int]) -> None:
@@ -218,7 +213,7 @@ class Service:
         largest = max(ids, default=0)
         if largest >= self._vocab_size:
             message = f"{param}: token {largest} is outside the vocabulary of {self._vocab_size}"
-            raise RequestError(message, param=param)
+            raise RequestError(message)
 
     def sampling(self, request: SamplingFields) -> Sampling:
         """Convert the settings of a request."""
@@ -229,7 +224,7 @@ class Service:
         banned_ids = self._banned_ids.union(banned)
         if len(banned_ids) >= self._vocab_size:
             message = "banned_token_ids: leave at least one token"
-            raise RequestError(message, param="banned_token_ids")
+            raise RequestError(message)
         if not request.ignore_eos:
             stop_ids = [*stop_ids, self.tokenizer.eos_id]
         given = {name: getattr(request, name) for name in _SAMPLING}

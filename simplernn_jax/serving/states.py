@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ from simplernn_jax.inference.state import (
     RECENT_TOKENS,
     DecoderState,
     decode_state,
+    empty_state,
     encode_state,
     fingerprints,
 )
@@ -113,22 +115,21 @@ class StateFolder:
         self, name: str | None, state: PrefixState, tokens: np.ndarray, parent: NamedState | None
     ) -> NamedState:
         """Save the state after `parent` and `tokens`; raises what `put` does."""
-        before = np.zeros(0, np.int32) if parent is None else parent.recent
-        recent = np.full(RECENT_TOKENS, -1, np.int32)
-        last = np.concatenate([before, tokens])[-RECENT_TOKENS:]
-        recent[len(recent) - len(last) :] = last
-        arrays: dict[str, Any] = {
-            "layers": state.layers,
-            "logits": np.asarray(state.logits),
-            "position": np.zeros(1, np.int32),
-            "stream": np.zeros(1, np.int32),
-            "finished": np.zeros(1, np.bool_),
-            "recent": recent[None],
-        }
-        notes = {} if parent is None else {"parent": parent.name}
-        if parent is None or parent.length is not None:
-            notes["length"] = str(len(tokens) + (0 if parent is None else parent.length or 0))
-        return self.put(name, encode_state(DecoderState(**arrays), self._fingerprints, **notes))
+        before, notes = np.zeros(0, np.int32), {}
+        length: int | None = 0
+        if parent is not None:
+            before, length, notes = parent.recent, parent.length, {"parent": parent.name}
+        if length is not None:
+            notes["length"] = str(length + len(tokens))
+        recent = np.concatenate([before, tokens])[-RECENT_TOKENS:]
+        recent = np.pad(recent, (RECENT_TOKENS - len(recent), 0), constant_values=-1)
+        saved = dataclasses.replace(
+            empty_state(self._model, 1),
+            layers=state.layers,
+            logits=state.logits,
+            recent=jnp.asarray(recent[None]),
+        )
+        return self.put(name, encode_state(saved, self._fingerprints, **notes))
 
     def put(self, name: str | None, content: bytes) -> NamedState:
         """Save the content of a file under a new name, by default a random one.
@@ -163,7 +164,7 @@ class StateFolder:
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(NAME_PATTERN, name):
-            raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}", param="state")
+            raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}")
         return self._folder / (name + _SUFFIX)
 
     def _decode(self, name: str, content: bytes, status: int) -> NamedState:
@@ -171,7 +172,7 @@ class StateFolder:
         try:
             state, header = decode_state(where, content, self._model, self._fingerprints)
         except UserError as error:
-            raise RequestError(str(error), status=status, code="state_refused") from error
+            raise RequestError(str(error), status=status) from error
         if len(state.position) != 1:
             raise RequestError(
                 f"{where}: has {len(state.position)} sequences; save one", status=status
@@ -191,4 +192,4 @@ def _error(name: str, error: OSError) -> RequestError:
     if error.errno not in DAMAGE:  # the machine's
         return RequestError(f"state {name!r}: {error.strerror}", status=503)
     message = f"state {name!r} does not exist"
-    return RequestError(message, status=404, code="state_not_found")
+    return RequestError(message, status=404)

@@ -68,16 +68,16 @@ class Worker:
         """Raise `RequestError` if `submit` would reject so many jobs now."""
         most = self.max_waiting + self.num_slots
         if num_jobs > most:
-            raise RequestError(f"prompt: {num_jobs} prompts; the limit is {most}", param="prompt")
+            raise RequestError(f"prompt: {num_jobs} prompts; the limit is {most}")
         if self.num_waiting + num_jobs > most - self.scheduler.num_active:
             message = f"{counted(self.num_waiting, 'prompt')} waiting; try again later"
-            raise RequestError(message, status=429, code="queue_full")
+            raise RequestError(message, status=429)
 
     def submit(self, *jobs: Job) -> None:
         """Queue all `jobs`, or none; `RequestError`: 429 without room, 503 after `stop`."""
         with self._wake:
             if self._is_stopping:
-                raise RequestError("the server is stopping", status=503, code="stopping")
+                raise RequestError("the server is stopping", status=503)
             self.check_room(len(jobs))
             self.scheduler.waiting.extend(jobs)
             self._wake.notify()

@@ -9,18 +9,15 @@ import pytest
 
 from simplernn_jax.data import load_tokenizer
 from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
-from simplernn_jax.serving import answers
 from simplernn_jax.serving.answers import MAX_UNREAD_BYTES, Answer
-from simplernn_jax.serving.http import LONG
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled
+from simplernn_jax.serving.http import LONG, in_thread_if_long
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
 
-NONE = np.zeros(0, np.int32)
 
-
-def answer(**options):
+def answer():
     """An answer to one prompt, and a function that delivers an event to it."""
-    job = Job(**{"tokens": NONE, "sampling": Sampling(), "max_tokens": 10**6} | options)
+    job = Job(np.zeros(0, np.int32), Sampling(), max_tokens=10**6)
     made = Answer(mock.Mock(), mock.Mock(), load_tokenizer("byte", None), [job])
     return made, lambda event: made._deliver(job, event)
 
@@ -75,25 +72,9 @@ def test_a_request_pauses_until_its_client_reads_and_loses_nothing(num_logprobs)
     asyncio.run(run())
 
 
-def test_scores_of_a_long_prompt_do_not_block_other_requests(monkeypatch):
-    started, others_ran = threading.Event(), threading.Event()
-
+def test_long_work_is_done_in_a_thread():
     async def run():
-        options = {"tokens": np.zeros(LONG + 1, np.int32), "max_tokens": 0, "scores_prompt": True}
-        made, deliver = answer(**options)
+        return [await in_thread_if_long(size, threading.get_ident) for size in (1, LONG + 1)]
 
-        def make_entries(*args):
-            started.set()
-            assert others_ran.wait(60)
-            return []
-
-        monkeypatch.setattr(answers, "prompt_entries", make_entries)
-        values = np.zeros((LONG, 1), np.float32)
-        deliver(Prefilled(0, TokenLogprobs(values[:, 0], values, values), None))
-        reading = asyncio.create_task(texts(made.updates()))
-        while not started.is_set():
-            await asyncio.sleep(0.001)
-        others_ran.set()
-        assert await reading == [""]
-
-    asyncio.run(run())
+    short, long = asyncio.run(run())
+    assert short == threading.get_ident() != long

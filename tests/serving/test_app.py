@@ -50,8 +50,6 @@ async def answer_of(app, method, path, body=b"", **headers):
         "type": "http",
         "method": method,
         "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
     await app(scope, receive, send)

@@ -99,9 +99,6 @@ def test_save_a_state_and_continue_it_in_several_ways(page, server):
         page.get_by_role("button", name="Continue trunk").click()
         texts.append(generate(page, "x", Seed=seed))
     assert texts[0] == texts[1] != texts[2]
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download trunk").click()
-    assert download.value.suggested_filename == "trunk.safetensors"
     page.get_by_label("Name").fill("branch")
     page.get_by_role("button", name="Save state here").click()
     page.get_by_text("continues trunk").wait_for()
@@ -166,15 +163,11 @@ def test_markup_stays_text(page):
     assert page.title() == "simplernn_jax"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(browser, server, scheme):
-    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+def test_a_narrow_dark_screen(browser, server):
+    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme="dark")
     page.goto(server.url)
     page.get_by_role("tab", name="Chat").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    back, text = page.evaluate(
-        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-    )
-    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
-    assert back != text
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert back != "rgb(255, 255, 255)"
     page.close()

@@ -10,8 +10,7 @@ let isChat = false;
 
 async function request(method, path, body, signal) {
   const headers = $("key").value ? { Authorization: "Bearer " + $("key").value } : {};
-  if (body && !(body instanceof Blob)) body = JSON.stringify(body);
-  const response = await fetch(path, { method, headers, body, signal });
+  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
   throw new Error(answer?.error?.message ?? `The server answered ${response.status}.`);
@@ -171,7 +170,6 @@ async function listStates() {
     const details = `${state.tokens ?? "?"} tokens, ${Math.round(state.bytes / 1000)} kB${parent}`;
     item.append(stateBox(state.id, details, state.text, [
       ["Continue", () => continueFrom(state.id)],
-      ["Download", () => guarded(() => download(state.id))],
       ["Delete", () => guarded(() => deleteState(state.id))],
     ]));
     return item;
@@ -193,23 +191,6 @@ function continueFrom(name) {
 async function deleteState(name) {
   await request("DELETE", `v1/states/${name}`);
   if (origin === name) continueFrom(null);
-  await listStates();
-}
-
-async function download(name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(await (await request("GET", `v1/states/${name}/file`)).blob());
-  link.download = name + ".safetensors";
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-
-async function upload() {
-  const file = $("upload").files[0];
-  if (!file) return;
-  const name = file.name.replace(/\.safetensors$/, "").replace(/[^A-Za-z0-9._-]|^\./g, "-").slice(0, 64);
-  $("upload").value = "";
-  await request("PUT", `v1/states/${name}/file`, file);
   await listStates();
 }
 
@@ -257,7 +238,6 @@ $("stop").onclick = () => abort?.abort();
 $("anew").onclick = newConversation;
 $("save").onclick = () => guarded(saveState);
 $("leave").onclick = () => continueFrom(null);
-$("upload").onchange = () => guarded(upload);
 $("key").onchange = () => guarded(connect);
 $("mode-text").onclick = () => setMode(false);
 $("mode-chat").onclick = () => { if (!isChat) { continueFrom(null); setMode(true); } };
