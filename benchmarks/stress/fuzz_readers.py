@@ -138,7 +138,7 @@ def _request_readers(folder: Path, model: LanguageModel) -> list[Reader]:
     states = StateFolder(str(folder), model, BYTES, 1 << 24)
     start = states.load("state").prefix
     worker: Any = None  # nothing is executed
-    service = Service(worker, BYTES, BYTES.vocab_size, "m", states, _ROLES, lambda: None)
+    service = Service(worker, BYTES, BYTES.vocab_size, "m", states, _ROLES)
 
     def reader(name: str, kind: Any, use: Callable[[Any], object], *bodies: object) -> Reader:
         def read(content: bytes) -> None:
@@ -150,13 +150,13 @@ def _request_readers(folder: Path, model: LanguageModel) -> list[Reader]:
         return Reader(name, _as_json(*bodies), read)
 
     def detokenize(body: Any) -> None:
-        service.inputs.check_ids("tokens", body.tokens)
+        service.check_ids("tokens", body.tokens)
         BYTES.decode(body.tokens)
 
     def upload(content: bytes) -> None:
         named = states.put("uploaded", content)
         states.delete("uploaded")
-        service.describe_state(named)
+        states.describe(named)
 
     def known(name: str | None) -> Any:
         return None if name is None else start
@@ -165,7 +165,7 @@ def _request_readers(folder: Path, model: LanguageModel) -> list[Reader]:
         reader(
             "/v1/completions",
             requests.CompletionRequest,
-            lambda body: service.complete(body, known(body.state)),
+            lambda body: service.jobs(body, known(body.state)),
             _SAMPLING | {"prompt": "aé", "max_tokens": 5, "logprobs": 2, "echo": True},
             {"prompt": [[1, 2], [3]], "state": "s", "stop": "x"},
             {"prompt": ["a", "b"], "temperature": 0},
@@ -173,24 +173,23 @@ def _request_readers(folder: Path, model: LanguageModel) -> list[Reader]:
         reader(
             "/v1/chat/completions",
             requests.ChatRequest,
-            lambda body: service.chat(body, known(body.state)),
+            lambda body: service.jobs(body, known(body.state)),
             _SAMPLING | {"messages": CHAT, "logprobs": True, "top_logprobs": 3, "max_tokens": 4},
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
         ),
         reader(
             "/tokenize",
             requests.TokenizeRequest,
-            lambda body: service.inputs.encode(body.prompt),
+            lambda body: service.encode(body.prompt),
             {"prompt": "aé", "return_token_strs": True},
         ),
         reader("/detokenize", requests.DetokenizeRequest, detokenize, {"tokens": [97, 195, 256]}),
         reader(
             "/v1/states",
             requests.StateRequest,
-            lambda body: service.prefill_state(body, known(body.parent)),
+            lambda body: service.jobs(body, known(body.parent)),
             {"prompt": [97, 98], "parent": "p", "name": "n"},
         ),
-        reader("/v1/states/p/fork", requests.ForkRequest, lambda body: None, {"name": "n"}),
         Reader("upload of a state", [(folder / "state.safetensors").read_bytes()], upload),
     ]
 

@@ -1,79 +1,88 @@
-"""HTTP below the routes: bodies with limits, streams, connections with deadlines, and access."""
+"""HTTP below the routes: bodies, responses, streams, and access."""
 
 import asyncio
 import contextlib
 import hmac
+import os
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import h11
+import msgspec
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from simplernn_jax.serving.requests import RequestError, parse
-from simplernn_jax.serving.responses import error_body, json_response
-from simplernn_jax.serving.service import in_thread_if_long
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_file
+from simplernn_jax.serving.requests import RequestError
 
 MAX_BODY_BYTES = 1 << 24
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
-MAX_BODIES_BYTES = 1 << 26
-"""Bytes of all bodies in use, except those of at most `SMALL_BODY_BYTES`."""
-SMALL_BODY_BYTES = 1 << 14
-"""Bytes of a body that always finds room."""
-MAX_HEADER_BYTES = 1 << 15
-HEADER_SECONDS = 10.0
-"""Seconds within which the headers of a request must arrive, once a connection is open or its next
-request has begun."""
+UNREAD_SECONDS = 300.0
+"""Seconds after which a stream ends whose client takes nothing."""
+LONG = 4096
+"""Characters or tokens from which work is done in a thread: some ten milliseconds."""
 OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "/openapi.json"})
 """Paths that need no key: they tell nothing about the model."""
 
-Result = TypeVar("Result")
-Body = TypeVar("Body")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_T = TypeVar("_T")
 
 
-@contextlib.asynccontextmanager
-async def read_body(request: Request) -> AsyncIterator[bytes]:
-    """Read the body, which counts toward `MAX_BODIES_BYTES` as long as the context lasts.
+async def in_thread_if_long(size: int, function: Callable[..., _T], *args: Any) -> _T:
+    """Call a function, in a thread if it is long: other requests are answered meanwhile.
 
-    Raises `RequestError`: 413 if it is too long, 408 if it does not arrive in time, 503 if others
-    take all room.
+    `size` is the number of characters or tokens that it handles.
     """
-    parts, size, counted, state = [], 0, 0, request.app.state
+    return await asyncio.to_thread(function, *args) if size > LONG else function(*args)
+
+
+async def read_body(request: Request) -> bytes:
+    """Read the body; `RequestError`: 413 if it is too long, 408 if it does not arrive in time."""
+    content = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY_BYTES:
+                content += part
+                if len(content) > MAX_BODY_BYTES:
                     raise RequestError(f"the body has over {MAX_BODY_BYTES:,} bytes", status=413)
-                if size > SMALL_BODY_BYTES:
-                    state.body_bytes += size - counted
-                    counted = size
-                    if state.body_bytes > MAX_BODIES_BYTES:
-                        raise RequestError("other bodies take all room; try again", status=503)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
-    else:
-        content = b"".join(parts)
-        parts.clear()  # or the context would hold the body twice
-        yield content
-    finally:
-        state.body_bytes -= counted
+    return bytes(content)
 
 
-@contextlib.asynccontextmanager
-async def read_json(request: Request, kind: type[Body]) -> AsyncIterator[tuple[Body, int]]:
-    """Read and `parse` a body as `read_body`, in a thread if it is long; give it and its size."""
-    async with read_body(request) as content:
-        yield await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Encode `content` as JSON."""
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
-async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, Result]) -> Result:
+def error_object(error: RequestError) -> Any:
+    """Make OpenAI's error object."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, kind)
+    message = excerpt(error.message)
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": None}}
+
+
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+    """Make the response of an error."""
+    if error.status in (429, 503):
+        headers = {"Retry-After": "1"}
+    return json_response(error_object(error), error.status, headers)
+
+
+def excerpt(text: str) -> str:
+    """Shorten a text that a client may have chosen."""
+    return text if len(text) <= 1000 else f"{text[:600]}…{text[-300:]}"
+
+
+async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, _T]) -> _T:
     """Wait for `result`; cancel it and raise ClientDisconnect if the client disconnects before."""
 
     async def disconnected() -> None:
@@ -94,62 +103,69 @@ async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, Resu
 class EventStream(StreamingResponse):
     """A stream of server-sent events; the task group of its base class costs more than a block."""
 
+    media_type = "text/event-stream"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream until it ends or the client disconnects."""
-        with contextlib.suppress(ClientDisconnect):
-            await unless_disconnected(receive, self.stream_response(send))
+        """Send the stream until it ends, or the client disconnects or does not read."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(UNREAD_SECONDS):
+                await send(message)
+
+        with contextlib.suppress(ClientDisconnect, TimeoutError):
+            await unless_disconnected(receive, self.stream_response(send_in_time))
 
 
-class DeadlineProtocol(H11Protocol):
-    """A connection that is closed if the headers of a request do not arrive in time.
-
-    It answers no pipelined requests: it closes after the response before them.
-    """
-
-    _header_timer: asyncio.TimerHandle | None = None
-    _is_last = False
-    """True if the connection closes after the response under way."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline of the first request."""
-        super().connection_made(transport)
-        self._expect_headers()
-
-    def data_received(self, data: bytes) -> None:
-        """Start the deadline of a next request with its first byte, and end it with its headers."""
-        if self._is_last:
-            return
-        super().data_received(data)
-        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
-            # uvicorn would not read on, and so not see a client that goes away.
-            self._is_last = True
-            self.cycle.keep_alive = False
-            self.flow.resume_reading()
-        if self.cycle is None or self.cycle.response_complete:
-            self._expect_headers()
-        else:
-            self._stop_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the deadline."""
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def _expect_headers(self) -> None:
-        if self._header_timer is None:
-            self._header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
-
-    def _stop_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
+def read_key(path: str | None) -> bytes | None:
+    """Read the API key from a file or, without one, from the environment; None if it is not set."""
+    where, key = "SIMPLERNN_JAX_API_KEY", os.environb.get(b"SIMPLERNN_JAX_API_KEY", b"").strip()
+    if path is not None:
+        where, key = path, read_file(path).strip()
+    if not key and path is None:
+        return None
+    if not re.fullmatch(rb"[!-~]+", key):
+        raise UserError(f"{where}: a key has printable ASCII characters only, and no spaces")
+    return key
 
 
 def protect(
-    app: ASGIApp, api_key: bytes | None, allow_origin: str | None, hosts: frozenset[str] | None
+    app: ASGIApp, api_key: bytes | None, allow_origin: str | None, only_local: bool
 ) -> ASGIApp:
-    """Put `Gate` before an application, and CORS before both if `allow_origin` is given."""
-    gate = Gate(app, api_key, allow_origin, hosts)
+    """Check host, origin and key of the requests to an application.
+
+    Args:
+      app: what is protected.
+      api_key: compared in constant time with the bearer token of each request; None admits all.
+      allow_origin: origin of the pages of other servers that may use this one (CORS), or ``*``.
+      only_local: the header Host must name this machine, or a web page could reach a local server
+        through its own name (DNS rebinding).
+    """
+
+    def rejection(path: str, headers: dict[bytes, bytes]) -> RequestError | None:
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        if only_local and re.sub(r":\d*$", "", host).strip("[]") not in LOOPBACK:
+            message = f"Host {host!r} does not name this machine; start the server with"
+            return RequestError(f"{message} --api_key_file", status=403)
+        is_own = not origin or origin.partition("://")[2] == host
+        if not is_own and api_key is None and allow_origin not in (origin, "*"):
+            message = f"a page of {origin!r} is not allowed; start the server with"
+            return RequestError(f"{message} --allow_origin={origin}", status=403)
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if api_key is None or path in OPEN_PATHS:
+            return None
+        if kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), api_key):
+            return None
+        message = "no valid API key: send it as 'Authorization: Bearer KEY'"
+        return RequestError(message, status=401)
+
+    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
+        error = None
+        if scope["type"] == "http":
+            error = rejection(scope["path"], dict(scope["headers"]))
+        # The body of a request that is rejected has not been read.
+        answer = app if error is None else error_response(error, {"Connection": "close"})
+        await answer(scope, receive, send)
+
     if allow_origin is None:
         return gate
     return CORSMiddleware(
@@ -159,64 +175,3 @@ def protect(
         allow_headers=["*"],
         allow_private_network=True,  # a page elsewhere may use a server on this machine
     )
-
-
-class Gate:
-    """ASGI middleware: bounds the headers, and checks host, origin and key.
-
-    Args:
-      app: what it protects.
-      api_key: compared in constant time with the bearer token of each request; None admits all.
-      allow_origin: origin of the pages of other servers that may use this one, or ``*``.
-      hosts: names that the header Host must have one of, or a web page could reach a local server
-        through its own name (DNS rebinding); None allows any.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        api_key: bytes | None,
-        allow_origin: str | None,
-        hosts: frozenset[str] | None,
-    ) -> None:
-        self._app = app
-        self._key = api_key
-        self._origin = allow_origin
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
-        if size + len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEADER_BYTES:
-            status, message = 431, f"the headers have over {MAX_HEADER_BYTES:,} bytes"
-        elif reason := self._foreign_site(headers):
-            status, message = 403, reason
-        elif scope["path"] not in OPEN_PATHS and not self._is_admitted(headers):
-            status, message = 401, "no valid API key: send it as 'Authorization: Bearer KEY'"
-        else:
-            await self._app(scope, receive, send)
-            return
-        # The body of the request has not been read.
-        response = json_response(error_body(message, status), status, {"Connection": "close"})
-        await response(scope, receive, send)
-
-    def _foreign_site(self, headers: dict[bytes, bytes]) -> str | None:
-        """Return why Host or Origin is rejected; pages of other origins need a key or the flag."""
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._hosts is not None and re.sub(r":\d*$", "", host) not in self._hosts:
-            return f"Host {host!r} does not name this machine; start the server with --api_key_file"
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        is_own = not origin or origin.partition("://")[2] == host
-        if is_own or self._key is not None or self._origin in (origin, "*"):
-            return None
-        return f"a page of {origin!r} is not allowed; start the server with --allow_origin={origin}"
-
-    def _is_admitted(self, headers: dict[bytes, bytes]) -> bool:
-        if self._key is None:
-            return True
-        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        return hmac.compare_digest(key.strip(), self._key) and kind.lower() == b"bearer"

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,14 +50,6 @@ class Failed(NamedTuple):
 Event = Prefilled | NewTokens | Failed
 
 
-def event_bytes(event: Event) -> int:
-    """Estimate the memory that an event takes."""
-    arrays: list[Any] = [event.tokens] if isinstance(event, NewTokens) else []
-    if not isinstance(event, Failed) and event.logprobs is not None:
-        arrays += event.logprobs
-    return 512 + sum(array.nbytes for array in arrays)
-
-
 @dataclasses.dataclass(eq=False)
 class Job:
     """A prompt and the continuations wanted of it."""
@@ -71,14 +63,18 @@ class Job:
     first_stream: int = 0
     """Random stream of the first choice; each further one has the next."""
     prefix: Prefix | None = None
-    num_logprobs: int = 0
-    """Log-probabilities of new tokens are reported if above 0, of this many alternatives."""
+    num_logprobs: int | None = None
+    """Log-probabilities are reported unless it is None, with this many alternatives."""
     scores_prompt: bool = False
+    echoed: str = ""
+    """Text of the prompt, if the answer begins with it."""
+    stops: list[str] = dataclasses.field(default_factory=list)
+    """Strings that end a text, which does not contain them."""
     keeps_state: bool = False
     is_streamed: bool = False
     is_cancelled: bool = False
     cancelled_choices: set[int] = dataclasses.field(default_factory=set)
-    unread_since: float | None = None
-    """Monotonic seconds since which it pauses until more of its events are read."""
+    is_paused: bool = False
+    """True while its client has too much to read."""
     deliver: Callable[["Job", "Event"], None] | None = None
     """Called in the event loop with each event."""

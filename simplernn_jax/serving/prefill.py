@@ -6,11 +6,12 @@ a state is bit-identical regardless of batching and of what is cached.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,36 +35,31 @@ CHUNK_LENGTHS = (GRID, 32, 16, 4, 1)
 """XLA's programs prefill chunks of GRID tokens, and the tail of a prompt in the shorter ones."""
 
 
-class _Chunk(NamedTuple):
-    """Tokens to prefill after a state."""
-
-    state: PrefixState
-    tokens: np.ndarray
-    lanes: int
-    """Sequences of the largest program that may prefill it."""
-    length: int
-    """Tokens of a sequence in this program."""
-
-
 @dataclasses.dataclass(eq=False)
-class PrefilledJob:
-    """A job with what its prefill has given."""
+class Prompt:
+    """The prompt of a job, of which the first `position` tokens are prefilled."""
 
     job: Job
-    event: Prefilled
     state: PrefixState
+    keys: list[bytes]
+    """Of its prefixes, in the cache."""
+    position: int = 0
+    num_cached: int = 0
+    """Tokens that were found in the cache."""
+    scores: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     num_started: int = 0
     """Choices that have a slot, or had one."""
 
-
-_Steps = Generator[_Chunk, tuple[PrefixState, jax.Array], PrefilledJob]
-
-
-@dataclasses.dataclass
-class _Lane:
-    job: Job
-    steps: _Steps
-    chunk: _Chunk
+    def result(self) -> Prefilled:
+        """Make the event of the whole prompt."""
+        logprobs = None
+        if self.job.scores_prompt:
+            length = len(self.job.tokens) - (self.job.prefix is None)  # nothing predicts the first
+            none = TokenLogprobs(*np.zeros((3, 0, 0), np.float32))
+            parts = zip(*jax.device_get(self.scores or [none]), strict=True)
+            logprobs = TokenLogprobs(*(np.concatenate(part)[:length] for part in parts))
+        kept = jax.device_get(self.state) if self.job.keeps_state else None
+        return Prefilled(self.num_cached, logprobs, kept)
 
 
 class Prefiller:
@@ -74,130 +70,105 @@ class Prefiller:
     """
 
     def __init__(self, engine: Engine, zero: PrefixState, cache: "PrefixCache") -> None:
-        self.finished: list[PrefilledJob] = []
-        """Jobs that `start` and `step` have finished; the caller takes them."""
+        self.prompts: deque[Prompt] = deque()
+        self.finished: list[Prompt] = []
+        """Prompts that `start` and `step` have finished; the caller takes them."""
         self._engine = engine
         self._zero = zero
         self._cache = cache
-        self._lanes: deque[_Lane] = deque()
         self._pool = ThreadPoolExecutor(CONCURRENT_CALLS, "prefill")
-
-    @property
-    def jobs(self) -> list[Job]:
-        """Jobs that have been started and not finished."""
-        return [lane.job for lane in self._lanes]
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
         shapes = [(LANES, length) for length in CHUNK_LENGTHS]
         if self._engine.is_native:
             shapes = [(MAX_JOBS, GRID)]
-        scored = set()
         for count, length in [(1, GRID), *shapes]:
             yield f"prefill of {count} x {length}"
             tokens = np.zeros((count, length), np.int32)
             num_tokens = np.full(count, length, np.int32)
             (state, hidden), *_ = self._engine.prefill([self._zero] * count, tokens, num_tokens)
             check_logits(state.logits)
-            if length not in scored:
-                scored.add(length)
-                yield f"scores of {length}"
-                self._engine.score(hidden, tokens[0])
+            self._engine.score(hidden, tokens[0])
 
     def start(self, job: Job) -> None:
         """Begin with a job; there must be fewer than `MAX_JOBS`."""
-        self._advance(job, self._steps(job), None)
+        prefix = job.prefix
+        keys = prefix_keys(b"" if prefix is None else prefix.digest, job.tokens)
+        prompt = Prompt(job, self._zero if prefix is None else prefix.state, keys)
+        if not job.scores_prompt:  # whose log-probabilities no state holds
+            number, found = self._cache.longest(keys)
+            prompt.position = prompt.num_cached = number * GRID
+            prompt.state = prompt.state if found is None else found
+        elif prefix is not None and len(job.tokens):
+            prompt.scores.append(_score(prefix.state.logits, job.tokens[:1]))
+        self._put(prompt)
 
     def step(self) -> int:
-        """Prefill the next chunk of the job that has waited longest, and of those like it.
+        """Prefill the next chunk of the prompt that has waited longest, and of those like it.
 
         Returns:
           The number of tokens computed, those of idle lanes included.
         """
-        first = self._lanes[0].chunk
-        program = first.lanes, first.length
-        alike = [x for x in self._lanes if (x.chunk.lanes, x.chunk.length) == program]
-        calls = [alike[at : at + first.lanes] for at in range(0, len(alike), first.lanes)]
+        lanes, length = program = self._program(self.prompts[0])
+        alike = [prompt for prompt in self.prompts if self._program(prompt) == program]
+        calls = [alike[at : at + lanes] for at in range(0, len(alike), lanes)]
         run = map if len(calls) == 1 else self._pool.map
         num_tokens = 0
-        for lanes, results in zip(calls, run(self._prefill, calls), strict=True):
-            for lane, result in zip(lanes, results, strict=False):
-                self._lanes.remove(lane)
-                self._advance(lane.job, lane.steps, result)
-            num_tokens += len(results) * first.length
+        results = run(functools.partial(self._prefill, lanes, length), calls)
+        for prompts, states in zip(calls, results, strict=True):
+            for prompt, (state, hidden) in zip(prompts, states, strict=False):
+                self.prompts.remove(prompt)
+                self._advance(prompt, state, hidden)
+            num_tokens += len(states) * length
         return num_tokens
-
-    def _prefill(self, lanes: list[_Lane]) -> Any:
-        """Prefill a chunk of each of `lanes`, all by the same program."""
-        _, _, count, length = lanes[0].chunk
-        if self._engine.is_native and len(lanes) == 1:
-            count = 1
-        states = [lane.chunk.state for lane in lanes] + [self._zero] * (count - len(lanes))
-        tokens, num_tokens = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
-        for index, lane in enumerate(lanes):
-            num_tokens[index] = len(lane.chunk.tokens)
-            tokens[index, : num_tokens[index]] = lane.chunk.tokens
-        results = self._engine.prefill(states, tokens, num_tokens)
-        return jax.block_until_ready(results)  # or a long prompt would run far ahead
 
     def drop_cancelled(self) -> None:
         """Forget the jobs that were cancelled."""
-        self._lanes = deque(lane for lane in self._lanes if not lane.job.is_cancelled)
+        self.prompts = deque(prompt for prompt in self.prompts if not prompt.job.is_cancelled)
 
-    def _advance(self, job: Job, steps: _Steps, result: Any) -> None:
-        try:
-            self._lanes.append(_Lane(job, steps, steps.send(result)))
-        except StopIteration as end:
-            self.finished.append(end.value)
+    def _put(self, prompt: Prompt) -> None:
+        is_finished = prompt.position == len(prompt.job.tokens)
+        (self.finished if is_finished else self.prompts).append(prompt)
 
-    def _steps(self, job: Job) -> _Steps:
-        """Yield the chunks of a job's prompt, and take what they give."""
-        tokens = job.tokens
-        keys = prefix_keys(b"" if job.prefix is None else job.prefix.digest, tokens)
-        position, state = 0, self._zero if job.prefix is None else job.prefix.state
-        if not job.scores_prompt:  # whose log-probabilities no state holds
-            num_keys, found = self._cache.longest(keys)
-            position = num_keys * GRID
-            state = state if found is None else found
-        cached = position
-        scores: list[TokenLogprobs] = []
-        # The last position predicts a new token: its target here is any.
-        targets = (
-            np.append(tokens[1:], np.zeros(GRID + 1, np.int32)) if job.scores_prompt else tokens
-        )
-        if job.scores_prompt and job.prefix is not None and len(tokens):
-            scores.append(_score(job.prefix.state.logits, tokens[:1]))
-        while position < len(tokens):
-            chunk = self._chunk(state, tokens, position)
-            state, hidden = yield chunk
-            if job.scores_prompt:
-                of_chunk = targets[position : position + chunk.length]
-                scores.append(self._engine.score(hidden, of_chunk))
-            position += len(chunk.tokens)
-            if position % GRID == 0 and is_kept(position, len(tokens)):
-                self._cache.add(keys[position // GRID - 1], state)
-        logprobs = None
-        if job.scores_prompt:
-            logprobs = _concatenated(scores, len(tokens) - (job.prefix is None))
-        kept = jax.device_get(state) if job.keeps_state else None
-        return PrefilledJob(job, Prefilled(cached, logprobs, kept), state)
+    def _program(self, prompt: Prompt) -> tuple[int, int]:
+        """Return the lanes and the length of the program that prefills the next chunk."""
+        left = len(prompt.job.tokens) - prompt.position
+        length, _ = self._engine.next_chunk(np.array([left]), CHUNK_LENGTHS)
+        if self._engine.is_native:
+            return MAX_JOBS, length
+        return 1 if prompt.position and length == GRID else LANES, length
 
-    def _chunk(self, state: PrefixState, tokens: np.ndarray, position: int) -> _Chunk:
-        """Make the chunk that begins at a position of a prompt."""
-        left = tokens[position:]
-        length, (count,) = self._engine.next_chunk(np.array([len(left)]), CHUNK_LENGTHS)
-        lanes = 1 if position and length == GRID else LANES
-        return _Chunk(state, left[:count], MAX_JOBS if self._engine.is_native else lanes, length)
+    def _prefill(self, lanes: int, length: int, prompts: list[Prompt]) -> Any:
+        """Prefill a chunk of each of `prompts`; return states and inputs of the head."""
+        if self._engine.is_native and len(prompts) == 1:
+            lanes = 1
+        states = [prompt.state for prompt in prompts] + [self._zero] * (lanes - len(prompts))
+        tokens, num_tokens = np.zeros((lanes, length), np.int32), np.zeros(lanes, np.int32)
+        for index, prompt in enumerate(prompts):
+            chunk = prompt.job.tokens[prompt.position :][:length]
+            num_tokens[index] = len(chunk)
+            tokens[index, : len(chunk)] = chunk
+        results = self._engine.prefill(states, tokens, num_tokens)
+        return jax.block_until_ready(results)  # or a long prompt would run far ahead
+
+    def _advance(self, prompt: Prompt, state: PrefixState, hidden: jax.Array) -> None:
+        """Take the results of a chunk."""
+        tokens, length = prompt.job.tokens, hidden.shape[1]
+        if prompt.job.scores_prompt:
+            # The last token of a prompt predicts a new one: its target here is any.
+            targets = np.zeros(length, np.int32)
+            following = tokens[prompt.position + 1 :][:length]
+            targets[: len(following)] = following
+            prompt.scores.append(self._engine.score(hidden, targets))
+        prompt.state = state
+        prompt.position = min(prompt.position + length, len(tokens))
+        if prompt.position % GRID == 0 and is_kept(prompt.position, len(tokens)):
+            self._cache.add(prompt.keys[prompt.position // GRID - 1], state)
+        self._put(prompt)
 
 
 _score = jax.jit(token_logprobs)
-
-
-def _concatenated(scores: list[TokenLogprobs], length: int) -> TokenLogprobs:
-    if not scores:
-        return TokenLogprobs(*np.zeros((3, 0, 0), np.float32))
-    parts = zip(*jax.device_get(scores), strict=True)
-    return TokenLogprobs(*(np.concatenate(part)[:length] for part in parts))
 
 
 def prefix_keys(digest: bytes, tokens: np.ndarray) -> list[bytes]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ from simplernn_jax.inference.engine import (
 )
 from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens, Prefilled
-from simplernn_jax.serving.prefill import MAX_JOBS, PrefilledJob, Prefiller, PrefixCache
+from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
+from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller, PrefixCache, Prompt
 
 PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
@@ -39,8 +39,6 @@ FIRST_BLOCK = 2
 """Tokens of the block that gives a stream its first ones."""
 EVENT_SECONDS = 20e-3
 """Minimum time between two events of a sequence, except before its last: each costs a frame."""
-UNREAD_SECONDS = 20.0
-"""Time without a read after which a job that pauses ends if another one waits for a slot."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,10 +53,6 @@ class _Choice:
     reported: float = -math.inf
     """Monotonic seconds of the last event."""
 
-    @property
-    def is_cancelled(self) -> bool:
-        return self.job.is_cancelled or self.index in self.job.cancelled_choices
-
     def take(self, reason: str | None) -> NewTokens:
         """Make the event of the tokens that none has reported."""
         parts, self.parts = self.parts, []
@@ -70,14 +64,8 @@ class _Choice:
         return NewTokens(self.index, tokens, joined, reason)
 
 
-class _Dispatched(NamedTuple):
-    """A block of tokens that the device computes."""
-
-    block: Block
-    choices: list[_Choice | None]
-    """Choices of all slots that it computes."""
-    time: float
-    """Monotonic seconds at its dispatch."""
+_Dispatched = tuple[Block, list[_Choice | None], float]
+"""A block of tokens that the device computes, the choices of its slots, and when it began."""
 
 
 class Scheduler:
@@ -99,7 +87,8 @@ class Scheduler:
         self._slots: Sequences = slots._replace(state=_empty_state(self.model, num_slots))
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefiller = Prefiller(self._engine, self._zero, self.cache)
-        self._ready: deque[PrefilledJob] = deque()
+        self._ready: deque[Prompt] = deque()
+        """Prefilled prompts with choices that wait for a slot."""
         self._in_flight: _Dispatched | None = None
         self._collected = 0.0
         self._token_seconds = LONG_SECONDS
@@ -107,8 +96,8 @@ class Scheduler:
         self._events: list[tuple[Job, Event]] = []
         self.is_stalled = False
         """True if the last step found nothing to do."""
-        self._live: dict[Job, None] = {}
-        """Jobs that the step under way may end, or has ended, without their events being known."""
+        self._jobs: dict[Job, None] = {}
+        """Jobs without an end before the last step, and those that it started."""
 
     @property
     def num_active(self) -> int:
@@ -118,7 +107,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Number of jobs without a slot."""
-        return len(self.waiting) + len(self._ready) + len(self._prefiller.jobs)
+        return len(self.waiting) + len(self._ready) + len(self._prefiller.prompts)
 
     @property
     def _is_crowded(self) -> bool:
@@ -128,30 +117,29 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """True if `step` has nothing to do."""
-        is_busy = self.waiting or self._prefiller.jobs or self._ready or self._in_flight
+        is_busy = self.waiting or self._prefiller.prompts or self._ready or self._in_flight
         return not is_busy and not self.num_active
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
         yield from self._prefiller.compile()
         yield "insertion"
-        nothing = PrefilledJob(_NO_JOB, Prefilled(0, None, None), self._zero)
-        self._insert([(len(self._choices), nothing, 0)])
+        self._insert([(len(self._choices), Prompt(_NO_JOB, self._zero, []), 0)])
         yield f"decoding in {len(self._choices)} slots"
         self._dispatch(self._choices, is_first=False)
 
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
         self._events = []
-        self._free_cancelled()
-        self._live = self._started_jobs()
+        active = [choice.job for choice in self._choices if choice is not None]
+        started = [prompt.job for prompt in (*self._prefiller.prompts, *self._ready)]
+        self._jobs = dict.fromkeys(started + active)
         previous, self._in_flight = self._in_flight, None
-        if previous and (self.waiting or self._prefiller.jobs):
+        if previous and (self.waiting or self._prefiller.prompts):
             self._collect(previous)  # prefill would compete with the block
             previous = None
         has_prefilled = self._admit()
-        self._fail_unread()
-        running = [c if c and c.job.unread_since is None else None for c in self._choices]
+        running = [None if c is None or c.job.is_paused else c for c in self._choices]
         is_first = any(choice is not None and not choice.num_tokens for choice in running)
         block = self._dispatch(running, is_first) if any(running) else None
         if previous:
@@ -161,28 +149,16 @@ class Scheduler:
         else:
             # The device computes this block while the previous one is handled.
             self._in_flight = block
-        self._live = {}
         self.is_stalled = not (block or self._events or has_prefilled)
         return self._events
 
-    def fail_all(self, failed: Failed) -> list[tuple[Job, Event]]:
-        """Drop all jobs; return the events of a step that failed, and the failure of each job.
+    def fail_all(self, message: str) -> list[tuple[Job, Event]]:
+        """Return a failure of every job, also of those that the last step has ended.
 
-        Tokens that no event has reported come before. Jobs that the events end are among those that
-        fail. Call `reset` before the next step.
+        Call `reset` before the next step.
         """
         waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        events = self._events if self._live else []
-        active = [choice for choice in self._choices if choice is not None]
-        events = events + [(choice.job, choice.take(None)) for choice in active if choice.parts]
-        jobs = self._live | self._started_jobs() | dict.fromkeys(waiting)
-        self._live = {}
-        return events + [(job, failed) for job in jobs]
-
-    def _started_jobs(self) -> dict[Job, None]:
-        """Return the unfinished jobs, except those in `waiting`."""
-        jobs = [choice.job for choice in self._choices if choice is not None]
-        return dict.fromkeys([*self._prefiller.jobs, *(r.job for r in self._ready), *jobs])
+        return [(job, Failed(message)) for job in self._jobs | dict.fromkeys(waiting)]
 
     def reset(self) -> None:
         """Empty slots, queues and cache."""
@@ -190,24 +166,15 @@ class Scheduler:
         self.cache.clear()
 
     def drop_cancelled(self) -> None:
-        """Drop cancelled jobs that wait; no other thread may submit jobs meanwhile."""
+        """Forget cancelled jobs and choices; no other thread may submit jobs meanwhile."""
         self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
-
-    def _fail_unread(self) -> None:
-        """End jobs that have paused for too long while another one waits for a slot."""
-        is_awaited = None not in self._choices and self._next_ready()
-        for job in self._started_jobs() if is_awaited else {}:
-            since = job.unread_since  # which another thread sets
-            if since is not None and time.monotonic() - since > UNREAD_SECONDS:
-                job.is_cancelled = True
-                self._events.append((job, Failed("the client did not read, and others wait")))
-
-    def _free_cancelled(self) -> None:
-        for slot, choice in enumerate(self._choices):
-            if choice is not None and choice.is_cancelled:
-                self._choices[slot] = None
-        self._ready = deque(ready for ready in self._ready if not ready.job.is_cancelled)
+        self._ready = deque(prompt for prompt in self._ready if not prompt.job.is_cancelled)
         self._prefiller.drop_cancelled()
+        for slot, choice in enumerate(self._choices):
+            if choice is None:
+                continue
+            if choice.job.is_cancelled or choice.index in choice.job.cancelled_choices:
+                self._choices[slot] = None
 
     def _admit(self) -> bool:
         """Fill free slots with prefilled jobs; return True if it prefilled some of the next."""
@@ -216,48 +183,46 @@ class Scheduler:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
-            if self._next_ready() or budget <= 0:
+            if self._ready or budget <= 0:
                 return has_prefilled
-            while self.waiting and len(prefiller.jobs) < MAX_JOBS:
+            while self.waiting and len(prefiller.prompts) < MAX_JOBS:
                 job = self.waiting.popleft()
-                self._live[job] = None
+                self._jobs[job] = None
                 prefiller.start(job)
             if not prefiller.finished:
-                if not prefiller.jobs:
+                if not prefiller.prompts:
                     return has_prefilled
                 budget -= prefiller.step()
                 has_prefilled = True
-            self._events += [(ready.job, ready.event) for ready in prefiller.finished]
-            self._ready += [ready for ready in prefiller.finished if ready.job.max_tokens]
+            self._events += [(prompt.job, prompt.result()) for prompt in prefiller.finished]
+            self._ready += [prompt for prompt in prefiller.finished if prompt.job.max_tokens]
             prefiller.finished.clear()
 
     def _start_choices(self) -> None:
         """Insert choices of prefilled jobs into free slots, in order."""
-        new: list[tuple[int, PrefilledJob, int]] = []
+        new: list[tuple[int, Prompt, int]] = []
         for slot, choice in enumerate(self._choices):
-            if choice is None and (ready := self._next_ready()):
-                new.append((slot, ready, ready.num_started))
-                self._choices[slot] = _Choice(ready.job, ready.num_started)
-                ready.num_started += 1
-                if ready.num_started == ready.job.num_choices:
-                    self._ready.remove(ready)
+            if choice is None and self._ready:
+                prompt = self._ready[0]
+                new.append((slot, prompt, prompt.num_started))
+                self._choices[slot] = _Choice(prompt.job, prompt.num_started)
+                prompt.num_started += 1
+                if prompt.num_started == prompt.job.num_choices:
+                    self._ready.popleft()
         for start in range(0, len(new), MAX_JOBS):
             self._insert(new[start : start + MAX_JOBS])
 
-    def _next_ready(self) -> PrefilledJob | None:
-        """Return the first prefilled job that does not pause."""
-        return next((ready for ready in self._ready if ready.job.unread_since is None), None)
-
-    def _insert(self, new: list[tuple[int, PrefilledJob, int]]) -> None:
-        """Insert up to MAX_JOBS (slot, job, number of its choice)."""
-        idle = MAX_JOBS - len(new)
-        _, ready, _ = new[0]
-        new = new + [(len(self._choices), ready, 0)] * idle
-        sequences = [_new_sequence(ready.job, choice, self._vocab_size) for _, ready, choice in new]
+    def _insert(self, new: list[tuple[int, Prompt, int]]) -> None:
+        """Insert up to MAX_JOBS (slot, prompt, number of its choice)."""
+        idle = len(self._choices), new[0][1], 0
+        new = new + [idle] * (MAX_JOBS - len(new))
+        sequences = [
+            _new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
+        ]
         self._slots = insert_sequences(
             self._slots,
             np.array([slot for slot, _, _ in new], np.int32),
-            tuple(ready.state for _, ready, _ in new),
+            tuple(prompt.state for _, prompt, _ in new),
             jax.tree.map(lambda *x: np.stack(x), *sequences),
         )
 
@@ -272,7 +237,7 @@ class Scheduler:
         length = max(1, min(length, MAX_BLOCK))
         is_active = np.array([choice is not None for choice in choices])
         block, self._slots = self._engine.decode(self._slots, is_active, length)
-        return _Dispatched(block, list(choices), time.monotonic())
+        return block, list(choices), time.monotonic()
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
@@ -283,7 +248,7 @@ class Scheduler:
             self._token_seconds = (now - max(began, self._collected)) / counts.max()
         self._collected = now
         logprobs = None
-        if any(choice is not None and choice.job.num_logprobs for choice in choices):
+        if any(choice is not None and choice.job.num_logprobs is not None for choice in choices):
             logprobs = jax.device_get(block.logprobs)
         for slot, choice in enumerate(choices):
             if choice is None or self._choices[slot] is not choice:
@@ -299,7 +264,7 @@ class Scheduler:
             if reason is not None:
                 self._choices[slot] = None
             of_tokens = None
-            if logprobs is not None and job.num_logprobs:
+            if logprobs is not None and job.num_logprobs is not None:
                 of_tokens = TokenLogprobs(*(x[slot, :count] for x in logprobs))
             choice.parts.append((new, of_tokens))
             if reason is not None or now - choice.reported >= EVENT_SECONDS:
@@ -318,24 +283,24 @@ def _empty_state(model: LanguageModel, batch_size: int) -> PrefixState:
 def _new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
     """Make arrays of a choice of a job, without the axis B and the state after its prompt."""
     sampling = job.sampling
-    in_prompt = np.zeros(vocab_size, np.bool_)
+    numpy: Any = np  # whose arrays stand for those of JAX
+    nothing: Any = None
+    in_prompt = numpy.zeros(vocab_size, np.bool_)
     in_prompt[job.tokens] = True
     if job.prefix is not None:
         in_prompt[job.prefix.recent] = True
-    arrays: dict[str, Any] = {
-        "state": None,
-        "stream": np.int32(job.first_stream + choice),
-        "position": np.int32(0),
-        "remaining": np.int32(job.max_tokens),
-        "wants_logprobs": np.bool_(job.num_logprobs > 0),
-    }
-    penalties: dict[str, Any] = {
-        "repetition": np.float32(sampling.repetition_penalty),
-        "presence": np.float32(sampling.presence_penalty),
-        "frequency": np.float32(sampling.frequency_penalty),
-        "in_prompt": in_prompt,
-        "counts": np.zeros(vocab_size, np.int32),
-    }
     return Sequences(
-        **arrays, settings=sampling.arrays(vocab_size), penalties=Penalties(**penalties)
+        state=nothing,
+        stream=numpy.int32(job.first_stream + choice),
+        position=numpy.int32(0),
+        remaining=numpy.int32(job.max_tokens),
+        settings=sampling.arrays(vocab_size),
+        penalties=Penalties(
+            repetition=numpy.float32(sampling.repetition_penalty),
+            presence=numpy.float32(sampling.presence_penalty),
+            frequency=numpy.float32(sampling.frequency_penalty),
+            in_prompt=in_prompt,
+            counts=numpy.zeros(vocab_size, np.int32),
+        ),
+        wants_logprobs=numpy.bool_(job.num_logprobs is not None),
     )

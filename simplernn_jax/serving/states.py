@@ -1,15 +1,15 @@
 """Named states in a folder, as files that `simplernn_jax.inference.load_state` loads too."""
 
-import contextlib
 import copy
 import dataclasses
 import os
 import re
 import secrets
-import stat
 import threading
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from simplernn_jax.inference.state import (
     RECENT_TOKENS,
     DecoderState,
     decode_state,
+    empty_state,
     encode_state,
     fingerprints,
 )
@@ -62,7 +63,7 @@ class StateFolder:
     def __init__(
         self, folder: str, model: LanguageModel, tokenizer: Tokenizer, max_bytes: int
     ) -> None:
-        self._folder = folder
+        self._folder = Path(folder)
         self._max_bytes = max_bytes
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
@@ -76,20 +77,35 @@ class StateFolder:
         other._fingerprints = fingerprints(model, self._tokenizer)
         return other
 
-    def names(self) -> list[str]:
-        """List the names of all files, those of other models included."""
-        files = [name for name in os.listdir(self._folder) if name.endswith(_SUFFIX)]
-        stems = [name.removesuffix(_SUFFIX) for name in files]
-        return sorted(name for name in stems if re.fullmatch(NAME_PATTERN, name))
+    def descriptions(self) -> list[Any]:
+        """Describe all states that can be loaded, in the order of their names."""
+        described = []
+        for path in sorted(self._folder.glob("*" + _SUFFIX)):
+            try:
+                described.append(self.describe(self.load(path.name.removesuffix(_SUFFIX))))
+            except RequestError as error:  # corrupt, deleted or of another model
+                if error.status == 503:
+                    raise
+        return described
+
+    def describe(self, state: NamedState) -> Any:
+        """Describe a state as the API does."""
+        return {
+            "id": state.name,
+            "object": "state",
+            "tokens": state.length,
+            "bytes": state.num_bytes,
+            "sha256": state.fingerprint,
+            "parent": state.parent,
+            "text": self._tokenizer.decode(state.recent),
+        }
 
     def read(self, name: str) -> bytes:
         """Read a file, no link; raises `RequestError`: 404 without one, 400 for a wrong name."""
         try:
             return read_file(self._path(name), self._max_bytes, follow_link=False)
         except OSError as error:
-            if error.errno in DAMAGE:
-                raise self._not_found(name) from error
-            raise RequestError(f"state {name!r}: {error.strerror}", status=503) from error
+            raise _error(name, error) from error
 
     def load(self, name: str) -> NamedState:
         """Load a state; `RequestError`: 404 without one, 409 if corrupt or of another model."""
@@ -98,94 +114,65 @@ class StateFolder:
     def add(
         self, name: str | None, state: PrefixState, tokens: np.ndarray, parent: NamedState | None
     ) -> NamedState:
-        """Save the state after `parent` and `tokens`; 409 for a name that is taken, 507 without
-        room.
-        """
-        before = np.zeros(0, np.int32) if parent is None else parent.recent
-        recent = np.full(RECENT_TOKENS, -1, np.int32)
-        last = np.concatenate([before, tokens])[-RECENT_TOKENS:]
-        recent[len(recent) - len(last) :] = last
-        arrays: dict[str, Any] = {
-            "layers": state.layers,
-            "logits": np.asarray(state.logits),
-            "position": np.zeros(1, np.int32),
-            "stream": np.zeros(1, np.int32),
-            "finished": np.zeros(1, np.bool_),
-            "recent": recent[None],
-        }
-        notes = {}
-        if parent is None or parent.length is not None:
-            notes["length"] = str(len(tokens) + (0 if parent is None else parent.length or 0))
+        """Save the state after `parent` and `tokens`; raises what `put` does."""
+        before, notes = np.zeros(0, np.int32), {}
+        length: int | None = 0
         if parent is not None:
-            notes["parent"] = parent.name
-        return self.put(name, encode_state(DecoderState(**arrays), self._fingerprints, **notes))
+            before, length, notes = parent.recent, parent.length, {"parent": parent.name}
+        if length is not None:
+            notes["length"] = str(length + len(tokens))
+        recent = np.concatenate([before, tokens])[-RECENT_TOKENS:]
+        recent = np.pad(recent, (RECENT_TOKENS - len(recent), 0), constant_values=-1)
+        saved = dataclasses.replace(
+            empty_state(self._model, 1),
+            layers=state.layers,
+            logits=state.logits,
+            recent=jnp.asarray(recent[None]),
+        )
+        return self.put(name, encode_state(saved, self._fingerprints, **notes))
 
     def put(self, name: str | None, content: bytes) -> NamedState:
-        """Save the content of a file under a new name.
+        """Save the content of a file under a new name, by default a random one.
 
         Raises:
           RequestError: 400 if it is no state of this model, 409 if the name is taken, 507 without
             room.
         """
         name = f"state-{secrets.token_hex(6)}" if name is None else name
-        named = self._decode(name, content, status=400)
+        path, named = self._path(name), self._decode(name, content, status=400)
         with self._lock:
-            self._write(name, content)
+            if os.path.lexists(path):
+                raise RequestError(
+                    f"state {name!r}: exists already; choose another name", status=409
+                )
+            try:
+                used = sum(os.lstat(other).st_size for other in self._folder.glob("*" + _SUFFIX))
+                if used + len(content) > self._max_bytes:
+                    raise RequestError("no room for another state; delete some", status=507)
+                write_file(path, content)
+            except OSError as error:
+                raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
         return named
-
-    def _write(self, name: str, content: bytes) -> None:
-        path = self._path(name)
-        if os.path.lexists(path):
-            raise RequestError(f"state {name!r}: exists already; choose another name", status=409)
-        try:
-            if self._used_bytes() + len(content) > self._max_bytes:
-                raise RequestError("no room for another state; delete some", status=507)
-            write_file(path, content)
-        except OSError as error:
-            raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
-
-    def _used_bytes(self) -> int:
-        """Sum the sizes of all states, without those that are deleted meanwhile."""
-        used = 0
-        with os.scandir(self._folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.name.endswith(_SUFFIX):  # else what a killed process left
-                        used += entry.stat(follow_symlinks=False).st_size
-        return used
-
-    def fork(self, name: str, new_name: str | None) -> NamedState:
-        """Copy a state; its parent is `name`."""
-        original = self.load(name)
-        return self.add(new_name, original.prefix.state, np.zeros(0, np.int32), original)
 
     def delete(self, name: str) -> None:
         """Delete a file; raises `RequestError` (404) if it does not exist."""
-        path = self._path(name)
-        try:
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise FileNotFoundError
-            os.remove(path)
-        except FileNotFoundError as error:
-            raise self._not_found(name) from error
-        except OSError as error:
-            raise RequestError(f"state {name!r}: {error.strerror}", status=503) from error
+        with self._lock:
+            try:
+                os.remove(self._path(name))
+            except OSError as error:
+                raise _error(name, error) from error
 
-    def _not_found(self, name: str) -> RequestError:
-        message = f"state {name!r} does not exist"
-        return RequestError(message, status=404, code="state_not_found")
-
-    def _path(self, name: str) -> str:
+    def _path(self, name: str) -> Path:
         if not re.fullmatch(NAME_PATTERN, name):
-            raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}", param="state")
-        return os.path.join(self._folder, name + _SUFFIX)
+            raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}")
+        return self._folder / (name + _SUFFIX)
 
     def _decode(self, name: str, content: bytes, status: int) -> NamedState:
         where = f"state {name!r}"
         try:
             state, header = decode_state(where, content, self._model, self._fingerprints)
         except UserError as error:
-            raise RequestError(str(error), status=status, code="state_refused") from error
+            raise RequestError(str(error), status=status) from error
         if len(state.position) != 1:
             raise RequestError(
                 f"{where}: has {len(state.position)} sequences; save one", status=status
@@ -199,3 +186,10 @@ class StateFolder:
             int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
             header.get("parent"),
         )
+
+
+def _error(name: str, error: OSError) -> RequestError:
+    if error.errno not in DAMAGE:  # the machine's
+        return RequestError(f"state {name!r}: {error.strerror}", status=503)
+    message = f"state {name!r} does not exist"
+    return RequestError(message, status=404)

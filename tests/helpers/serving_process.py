@@ -31,12 +31,12 @@ class ServingProcess:
                 content = json.loads(content)
             return answer.status, answer.headers, content
 
-    def post(self, path="/v1/completions", after=b"", **fields):
-        """Open a connection that has sent a request, and then `after`."""
+    def post(self, path="/v1/completions", **fields):
+        """Open a connection that has sent a request."""
         body = json.dumps(fields).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection = socket.create_connection(self.url.removeprefix("http://").split(":"))
-        connection.sendall(head.encode() + body + after)
+        connection.sendall(head.encode() + body)
         return connection
 
     def complete(self, prompt, **fields):

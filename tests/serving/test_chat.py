@@ -1,7 +1,5 @@
 """Chat completions of scripts/serve.py, by OpenAI's client."""
 
-import pytest
-
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.inference import Conversation
@@ -46,13 +44,9 @@ def test_streamed_and_not(client):
             roles += [choice.delta.role] if choice.delta.role else []
     assert texts == [choice.message.content for choice in whole.choices]
     assert roles == ["assistant"] * 3
-
-
-def test_an_answer_can_be_sent_back_as_it_came(client):
-    first = client.chat.completions.create(**ASKED)
-    messages = [*ASKED["messages"], first.choices[0].message, {"role": "user", "content": "more"}]
-    second = client.chat.completions.create(**ASKED | {"messages": messages})
-    assert second.choices[0].message.role == "assistant"
+    # An answer can be sent back as it came.
+    messages = [*ASKED["messages"], whole.choices[0].message, {"role": "user", "content": "more"}]
+    client.chat.completions.create(**ASKED | {"messages": messages})
 
 
 def test_greedy_answers_are_those_of_the_library(chat_workdir, server):
@@ -80,20 +74,3 @@ def test_a_conversation_continues_a_state(server):
     answers = [server.send("POST", "/v1/chat/completions", body | fields)[2] for body in bodies]
     contents = [answer["choices"][0]["message"]["content"] for answer in answers]
     assert contents[0] == contents[1]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "\x01"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"max_tokens": 3}, "max_tokens"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-    ],
-)
-def test_bad_requests(server, fields, param):
-    status, _, body = server.send("POST", "/v1/chat/completions", ASKED | fields)
-    assert (status, body["error"]["param"]) == (400, param), body

@@ -58,8 +58,10 @@ def test_generate_and_show_alternatives(page, server):
     assert page.locator("#alternatives").is_hidden()
 
 
-def start_stream(page):
-    """Generate without an end in text mode; return once tokens come."""
+def test_continuing_a_state_ends_the_stream_of_another(page, server):
+    server.send("POST", "/v1/states", {"prompt": "abc", "name": "other"})
+    page.reload()
+    page.get_by_role("tab", name="Chat").wait_for()
     page.get_by_role("tab", name="Text").click()
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("1000000")
@@ -67,22 +69,8 @@ def start_stream(page):
     page.get_by_label("Prompt").fill("a")
     page.get_by_role("button", name="Generate").click()
     page.locator("#text .token").nth(9).wait_for(state="attached")
-
-
-def test_stop(page):
-    start_stream(page)
-    page.get_by_role("button", name="Stop").click()
-    page.locator("#generate:enabled").wait_for()
-    assert page.locator("#error").is_hidden()
-
-
-def test_continuing_a_state_ends_the_stream_of_another(page, server):
-    server.send("POST", "/v1/states", {"prompt": "abc", "name": "other"})
-    page.reload()
-    page.get_by_role("tab", name="Chat").wait_for()
-    start_stream(page)
     page.get_by_role("button", name="Continue other").click()
-    page.locator("#generate:enabled").wait_for()
+    page.locator("#generate:enabled").wait_for()  # as after Stop
     assert page.locator("#text .token").count() == 0
     assert page.locator("#error").is_hidden()
     assert page.locator("#after").is_hidden()  # nothing of the old text can be saved
@@ -102,28 +90,22 @@ def test_a_new_conversation_has_nothing_of_the_answer_before(page):
     assert page.evaluate("messages.length") == 0
 
 
-def test_fork_and_continue_both_branches(page, server):
+def test_save_a_state_and_continue_it_in_several_ways(page, server):
     first = generate(page, "abc", **{"New tokens": 8})
     page.get_by_label("Name").fill("trunk")
     page.get_by_role("button", name="Save state here").click()
-    page.get_by_role("button", name="Fork trunk").click()
-    forks = page.locator("#states li li .state b")
-    forks.wait_for()
-    fork = forks.text_content()
     texts = []
-    for name, seed in (("trunk", 2), (fork, 2), (fork, 3)):
-        page.get_by_role("button", name=f"Continue {name}", exact=True).click()
+    for seed in (2, 2, 3):
+        page.get_by_role("button", name="Continue trunk").click()
         texts.append(generate(page, "x", Seed=seed))
     assert texts[0] == texts[1] != texts[2]
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download trunk").click()
-    assert download.value.suggested_filename == "trunk.safetensors"
-    page.get_by_role("button", name="Save state here").click()  # a branch of the fork
-    page.locator("#states li li li").wait_for()
+    page.get_by_label("Name").fill("branch")
+    page.get_by_role("button", name="Save state here").click()
+    page.get_by_text("continues trunk").wait_for()
     assert first in server.send("GET", "/v1/states/trunk")[2]["text"] + first
-    for name in (fork, "trunk"):
-        page.get_by_role("button", name=f"Delete {name}", exact=True).click()
-        page.get_by_role("button", name=f"Delete {name}", exact=True).wait_for(state="detached")
+    for name in ("branch", "trunk"):
+        page.get_by_role("button", name=f"Delete {name}").click()
+        page.get_by_role("button", name=f"Delete {name}").wait_for(state="detached")
 
 
 def test_chat(page):
@@ -141,40 +123,17 @@ def test_chat(page):
     page.reload()
     page.locator(".message.assistant").nth(1).wait_for()
     assert page.locator(".message").all_text_contents() == said
-    assert page.evaluate("messages.map((message) => message.role).join()") == (
-        "user,assistant,user,assistant"
-    )
-    assert page.locator("#after").is_hidden()
     page.get_by_label("Message").fill("\x01")
     page.get_by_role("button", name="Send").click()
     page.get_by_role("alert").get_by_text("control characters").wait_for()
     assert page.locator(".message").count() == 4
+    assert page.get_by_label("Message").input_value() == "\x01"
     page.get_by_role("button", name="New conversation").click()
-    assert page.locator(".message").count() == 0
-    page.get_by_label("Message").press("Enter")  # there is nothing to send
     page.reload()
     page.get_by_role("button", name="Send").wait_for()
     assert page.locator(".message").count() == 0
     page.get_by_role("tab", name="Text").click()
     assert page.get_by_label("Prompt").is_visible()
-    assert page.get_by_role("button", name="Generate").is_visible()
-
-
-BLOCKED = """Object.defineProperty(window, "sessionStorage", {
-  get() { throw new DOMException("denied", "SecurityError"); } });"""
-
-
-def test_chat_without_storage(page):
-    page.add_init_script(BLOCKED)
-    page.reload()
-    page.get_by_text("Settings").click()
-    page.get_by_label("New tokens").fill("20")
-    page.get_by_label("Message").fill("hi")
-    page.get_by_role("button", name="Send").click()
-    page.locator(".message.assistant").wait_for(state="attached")
-    page.locator("#generate:enabled").wait_for()
-    assert page.evaluate("messages.length") == 2
-    assert page.locator("#error").is_hidden()
 
 
 MARKUP = "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">"
@@ -204,15 +163,11 @@ def test_markup_stays_text(page):
     assert page.title() == "simplernn_jax"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(browser, server, scheme):
-    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+def test_a_narrow_dark_screen(browser, server):
+    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme="dark")
     page.goto(server.url)
     page.get_by_role("tab", name="Chat").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    back, text = page.evaluate(
-        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-    )
-    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
-    assert back != text
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert back != "rgb(255, 255, 255)"
     page.close()

@@ -15,7 +15,6 @@ from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.inference import generate_text, load_state, save_state
-from simplernn_jax.serving.server import listen
 
 pytestmark = pytest.mark.oldest_python
 
@@ -65,38 +64,18 @@ def test_openai_completion_streamed_and_not(client):
     assert len(reasons) == 6
 
 
-def test_scores_of_a_prompt(server):
-    tokens = [256, 97, 98, 97, 99]
-    body = server.complete(tokens, echo=True, logprobs=1, max_tokens=1, temperature=0)
-    logprobs = body["choices"][0]["logprobs"]
-    assert body["choices"][0]["text"].startswith("abac")
-    assert len(logprobs["tokens"]) == 6
-    assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
-    # Greedy means exact equality with the largest one.
-    generated = logprobs["token_logprobs"][-1]
-    assert generated <= max(logprobs["top_logprobs"][-1].values())
-    only = server.complete(tokens, echo=True, logprobs=1, max_tokens=0)["choices"][0]
-    assert only["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:-1]
-    assert (only["finish_reason"], only["text"]) == ("length", "abac")
-
-
-def test_a_prompt_that_is_given_several_times_gets_several_samples(server):
-    prompts = ["ab", "b", "ab"]
-    body = server.complete(prompts, n=2, seed=7, **SAMPLED)
-    texts = [choice["text"] for choice in body["choices"]]
-    assert len({*texts}) == 6
-    assert texts[:2] + texts[4:] == [
-        choice["text"] for choice in server.complete("ab", n=4, seed=7, **SAMPLED)["choices"]
-    ]
-
-
-def test_echo_without_alternatives_and_for_several_choices(server):
-    fields = {"prompt": "abc", "echo": True, "logprobs": 0, "n": 3}
+def test_echo_and_log_probabilities(server):
+    fields = {"prompt": [256, 97, 98, 99], "echo": True, "logprobs": 0, "n": 3}
     for choice in server.complete(max_tokens=2, **fields)["choices"]:
+        assert choice["text"].startswith("abc")
         assert choice["logprobs"]["top_logprobs"] == [None, *[{}] * 5]
+        assert choice["logprobs"]["token_logprobs"][0] is None
     frames = stream(server, max_tokens=0, **fields)
-    choices = [choice for frame in frames for choice in frame["choices"]]
-    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [4, 4, 4]
+    for frame in frames:
+        (choice,) = frame["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
+        assert len(choice["logprobs"]["tokens"]) == 4
+    assert len(frames) == 3
 
 
 def test_a_repetition_penalty_counts_the_text_of_a_state(server):
@@ -109,20 +88,15 @@ def test_a_repetition_penalty_counts_the_text_of_a_state(server):
 
 
 def test_stop_strings_cut_the_text_across_tokens_and_blocks(server):
-    fields = {"temperature": 1.0, "max_tokens": 120, "seed": 5, "ignore_eos": True}
-    text = server.complete("b", **fields)["choices"][0]["text"]
+    fields = {"prompt": "b", "max_tokens": 120, "seed": 5, "ignore_eos": True}
+    text = server.complete(**fields)["choices"][0]["text"]
     for start in (0, 7, 31, 50):
         stop = text[start : start + 3]
-        at = text.index(stop)
-        for is_streamed in (False, True):
-            if is_streamed:
-                frames = stream(server, prompt="b", stop=["never", stop], **fields)
-                found = "".join(c["text"] for f in frames for c in f["choices"])
-                reason = frames[-1]["choices"][0]["finish_reason"]
-            else:
-                choice = server.complete("b", stop=[stop, "never"], **fields)["choices"][0]
-                found, reason = choice["text"], choice["finish_reason"]
-            assert (found, reason) == (text[:at], "stop")
+        expected = text[: text.index(stop)], "stop"
+        choice = server.complete(stop=[stop, "never"], **fields)["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == expected
+        choices = [c for f in stream(server, stop=stop, **fields) for c in f["choices"]]
+        assert ("".join(c["text"] for c in choices), choices[-1]["finish_reason"]) == expected
 
 
 def stream(server, **fields):
@@ -134,7 +108,7 @@ def stream(server, **fields):
     return [json.loads(frame.removeprefix("data: ")) for frame in frames]
 
 
-def test_states_are_saved_forked_downloaded_uploaded_and_deleted(workdir, server, tmp_path):
+def test_states_are_saved_downloaded_uploaded_and_deleted(workdir, server, tmp_path):
     def send(method, path, body=None, status=200):
         found, _, content = server.send(method, "/v1/states" + path, body)
         assert found == status, content
@@ -144,7 +118,7 @@ def test_states_are_saved_forked_downloaded_uploaded_and_deleted(workdir, server
     assert (made["id"], made["tokens"], made["parent"]) == ("trunk", 4, None)
     child = send("POST", "", {"prompt": " de", "parent": "trunk", "name": "branch"}, 201)
     assert (child["tokens"], child["parent"], child["text"]) == (7, "trunk", "abc de")
-    assert send("POST", "/trunk/fork", {"name": "copy"}, 201)["parent"] == "trunk"
+    assert send("POST", "", {"parent": "trunk", "name": "copy"}, 201)["tokens"] == 4
     send("POST", "", {"prompt": "", "name": "trunk"}, 409)
     content = send("GET", "/branch/file")
     assert send("PUT", "/again/file", content, 201)["sha256"] == child["sha256"]
@@ -166,58 +140,24 @@ def test_states_are_saved_forked_downloaded_uploaded_and_deleted(workdir, server
     assert greedy["choices"][0]["text"] == text[0]
     save_state(tmp_path / "saved", text.state, model, tokenizer)
     send("PUT", "/saved/file", (tmp_path / "saved").read_bytes(), 201)
-    assert {state["id"] for state in send("GET", "")["data"]} >= {"trunk", "branch", "saved"}
-    for name in ("trunk", "branch", "copy", "again", "saved"):
+    names = [state["id"] for state in send("GET", "")["data"]]
+    assert names == ["again", "branch", "copy", "saved", "trunk"]
+    for name in names:
         assert send("DELETE", "/" + name)["deleted"]
     send("GET", "/trunk", status=404)
     send("POST", "", {"prompt": "a", "name": ".."}, 400)
     send("GET", "/" + urllib.parse.quote("../trunk", safe=""), status=404)
 
 
-REFUSED = {
-    "unknown field": ({"tempera": 1}, "tempera"),
-    "type": ({"max_tokens": "3"}, "max_tokens"),
-    "huge integer": ({"max_tokens": 10**400}, "max_tokens"),
-    "range": ({"temperature": 2.5}, "temperature"),
-    "negative": ({"top_p": -0.1}, "top_p"),
-    "vanishing": ({"repetition_penalty": 1e-50}, "repetition_penalty"),
-    "list": ({"stop": ["a"] * 33}, "stop"),
-    "echoes": ({"prompt": "a" * 600_000, "echo": True, "n": 128, "max_tokens": 0}, "echo"),
-    "scores": ({"prompt": "a" * 20_000, "echo": True, "n": 16, "logprobs": 20}, "logprobs"),
-    "many logprobs": ({"max_tokens": 10**7, "logprobs": 1}, "logprobs"),
-    "mixed prompts": ({"prompt": ["a", 3]}, "prompt"),
-    "no prompt": ({"prompt": []}, "prompt"),
-    "id outside": ({"prompt": [3, 10**6]}, "prompt"),
-    "negative id": ({"prompt": [-1]}, "prompt"),
-    "lone surrogate": ({"prompt": "\ud800"}, None),
-    "bias": ({"logit_bias": {"x": 1}}, "logit_bias"),
-    "long bias": ({"logit_bias": {"0000000000999999": 1}}, "logit_bias"),
-    "longer bias": ({"logit_bias": {"0" * 5000: 1}}, "logit_bias"),
-    "best_of": ({"best_of": 2}, "best_of"),
-    "state": ({"state": "../x"}, "state"),
-    "stream_options": ({"stream_options": {}}, "stream_options"),
-    "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_requests_are_400_with_the_field(server, name):
-    fields, param = REFUSED[name]
-    status, _, body = server.send("POST", "/v1/completions", {"prompt": "a", **fields})
+def test_requests_that_cannot_be_answered(server):
+    status, _, body = server.send("POST", "/v1/completions", {"prompt": "a", "temperature": 3})
     assert (status, body["error"]["type"]) == (400, "invalid_request_error")
-    assert body["error"]["param"] == param
-    assert "Traceback" not in body["error"]["message"]
-
-
-def test_bodies_that_are_no_json(server):
-    for body in (b"", b"{", b'{"prompt": NaN}', b"[" * 10_000, b"\xff\xfe", b'{"prompt":"\xff"}'):
-        status, _, answer = server.send("POST", "/v1/completions", body)
-        assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body[:20]
+    assert (body["error"]["param"], "<= 2.0" in body["error"]["message"]) == ("temperature", True)
+    assert server.send("POST", "/v1/completions", b"{")[0] == 400
     assert server.send("GET", "/v1/nothing")[0] == 404
     assert server.send("GET", "/v1/completions")[0] == 405
     assert server.send("POST", "/v1/completions", {"model": "gpt-4"})[0] == 404
     assert server.send("POST", "/v1/completions", b" " * (1 << 24) + b"1")[0] == 413
-    assert server.send("GET", "/health", x="y" * 40_000)[0] == 431
 
 
 def test_tokenize_and_detokenize(server):
@@ -227,25 +167,6 @@ def test_tokenize_and_detokenize(server):
     _, _, body = server.send("POST", "/detokenize", {"tokens": body["tokens"]})
     assert body == {"prompt": "aé"}
     assert server.send("GET", "/tokenizer_info")[2]["eos_token_id"] == 257
-
-
-def test_garbage_and_slow_clients_do_not_disturb_others(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    sockets = [socket.create_connection((host, int(port))) for _ in range(30)]
-    for number, connection in enumerate(sockets):
-        connection.sendall([b"\0" * 500, b"POST /v1/comp", b"GET / HTTP/1.1\r\nx: "][number % 3])
-    server.complete("a", max_tokens=3)
-    for connection in sockets:
-        connection.close()
-
-
-def test_headers_without_end_end_the_connection(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nx: ")
-        with pytest.raises(ConnectionError):
-            connection.sendall(b"x" * (1 << 26))
-    server.complete("a", max_tokens=3)
 
 
 def wait_until_idle(server):
@@ -283,7 +204,23 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
     assert values == expected["logprobs"]["token_logprobs"]
 
 
-def test_a_client_that_leaves_ends_the_prefill_of_its_state(server):
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
+)
+def test_pages_of_other_sites_are_rejected(server, headers):
+    assert server.send("POST", "/v1/states", {"prompt": "a"}, **headers)[0] == 403
+    assert server.send("GET", "/v1/models", Origin=server.url)[0] == 200
+
+
+def test_clients_that_leave_free_their_slots_and_end_their_prefills(server):
+    for is_streamed in (False, True):
+        fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": is_streamed}
+        sockets = [server.post(**fields) for _ in range(12)]
+        while server.send("GET", "/slots")[2]["active"] < 5:
+            time.sleep(0.01)
+        for connection in sockets:
+            connection.close()
+        wait_until_idle(server)
     with server.post("/v1/states", prompt="ab" * 4_000_000, name="left"):
         while server.send("GET", "/slots")[2]["waiting"] == 0:
             time.sleep(0.01)
@@ -291,31 +228,7 @@ def test_a_client_that_leaves_ends_the_prefill_of_its_state(server):
     assert server.send("GET", "/v1/states/left")[0] == 404
 
 
-@pytest.mark.parametrize(
-    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
-)
-def test_pages_of_other_sites_are_refused(server, headers):
-    for method, path in (("GET", "/v1/models"), ("POST", "/v1/states")):
-        status, _, body = server.send(method, path, {"prompt": "a"}, **headers)
-        assert (status, body["error"]["type"]) == (403, "invalid_request_error")
-    own = {"Origin": server.url}
-    assert server.send("GET", "/v1/models", **own)[0] == 200
-
-
-@pytest.mark.parametrize("after", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
-def test_clients_that_leave_free_their_slots(server, after):
-    """A pipelined request hides no disconnect."""
-    for is_streamed in (False, True):
-        fields = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": is_streamed}
-        sockets = [server.post(**fields, after=after) for _ in range(12)]
-        while server.send("GET", "/slots")[2]["active"] < 5:
-            time.sleep(0.01)
-        for connection in sockets:
-            connection.close()
-        wait_until_idle(server)
-
-
-def test_a_full_queue_refuses_with_429(server):
+def test_a_full_queue_rejects_with_429(server):
     def complete(index):
         return server.send("POST", "/v1/completions", {"prompt": "a", "seed": index, **SAMPLED})
 
@@ -348,24 +261,17 @@ def test_key_drain_and_reload(workdir, tmp_path):
         assert server.send("GET", "/v1/models", **key)[0] == 200
         assert server.send("GET", "/health")[0] == 200
         # As browsers ask before a page of another site sends a key to a server on this machine.
-        asked = {
-            "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization, content-type",
-            "Access-Control-Request-Private-Network": "true",
-        }
-        for origin, status in (("http://a.example", 200), ("http://b.example", 400)):
-            found, headers, _ = server.send("OPTIONS", "/v1/states", Origin=origin, **asked)
-            assert found == status
-            allowed = server.send("GET", "/v1/models", Origin=origin, **key)[1]
-            for each in (headers, allowed):
-                name = each["Access-Control-Allow-Origin"]
-                assert name == (origin if status == 200 else None)
+        asked = {"Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Private-Network"] = "true"
+        for origin, allowed in (
+            ("http://a.example", "http://a.example"),
+            ("http://b.example", None),
+        ):
+            _, headers, _ = server.send("OPTIONS", "/v1/states", Origin=origin, **asked)
+            assert headers["Access-Control-Allow-Origin"] == allowed
         assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
         assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
         body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
-        with socket.create_connection(server.url.removeprefix("http://").split(":")) as garbage:
-            garbage.sendall(b"\0\r\n\r\n")
-            assert garbage.recv(100).startswith(b"HTTP/1.1 400")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.send, "POST", "/v1/completions", body, **key)
             while server.send("GET", "/slots", **key)[2]["active"] == 0:
@@ -373,7 +279,6 @@ def test_key_drain_and_reload(workdir, tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
-        assert "Invalid" not in errors  # garbage fills no log
     with serving(workdir, *flags, "--max_connections=2") as server:
         body = {"prompt": "b", "state": "s", "max_tokens": 3}
         assert server.send("POST", "/v1/completions", body, **key)[0] == 200
@@ -382,14 +287,6 @@ def test_key_drain_and_reload(workdir, tmp_path):
             assert server.send("GET", "/health")[0] == 503
         while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
             time.sleep(0.01)
-
-
-def test_connections_send_small_frames_at_once():
-    """Otherwise a second stream on one connection waits for a delayed acknowledgement."""
-    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
-        accepted, _ = listener.accept()
-        with accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_flags_that_cannot_be_served(workdir, tmp_path):

@@ -1,6 +1,5 @@
 """The folder of named states, without a server."""
 
-import contextlib
 import errno
 import os
 from unittest import mock
@@ -14,47 +13,38 @@ from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.states import StateFolder
 
 
-def test_a_file_that_is_deleted_while_another_is_written_does_not_count(tmp_path, monkeypatch):
-    """Requests that make and delete states at once met it once in thousands."""
-    tokenizer, model = ByteTokenizer(), small_model("residual")
-    file = tmp_path / "first.safetensors"
-    save_state(str(file), generate(model, [[1, 2]], max_new_tokens=0).state, model, tokenizer)
-    content, scan = file.read_bytes(), os.scandir
-
-    def delete_after_listing(folder):
-        entries = list(scan(folder))
-        (tmp_path / "gone.safetensors").unlink(missing_ok=True)
-        return contextlib.nullcontext(entries)
-
-    def states(max_bytes):
-        return StateFolder(str(tmp_path), model, tokenizer, max_bytes)
-
-    (tmp_path / "gone.safetensors").write_bytes(content)
-    monkeypatch.setattr(os, "scandir", delete_after_listing)
-    assert states(2 * len(content)).put("second", content).num_bytes == len(content)
-    assert states(1 << 30).names() == ["first", "second"]
-    with pytest.raises(RequestError, match="no room"):
-        states(3 * len(content) - 1).put("third", content)
-
-
-def test_an_error_of_the_machine_is_not_a_missing_state(tmp_path, monkeypatch):
-    tokenizer, model = ByteTokenizer(), small_model("residual")
-    states = StateFolder(str(tmp_path), model, tokenizer, 1 << 30)
-    with pytest.raises(RequestError) as missing:
-        states.read("first")
-    assert missing.value.status == 404
-    refuse = mock.Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-    monkeypatch.setattr("simplernn_jax.serving.states.read_file", refuse)
-    with pytest.raises(RequestError, match="Too many open files") as failed:
-        states.read("first")
-    assert failed.value.status == 503
-
-
-def test_what_a_killed_process_left_takes_no_room(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the state ``first``, of one with the room for two, and the file's content."""
     tokenizer, model = ByteTokenizer(), small_model("residual")
     file = tmp_path / "first.safetensors"
     save_state(str(file), generate(model, [[1, 2]], max_new_tokens=0).state, model, tokenizer)
     content = file.read_bytes()
-    (tmp_path / ".0123.tmp").write_bytes(content * 9)
-    states = StateFolder(str(tmp_path), model, tokenizer, 2 * len(content))
+    return StateFolder(str(tmp_path), model, tokenizer, 2 * len(content)), content
+
+
+def test_states_have_a_joint_limit(folder, tmp_path):
+    states, content = folder
+    (tmp_path / ".0123.tmp").write_bytes(content * 9)  # what a killed process left takes no room
     assert states.put("second", content).num_bytes == len(content)
+    with pytest.raises(RequestError, match="no room") as full:
+        states.put("third", content)
+    assert full.value.status == 507
+    (tmp_path / "third.safetensors").write_bytes(content[:-1])  # corrupt: not listed
+    assert [state["id"] for state in states.descriptions()] == ["first", "second"]
+    states.delete("first")
+    with pytest.raises(RequestError) as taken:
+        states.put("second", content)
+    assert taken.value.status == 409
+
+
+def test_an_error_of_the_machine_is_not_a_missing_state(folder, monkeypatch):
+    states, _ = folder
+    with pytest.raises(RequestError) as missing:
+        states.read("other")
+    assert missing.value.status == 404
+    fail = mock.Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    monkeypatch.setattr("simplernn_jax.serving.states.read_file", fail)
+    with pytest.raises(RequestError, match="Too many open files") as failed:
+        states.read("first")
+    assert failed.value.status == 503

@@ -2,57 +2,35 @@
 // The page of the server. Everything that a model or a client has written is set as text, never as
 // markup.
 
-let abort = null;        // stops the running stream
-let shown = "";          // prompt and generated text, as shown
-let origin = null;       // name of the state that the text continues
-let messages = [];       // the conversation, in chat mode
+let abort = null;   // stops the running stream
+let shown = "";     // prompt and generated text, as shown
+let origin = null;  // name of the state that the text continues
+let messages = [];  // the conversation, in chat mode
 let isChat = false;
 
-function headers(more) {
-  const key = $("key").value;
-  return key ? { ...more, Authorization: "Bearer " + key } : { ...more };
-}
-
 async function request(method, path, body, signal) {
-  const isJson = body !== undefined && !(body instanceof Blob);
-  const response = await fetch(path, {
-    method,
-    headers: headers(isJson ? { "Content-Type": "application/json" } : {}),
-    body: isJson ? JSON.stringify(body) : body,
-    signal,
-  });
-  if (!response.ok) throw new Error(await errorOf(response));
-  return response;
-}
-
-async function errorOf(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `The server answered ${response.status}.`;
-  }
-}
-
-function showError(error) {
-  $("error").textContent = error ? String(error.message ?? error) : "";
-  $("error").hidden = !error;
+  const headers = $("key").value ? { Authorization: "Bearer " + $("key").value } : {};
+  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => null);
+  throw new Error(answer?.error?.message ?? `The server answered ${response.status}.`);
 }
 
 async function guarded(action) {
-  showError(null);
+  $("error").hidden = true;
   try {
     await action();
   } catch (error) {
-    if (error.name !== "AbortError") showError(error);
+    $("error").textContent = error.message;
+    $("error").hidden = error.name === "AbortError";
   }
 }
 
 // Streams
 
 async function* frames(path, body) {
-  abort = new AbortController();
   const { signal } = abort;
-  const response = await request("POST", path, { ...body, stream: true }, signal);
+  const response = await request("POST", path, { ...body, ...settings(), stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -66,96 +44,80 @@ async function* frames(path, body) {
       const frame = JSON.parse(data);
       if (frame.error) throw new Error(frame.error.message);
       signal.throwIfAborted();  // frames that have arrived belong to what is no longer shown
-      yield frame;
+      yield frame.choices[0];
     }
     await new Promise((resolve) => setTimeout(resolve));  // or a fast model would block the page
   }
 }
 
 function settings() {
-  const chosen = {};
-  for (const name of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
-    if ($(name).value !== "") chosen[name] = Number($(name).value);
-  }
-  return chosen;
+  const names = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+  return Object.fromEntries(
+    names.filter((name) => $(name).value !== "").map((name) => [name, Number($(name).value)]));
 }
 
 async function generate() {
+  abort = new AbortController();
   setRunning(true);
   const start = performance.now();
   let count = 0;
-  const counted = (added) => {
-    count += added;
-    const seconds = (performance.now() - start) / 1000;
-    $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${Math.round(count / seconds)} tokens/s`;
-  };
   try {
-    await (isChat ? converse(counted) : complete(counted));
+    for await (const added of isChat ? converse() : complete()) {
+      count += added;
+      const rate = Math.round(1000 * count / (performance.now() - start));
+      $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
+    }
   } finally {
     setRunning(false);
   }
 }
 
-async function complete(counted) {
-  const prompt = $("prompt").value;
-  const body = { prompt, ...settings(), logprobs: 5 };
+// Generate a text; yields numbers of tokens.
+async function* complete() {
+  const body = { prompt: $("prompt").value, logprobs: 5 };
   if (origin) body.state = origin;
-  shown = prompt;
-  $("text").replaceChildren(span("prompt", prompt));
-  for await (const frame of frames("v1/completions", body)) {
-    const choice = frame.choices[0];
+  shown = body.prompt;
+  $("text").replaceChildren(span("prompt", shown));
+  for await (const choice of frames("v1/completions", body)) {
     addTokens(choice);
-    counted(choice.logprobs.tokens.length);
+    yield choice.logprobs.tokens.length;
   }
 }
 
-async function converse(counted) {
-  const said = messages;  // of this conversation: another may begin while the answer streams
-  said.push({ role: "user", content: $("prompt").value });
-  $("prompt").value = "";
+function addTokens({ text, logprobs }) {
+  const { text_offset: offsets, top_logprobs: tops, tokens, token_logprobs: values } = logprobs;
+  const characters = [...text];
+  appendTokens(offsets.map((offset, i) => {
+    const alternatives = Object.entries({ ...tops[i], [tokens[i]]: values[i] }).sort((a, b) => b[1] - a[1]);
+    return [
+      characters.slice(offset - offsets[0], offsets[i + 1] && offsets[i + 1] - offsets[0]).join(""),
+      () => alternatives.map(([name, value]) => [JSON.stringify(name), Math.exp(value), name === tokens[i]]),
+    ];
+  }));
+  shown += text;
+}
+
+// Ask the question and show its answer; yields numbers of tokens.
+async function* converse() {
+  const question = { role: "user", content: $("prompt").value };
   const answer = { role: "assistant", content: "" };
-  addMessage(said.at(-1));
-  const node = addMessage(answer);
-  const body = { messages: [...said], ...settings(), logprobs: true };
+  const asked = [...messages, question];
+  const nodes = [question, answer].map(addMessage);
+  $("prompt").value = "";
   try {
-    for await (const frame of frames("v1/chat/completions", body)) {
-      const choice = frame.choices[0];
+    for await (const choice of frames("v1/chat/completions", { messages: asked, logprobs: true })) {
       answer.content += choice.delta.content ?? "";
-      node.textContent = answer.content;
-      counted(choice.logprobs?.content.length ?? 0);
+      nodes[1].textContent = answer.content;
+      yield choice.logprobs?.content.length ?? 0;
     }
-  } catch (error) {
-    if (!answer.content && said === messages) {  // nothing was said: the question can be corrected
-      const question = said.pop().content;
-      if (isChat) $("prompt").value = question;
-      node.previousSibling.remove();
-      node.remove();
-    }
-    throw error;
   } finally {
-    if (answer.content) said.push(answer);
-    keepConversation();
-  }
-}
-
-function newConversation() {
-  abort?.abort();
-  messages = [];
-  keepConversation();
-  $("conversation").replaceChildren();
-  $("prompt").focus();
-}
-
-// For a reload of the page.
-function keepConversation() {
-  stored((storage) => storage.setItem($("model").textContent, JSON.stringify(messages)));
-}
-
-function stored(access) {
-  try {
-    return access(sessionStorage);
-  } catch {  // the browser blocks it, or it is full
-    return null;
+    const isShown = nodes[0].isConnected;  // another conversation may have begun
+    if (isShown && answer.content) {
+      keep([...asked, answer]);
+    } else if (isShown) {  // nothing was said: the question can be corrected
+      $("prompt").value = question.content;
+      for (const node of nodes) node.remove();
+    }
   }
 }
 
@@ -167,19 +129,25 @@ function addMessage(message) {
   return node;
 }
 
-function addTokens(choice) {
-  const { text_offset: offsets, top_logprobs: tops, tokens, token_logprobs: values } = choice.logprobs;
-  const characters = [...choice.text];
-  const first = offsets.length ? offsets[0] : 0;
-  appendTokens(offsets.map((offset, i) => {
-    const end = i + 1 < offsets.length ? offsets[i + 1] - first : characters.length;
-    const alternatives = Object.entries({ ...tops[i], [tokens[i]]: values[i] }).sort((a, b) => b[1] - a[1]);
-    return [
-      characters.slice(offset - first, end).join(""),
-      () => alternatives.map(([name, value]) => [JSON.stringify(name), Math.exp(value), name === tokens[i]]),
-    ];
-  }));
-  shown += choice.text;
+function newConversation() {
+  abort?.abort();
+  keep([]);
+  $("conversation").replaceChildren();
+  $("prompt").focus();
+}
+
+// Keep the conversation for a reload of the page.
+function keep(conversation) {
+  messages = conversation;
+  storage()[$("model").textContent] = JSON.stringify(messages);
+}
+
+function storage() {
+  try {
+    return sessionStorage;
+  } catch {  // the browser blocks it
+    return {};
+  }
 }
 
 // States
@@ -195,37 +163,17 @@ async function saveState() {
 
 async function listStates() {
   const { data } = await (await request("GET", "v1/states")).json();
-  const byParent = Map.groupBy(data, (state) =>
-    data.some((other) => other.id === state.parent) ? state.parent : null);
-  const listed = new Set();
-  const items = (parent) => (byParent.get(parent) ?? []).filter((state) => !listed.has(state.id)).map((state) => {
-    listed.add(state.id);
-    return stateItem(state, items);
-  });
-  // Uploaded states may name each other as parents.
-  const roots = [...items(null), ...data.flatMap((state) => items(state.parent))];
-  $("states").replaceChildren(...roots);
   $("no-states").hidden = data.length > 0;
-}
-
-function stateItem(state, items) {
-  const item = document.createElement("li");
-  const details = `${state.tokens ?? "?"} tokens, ${Math.round(state.bytes / 1000)} kB`;
-  const buttons = [
-    ["Continue", () => continueFrom(state.id)],
-    ["Fork", async () => { await request("POST", `v1/states/${state.id}/fork`, {}); await listStates(); }],
-    ["Download", () => download(state.id)],
-    ["Delete", async () => { await request("DELETE", `v1/states/${state.id}`); if (origin === state.id) continueFrom(null); await listStates(); }],
-  ].map(([label, action]) => [label, () => guarded(action)]);
-  const box = stateBox(state.id, details, state.text, buttons);
-  item.append(box);
-  const children = items(state.id);
-  if (children.length) {
-    const list = document.createElement("ul");
-    list.append(...children);
-    item.append(list);
-  }
-  return item;
+  $("states").replaceChildren(...data.map((state) => {
+    const item = document.createElement("li");
+    const parent = state.parent ? `, continues ${state.parent}` : "";
+    const details = `${state.tokens ?? "?"} tokens, ${Math.round(state.bytes / 1000)} kB${parent}`;
+    item.append(stateBox(state.id, details, state.text, [
+      ["Continue", () => continueFrom(state.id)],
+      ["Delete", () => guarded(() => deleteState(state.id))],
+    ]));
+    return item;
+  }));
 }
 
 function continueFrom(name) {
@@ -240,20 +188,9 @@ function continueFrom(name) {
   $("prompt").focus();
 }
 
-async function download(name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(await (await request("GET", `v1/states/${name}/file`)).blob());
-  link.download = name + ".safetensors";
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-
-async function upload() {
-  const file = $("upload").files[0];
-  if (!file) return;
-  const name = file.name.replace(/\.safetensors$/, "").replace(/[^A-Za-z0-9._-]|^\./g, "-").slice(0, 64);
-  $("upload").value = "";
-  await request("PUT", `v1/states/${name}/file`, file);
+async function deleteState(name) {
+  await request("DELETE", `v1/states/${name}`);
+  if (origin === name) continueFrom(null);
   await listStates();
 }
 
@@ -271,8 +208,7 @@ function setMode(chat) {
   $("mode-text").setAttribute("aria-selected", !chat);
   $("prompt-label").textContent = chat ? "Message" : "Prompt";
   $("generate").textContent = chat ? "Send" : "Generate";
-  $("conversation").hidden = !chat;
-  $("anew").hidden = !chat;
+  for (const id of ["conversation", "anew"]) $(id).hidden = !chat;
   $("text").hidden = chat;
   $("after").hidden = chat || !shown;
 }
@@ -284,8 +220,9 @@ async function connect() {
   $("modes").hidden = !info.chat_template;
   if (info.chat_template) {
     setMode(true);
-    messages = JSON.parse(stored((storage) => storage.getItem(data[0].id)) ?? "[]");
-    $("conversation").replaceChildren(...messages.map(addMessage));
+    messages = JSON.parse(storage()[data[0].id] ?? "[]");
+    $("conversation").replaceChildren();
+    messages.forEach(addMessage);
   }
   await listStates();
 }
@@ -301,7 +238,6 @@ $("stop").onclick = () => abort?.abort();
 $("anew").onclick = newConversation;
 $("save").onclick = () => guarded(saveState);
 $("leave").onclick = () => continueFrom(null);
-$("upload").onchange = () => guarded(upload);
 $("key").onchange = () => guarded(connect);
 $("mode-text").onclick = () => setMode(false);
 $("mode-chat").onclick = () => { if (!isChat) { continueFrom(null); setMode(true); } };
