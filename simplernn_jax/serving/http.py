@@ -19,6 +19,8 @@ from simplernn_jax.files import read_file
 from simplernn_jax.serving.requests import RequestError
 
 MAX_BODY_BYTES = 1 << 24
+MAX_ARRIVING_BYTES = 1 << 26
+"""Bytes of all bodies together that are being read."""
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
 UNREAD_SECONDS = 300.0
@@ -29,6 +31,9 @@ OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "
 """Paths that need no key: they tell nothing about the model."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_arriving: dict[Request, int] = {}
+"""Bytes that have arrived of each body that is being read."""
 
 _T = TypeVar("_T")
 
@@ -42,16 +47,26 @@ async def in_thread_if_long(size: int, function: Callable[..., _T], *args: Any) 
 
 
 async def read_body(request: Request) -> bytes:
-    """Read the body; `RequestError`: 413 if it is too long, 408 if it does not arrive in time."""
+    """Read the body.
+
+    Raises:
+      RequestError: 413 if it is too long, 408 if it does not arrive in time, 503 if too much of
+        other bodies is arriving.
+    """
     content = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 content += part
+                _arriving[request] = len(content)
                 if len(content) > MAX_BODY_BYTES:
                     raise RequestError(f"the body has over {MAX_BODY_BYTES:,} bytes", status=413)
+                if sum(_arriving.values()) > MAX_ARRIVING_BYTES:
+                    raise RequestError("too many large requests; try again later", status=503)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
+    finally:
+        _arriving.pop(request, None)
     return bytes(content)
 
 
