@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,32 +16,6 @@ from simplernn_jax.errors import counted
 
 _MIN_FULL_NATS = 0.5
 """Least contribution with full color: a smaller one would make weak contributions look strong."""
-
-
-def summarize(explanation: Explanation) -> list[str]:
-    """Return sentences on the model's memory and its use, with the numbers of this text."""
-    chosen, gains = explanation.chosen, explanation.context_gains
-    lives = [layer.half_lives.ravel() for layer in explanation.memory.layers if layer is not None]
-    sentences = []
-    if lives:
-        every = np.concatenate(lives)
-        sentences.append(
-            "The model reads a text once, from left to right, and carries a memory of fixed size "
-            f"along. Of its {every.size:,} channels, half lose half of their content within "
-            f"{np.median(every):,.1f} tokens, and the longest-lived only after "
-            f"{every.max():,.1f} tokens."
-        )
-    if len(gains):
-        sentences.append(
-            f"Text more than {SHORT_CONTEXT} tokens back lowers the loss of the last "
-            f"{counted(len(gains), 'prediction')} by {gains.mean():.3f} nats per token."
-        )
-    sentences.append(
-        f"The page decomposes one prediction: “{visible(chosen.predicted.text)}”, number "
-        f"{chosen.position:,} of the text, to which the model gave a probability of "
-        f"{math.exp(-chosen.nats):.1%}."
-    )
-    return sentences
 
 
 def draw_plots(explanation: Explanation) -> dict[str, bytes]:
@@ -61,13 +34,7 @@ def draw_plots(explanation: Explanation) -> dict[str, bytes]:
     panels = [("all layers, by gradient", "gradient times input (nats)", chosen.from_all)]
     for name, shares in zip(explanation.layer_names, chosen.by_layer, strict=True):
         panels.append((f"{name}, by its map", "share of the output", shares))
-    drawn["contributions"] = plots.draw_contributions(
-        [
-            (title, measure, sum_by_unit(chosen.units, part.tokens), part.state)
-            for title, measure, part in panels
-        ],
-        chosen.units,
-    )
+    drawn["contributions"] = plots.draw_contributions(panels, chosen.units)
     return drawn
 
 
@@ -77,12 +44,13 @@ def make_page(
     """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen = explanation.chosen
     gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
+    lives = [layer.half_lives.ravel() for layer in explanation.memory.layers if layer is not None]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simplernn_jax.analysis", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(base64=_base64, shown=_shown, zip=zip)
+    environment.filters.update(base64=_base64, shown=_shown, visible=visible, zip=zip)
     return environment.get_template("page.html").render(
         name=name,
         explanation=explanation,
@@ -90,48 +58,19 @@ def make_page(
         mixers=explanation.mixers,
         plots=pictures,
         counted=counted,
-        sentences=summarize(explanation),
+        lives=np.concatenate(lives) if lives else None,
+        short_context=SHORT_CONTEXT,
+        probability=np.exp(-chosen.nats),
         facts={
             **facts,
             "text": f"{name}: {counted(len(explanation.tokens) - 1, 'token')} and BOS, token 0",
             "maps": f"tokens {explanation.start:,} to {explanation.stop - 1:,} of it",
         },
-        half_lives=_half_lives(explanation),
-        losses=_losses(explanation),
+        median=np.median,
+        sum_by_unit=sum_by_unit,
         gradient=gradient,
         full_nats=max(float(np.abs(gradient).max()), _MIN_FULL_NATS),
-        by_layer=[
-            (name, shares.state, sum_by_unit(chosen.units, shares.tokens))
-            for name, shares in zip(explanation.layer_names, chosen.by_layer, strict=True)
-        ],
-        errors=[
-            (name, f"{layer.operator_error:.1e}", f"{layer.layer_error:.1e}")
-            for name, layer in zip(explanation.layer_names, explanation.layers, strict=True)
-        ],
     )
-
-
-def _half_lives(explanation: Explanation) -> list[tuple[str, ...]]:
-    """Return the rows of the recurrent layers."""
-    rows: list[tuple[str, ...]] = []
-    for number, layer in enumerate(explanation.memory.layers, 1):
-        if layer is not None:
-            lives = layer.half_lives.ravel()
-            longer = np.sum(lives > explanation.window)
-            median, longest = f"{np.median(lives):,.1f}", f"{lives.max():,.1f}"
-            rows.append((f"layer {number}", median, longest, f"{longer:,} of {lives.size:,}"))
-    return rows
-
-
-def _losses(explanation: Explanation) -> list[tuple[str, ...]]:
-    """Return the rows of the intervals between resets, carried states last."""
-    rows: list[tuple[str, ...]] = []
-    losses = explanation.by_reset
-    for interval, result in sorted(losses.items(), key=lambda item: item[0] or math.inf):
-        name = f"reset every {counted(interval, 'token')}" if interval else "carried, never reset"
-        name += " (every training window)" if interval == explanation.window else ""
-        rows.append((name, f"{result.nats_per_token:.4f}", f"{result.bits_per_byte:.4f}"))
-    return rows
 
 
 def _base64(content: bytes) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.analysis.decomposition import LayerDecomposition
+from simplernn_jax.analysis.decomposition import Contributions, LayerDecomposition
 from simplernn_jax.analysis.memory import Memory
 from simplernn_jax.analysis.state_value import PositionLoss
-from simplernn_jax.analysis.token_text import Unit, visible
+from simplernn_jax.analysis.token_text import Unit, sum_by_unit, visible
 from simplernn_jax.errors import counted
 
 _DPI = 130
@@ -203,18 +203,19 @@ def draw_map(layer: LayerDecomposition, units: Sequence[Unit], offset: int, posi
 
 
 def draw_contributions(
-    panels: Sequence[tuple[str, str, np.ndarray, float]], units: Sequence[Unit], most: int = 12
+    panels: Sequence[tuple[str, str, Contributions]], units: Sequence[Unit], most: int = 12
 ) -> bytes:
     """Draw the strongest contributions as bars, red for and blue against.
 
     Args:
-      panels: title, unit of measure, contribution of each of `units` and of all text before,
-        which is written below unless it is 0: it may be far larger than the others.
+      panels: title, unit of measure, and contributions. That of all text before the units is
+        written below unless it is 0: it may be far larger than the others.
       units: of the tokens before the predicted one.
       most: bars of one panel.
     """
     with _panels(len(panels), 3, 4.1, 3.4) as (figure, grid):
-        for axes, (title, measure, values, before) in zip(grid, panels, strict=True):
+        for axes, (title, measure, part) in zip(grid, panels, strict=True):
+            values, before = sum_by_unit(units, part.tokens), part.state
             strongest = np.argsort(-np.abs(values), kind="stable")[:most]
             bars = np.arange(len(strongest))
             reds = np.where(values[strongest] > 0, "tab:red", "tab:blue")

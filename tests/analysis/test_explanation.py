@@ -1,6 +1,5 @@
 """`explain` of a text, its pictures, its page and its numbers."""
 
-import dataclasses
 import functools
 import html
 import io
@@ -13,9 +12,9 @@ from matplotlib.image import imread
 from small_runs import small_config, small_model
 from token_splits import make_split
 
-from simplernn_jax.analysis.decomposition import decompose_layers
+from simplernn_jax.analysis.decomposition import Contributions, decompose_layers
 from simplernn_jax.analysis.explanation import explain
-from simplernn_jax.analysis.page import draw_plots, make_page, summarize, to_numbers
+from simplernn_jax.analysis.page import draw_plots, make_page, to_numbers
 from simplernn_jax.analysis.plots import (
     add_legend,
     draw_contributions,
@@ -94,13 +93,12 @@ def test_the_token_that_gains_most_from_distant_context_is_chosen(length):
 
 def test_the_page_opens_with_a_summary_in_numbers():
     lives = np.concatenate([layer.half_lives.ravel() for layer in explanation().memory.layers])
-    text = " ".join(summarize(explanation()))
+    page = make_page(explanation(), pictures(), "a.txt", {})
+    text = " ".join(page.split("In short")[1].split("</section>")[0].split())
     assert f"within {np.median(lives):,.1f} tokens, " in text
     assert f"only after {lives.max():,.1f} tokens." in text
     gain = explanation().context_gains.mean()
     assert f"the last 46 predictions by {gain:.3f} nats per token" in text
-    short = dataclasses.replace(explanation("attention"), context_gains=np.zeros(0))
-    assert len(summarize(short)) == 1
 
 
 @pytest.mark.parametrize(
@@ -214,7 +212,8 @@ def test_maps_grow_with_their_tokens_up_to_a_limit():
 
 def test_labels_and_notes_of_bars_are_not_cut_and_need_no_glyph():
     units = split_into_units(ByteTokenizer(), "漢字漢😀漢字".encode())
-    panel = ("title", "share of the output", np.arange(6.0), -1.234e-05)
+    shares = Contributions(np.repeat(np.arange(6.0), [3, 3, 3, 4, 3, 3]), -1.234e-05)
+    panel = ("title", "share of the output", shares)
     pixels = imread(io.BytesIO(draw_contributions([panel], units)))
     for margin in (pixels[:, :3], pixels[:, -3:]):
         assert margin.min() == 1  # white
