@@ -91,17 +91,12 @@ def attention_map(q: Queries, k: Keys, log_gate: LogGates) -> tuple[jax.Array, Q
 def softmax_map(
     attention: Attention, q: Queries, k: Keys, v: Values, cache: KVCache
 ) -> tuple[jax.Array, jax.Array, Values]:
-    """Compute the weights of softmax attention by definition.
-
-    Args:
-      attention: attends to the last `context` tokens.
-      q, k, v: of T tokens, ``[B, T, H, K or V]``, before the rotary embedding.
-      cache: of the tokens before them.
+    """Compute the weights of softmax attention by definition, before the rotary embedding.
 
     Returns:
-      The weight of the `context` - 1 cached tokens, oldest first, and of the T new ones in every
-      output, ``[B, H, T, P + T]``, whose rows sum to 1; the values of these tokens, ``[B, P + T, H,
-      V]``; and the output of the layer's operator. float32 (float64 if the layer's dtype is).
+      The weight of the P = `context` - 1 cached tokens, oldest first, and of the T new ones in
+      every output, ``[B, H, T, P + T]``; the values of these tokens, ``[B, P + T, H, V]``; and the
+      output of the layer's operator. float32 (float64 if the layer's dtype is).
     """
     context, length = attention.context, q.shape[1]
     past = context - 1
@@ -183,7 +178,7 @@ def decompose_layers(
     def run(
         model: LanguageModel, tokens: jax.Array, state: ModelState
     ) -> tuple[LayerDecomposition, ...]:
-        return tuple(map(decompose_layer, find_mixers(model), record(model, tokens, state).layers))
+        return tuple(map(decompose_layer, find_mixers(model), record(model, tokens, state)[0]))
 
     # By default an accelerator rounds the operands of a matmul to fewer bits.
     with jax.default_matmul_precision("highest"):

@@ -1,6 +1,8 @@
 """Explanation of what a model does with one text: every measurement of this package."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -24,12 +26,11 @@ from simplernn_jax.analysis.state_value import (
     loss_by_reset,
     token_losses,
 )
-from simplernn_jax.analysis.token_text import Unit, split_into_units
 from simplernn_jax.config import Config
 from simplernn_jax.data import Tokenizer, TokenSplit
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.inference import generate
+from simplernn_jax.inference import TextStream, generate
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
@@ -37,6 +38,39 @@ EVALUATED_TOKENS = 65536
 """Most predictions of one evaluation."""
 LONG_TEXT = 16384
 """Tokens of a text that suffice to evaluate the state on it."""
+
+
+class Unit(NamedTuple):
+    """Smallest sequence of tokens that ends at the end of a character."""
+
+    start: int
+    """Index of its first token."""
+    stop: int
+    """Index after its last token."""
+    text: str
+    """Text, the name of a special token, or the bytes of an incomplete character."""
+
+
+def split_into_units(
+    tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, context: Sequence[int] | np.ndarray = ()
+) -> list[Unit]:
+    """Split [n] ids into units that hold every id once, in order.
+
+    A character that begins in `context`, the ids before, is completed in the first unit.
+    """
+    names = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩", tokenizer.pad_id: "⟨PAD⟩"}
+    stream = TextStream(tokenizer, context)
+    units: list[Unit] = []
+    start = 0
+    for index, token in enumerate(int(token) for token in ids):
+        text = names.get(token) or stream.feed([token])
+        if text:
+            units.append(Unit(start, index + 1, text))
+            start = index + 1
+    if start < len(ids):
+        rest = tokenizer.decode_bytes(ids[start:])
+        units.append(Unit(start, len(ids), "".join(f"\\x{byte:02x}" for byte in rest) or "\ufffd"))
+    return units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,16 +88,16 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
     ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array] | None]]:
         """Return the next state and, by recurrent layer, the summed -log g [H, K] and the state
         [H, K, V]."""
-        recording = record(model, window, state)
+        calls, state = record(model, window, state)
         measured: list[tuple[jax.Array, jax.Array] | None] = []
-        for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
+        for mixer, call in zip(find_mixers(model), calls, strict=True):
             if isinstance(mixer, Recurrent):
                 (_, _, _, log_gate), _ = recurrence_inputs(mixer, call)
                 final_state = recurrent_state(call.final_state)[0]
                 measured.append((-jnp.sum(log_gate, axis=(0, 1)), final_state))
             else:
                 measured.append(None)
-        return recording.state, measured
+        return state, measured
 
     step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
     state = model.initial_state(1)

@@ -11,11 +11,7 @@ import numpy as np
 from simplernn_jax.analysis import plots
 from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.state_value import SHORT_CONTEXT
-from simplernn_jax.analysis.token_text import sum_by_unit, visible
 from simplernn_jax.errors import counted
-
-_MIN_FULL_NATS = 0.5
-"""Least contribution with full color: a smaller one would make weak contributions look strong."""
 
 
 def draw_plots(explanation: Explanation) -> dict[str, bytes]:
@@ -43,20 +39,20 @@ def make_page(
 ) -> str:
     """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen = explanation.chosen
-    gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
+    gradient = plots.sum_by_unit(chosen.units, chosen.from_all.tokens)
     lives = [layer.half_lives.ravel() for layer in explanation.memory.layers if layer is not None]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simplernn_jax.analysis", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(base64=_base64, shown=_shown, visible=visible, zip=zip)
+    environment.filters.update(shown=_shown, visible=plots.visible, zip=zip)
     return environment.get_template("page.html").render(
         name=name,
         explanation=explanation,
         chosen=chosen,
         mixers=explanation.mixers,
-        plots=pictures,
+        plots={key: base64.b64encode(picture).decode() for key, picture in pictures.items()},
         counted=counted,
         lives=np.concatenate(lives) if lives else None,
         short_context=SHORT_CONTEXT,
@@ -67,19 +63,15 @@ def make_page(
             "maps": f"tokens {explanation.start:,} to {explanation.stop - 1:,} of it",
         },
         median=np.median,
-        sum_by_unit=sum_by_unit,
+        sum_by_unit=plots.sum_by_unit,
         gradient=gradient,
-        full_nats=max(float(np.abs(gradient).max()), _MIN_FULL_NATS),
+        full_nats=max(np.abs(gradient).max(), 0.5),  # weak contributions do not look strong
     )
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
 
 
 def _shown(text: str) -> str:
     """Return a text with spaces unchanged and line ends both visible and effective."""
-    return "".join(c if c == " " else visible(c) + ("\n" if c == "\n" else "") for c in text)
+    return "".join(c if c == " " else plots.visible(c) + ("\n" if c == "\n" else "") for c in text)
 
 
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
@@ -123,8 +115,7 @@ def to_numbers(explanation: Explanation) -> dict[str, Any]:
             for interval, result in explanation.by_reset.items()
         ],
     }
-    result: dict[str, Any] = _plain(numbers)
-    return result
+    return {name: _plain(value) for name, value in numbers.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from simplernn_jax.analysis.decomposition import Contributions, LayerDecomposition
+from simplernn_jax.analysis.explanation import Unit
 from simplernn_jax.analysis.memory import Memory
 from simplernn_jax.analysis.state_value import PositionLoss
-from simplernn_jax.analysis.token_text import Unit, sum_by_unit, visible
 from simplernn_jax.errors import counted
 
 _DPI = 130
@@ -39,6 +39,8 @@ _MIN_PREDICTIONS = 30
 """Fewest predictions of a point of the loss by position."""
 _TICKS_PER_INCH = 3.2
 _COLOR_LEVELS = [-1, -0.3, -0.1, 0, 0.1, 0.3, 1]
+
+_VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "·", "\r": "␍"})
 
 
 @contextmanager
@@ -230,6 +232,17 @@ def draw_contributions(
             axes.set_xlabel(measure + note, loc="right")
             axes.grid(axis="x")
         return png(figure)
+
+
+def sum_by_unit(units: Sequence[Unit], values: np.ndarray) -> np.ndarray:
+    """Return [units]: the sum of the [n] `values` over each unit's tokens."""
+    return np.add.reduceat(values, [unit.start for unit in units])
+
+
+def visible(text: str) -> str:
+    """Return `text` on one line, with a visible character in place of each invisible one."""
+    shown = text.translate(_VISIBLE)
+    return "".join(c if c.isprintable() else "\ufffd" for c in shown)
 
 
 def _label_tokens(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None:

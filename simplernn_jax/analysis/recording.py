@@ -27,16 +27,6 @@ class Record(NamedTuple):
     final_state: Any
 
 
-class Recording(NamedTuple):
-    """Result of `record`."""
-
-    hidden: Activations
-    """Input of the head, ``[B, T, D]``."""
-    state: ModelState
-    layers: tuple[Record, ...]
-    """One per layer."""
-
-
 def find_mixers(model: LanguageModel) -> list[Mixer]:
     """Return the mixer of every layer; raises `UserError` for one that cannot be decomposed."""
     mixers = [layer.mixer for layer in model.layers]
@@ -64,8 +54,10 @@ def recurrent_state(state: RecurrentState | GLAState) -> RecurrentState:
     return state.recurrent if isinstance(state, GLAState) else state
 
 
-def record(model: LanguageModel, tokens: Tokens, state: ModelState | None = None) -> Recording:
-    """Run a forward pass on `tokens` ``[B, T]`` and record every mixer's call.
+def record(
+    model: LanguageModel, tokens: Tokens, state: ModelState | None = None
+) -> tuple[tuple[Record, ...], ModelState]:
+    """Run a forward pass on `tokens` ``[B, T]``; return the call of every mixer and the new state.
 
     `model` is unchanged; without a `state` it starts from zero.
     """
@@ -75,8 +67,8 @@ def record(model: LanguageModel, tokens: Tokens, state: ModelState | None = None
     taps = [_Tap(mixer) for mixer in find_mixers(model)]
     for layer, tap in zip(model.layers, taps, strict=True):
         layer.mixer = tap
-    hidden, state = model.hidden_states(tokens, state)
-    return Recording(hidden, state, tuple(tap.record for tap in taps))
+    _, state = model.hidden_states(tokens, state)
+    return tuple(tap.record for tap in taps), state
 
 
 class _Tap:

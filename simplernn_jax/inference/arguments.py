@@ -40,8 +40,10 @@ def checked_integer(
 
 def _checked_real(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> float:
     number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(number, numbers.Real) and not isinstance(number, bool) and is_allowed(number):
-        return float(number)
+    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+        with contextlib.suppress(OverflowError):
+            if is_allowed(real := float(number)):
+                return real
     raise UserError(f"{name}={value!r}: must be {allowed}")
 
 
@@ -123,7 +125,7 @@ def checked_prompts(
         raise UserError(
             f"prompts: {type(prompts).__name__}; pass sequences of token ids, or call generate_text"
         )
-    if len(given) > 0 and (not hasattr(given[0], "__len__") or np.shape(given[0]) == ()):
+    if len(given) > 0 and (not hasattr(given[0], "__len__") or getattr(given[0], "ndim", 1) == 0):
         given = [given]
     checked = [_checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(given)]
     if batch_size is not None and len(checked) != batch_size:
@@ -149,7 +151,7 @@ def checked_length(max_new_tokens: Any, batch_size: int) -> int:
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
     try:
         array = np.asarray(ids)
-    except ValueError as error:  # of unequal lengths
+    except (ValueError, TypeError) as error:  # of unequal lengths, or without a value
         raise UserError(f"{where}: no flat sequence of token ids ({error})") from error
     if array.dtype.kind in "US":
         raise UserError(f"{where}: text; pass token ids, or call generate_text")

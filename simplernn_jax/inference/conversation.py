@@ -110,10 +110,6 @@ class Conversation:
         """Take back the last turn, if there is one."""
         self.turns = self.turns[:-1]
 
-    def reset(self) -> None:
-        """Begin anew, after the state that the conversation began with."""
-        self.turns = []
-
     def fork(self) -> "Conversation":
         """Copy the conversation; both continue independently."""
         fork = copy.copy(self)

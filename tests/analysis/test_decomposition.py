@@ -20,7 +20,6 @@ from simplernn_jax.analysis.decomposition import (
     gradient_contributions,
     is_exact,
     map_contributions,
-    softmax_map,
 )
 from simplernn_jax.analysis.recording import Record
 from simplernn_jax.models import LanguageModel, SimpleRNN
@@ -59,27 +58,6 @@ def test_implicit_map_equals_its_definition(length, gates, dtype, limit):
     # A gate below e^-16 counts as e^-16 in float32: 1e-7 of the queries.
     decayed = q * np.exp(np.cumsum(log_gate, axis=1))
     np.testing.assert_allclose(state_queries, decayed, rtol=20 * limit, atol=limit)
-
-
-@pytest.mark.parametrize("past", [0, 7])
-def test_softmax_map_equals_its_definition(past):
-    """With K = 2, RoPE turns by 1 radian a token."""
-    attention = Attention(7, HEADS * 2, HEADS, 7, HEADS, context=CONTEXT, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(1, past + LENGTH, 7))
-    x = jnp.asarray(x, jnp.float32)
-    _, cache = attention(x[:, :past])
-    projected, _ = attention.project_inputs(x[:, past:])
-    weights = np.asarray(jax.jit(softmax_map)(attention, *projected, cache)[0][0])
-    (q, k, _), _ = attention.project_inputs(x)
-    q, k = (np.asarray(part[0], np.float64) for part in (q, k))  # [past + LENGTH, H, K]
-    q, k = q[..., 0] + 1j * q[..., 1], k[..., 0] + 1j * k[..., 1]
-    for t in range(past, past + LENGTH):
-        seen = range(max(0, t - CONTEXT + 1), t + 1)
-        scores = [np.real(np.conj(q[t]) * k[j] * np.exp(1j * (j - t))) / 2**0.5 for j in seen]
-        expected = np.zeros((HEADS, CONTEXT - 1 + LENGTH))
-        columns = np.asarray(seen) - past + CONTEXT - 1
-        expected[:, columns] = (np.exp(scores) / np.exp(scores).sum(axis=0)).T
-        np.testing.assert_allclose(weights[:, t - past], expected, rtol=1e-5, atol=1e-7)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from small_runs import small_config, small_model
 from token_splits import make_split
 
 from simplernn_jax.analysis.decomposition import Contributions, decompose_layers
-from simplernn_jax.analysis.explanation import explain
+from simplernn_jax.analysis.explanation import Unit, explain, split_into_units
 from simplernn_jax.analysis.page import draw_plots, make_page, to_numbers
 from simplernn_jax.analysis.plots import (
     add_legend,
@@ -21,11 +21,13 @@ from simplernn_jax.analysis.plots import (
     draw_map,
     line_styles,
     new_figure,
+    sum_by_unit,
+    visible,
 )
-from simplernn_jax.analysis.token_text import split_into_units
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 
+BYTES = ByteTokenizer()
 pytestmark = pytest.mark.oldest_python
 
 TEXT = "Für $x_1$ <b>&amp;\n\tund 漢字, 😀! " * 2
@@ -217,3 +219,29 @@ def test_labels_and_notes_of_bars_are_not_cut_and_need_no_glyph():
     pixels = imread(io.BytesIO(draw_contributions([panel], units)))
     for margin in (pixels[:, :3], pixels[:, -3:]):
         assert margin.min() == 1  # white
+
+
+def test_bytes_of_one_character_are_one_unit():
+    ids = [BYTES.bos_id, *BYTES.encode("aé漢\n").tolist(), BYTES.eos_id]
+    units = split_into_units(BYTES, ids)
+    assert [unit.text for unit in units] == ["⟨BOS⟩", "a", "é", "漢", "\n", "⟨EOS⟩"]
+    assert [(unit.start, unit.stop) for unit in units[1:5]] == [(1, 2), (2, 4), (4, 7), (7, 8)]
+    np.testing.assert_array_equal(sum_by_unit(units, np.arange(9.0)), [0, 1, 5, 15, 7, 8])
+
+
+@pytest.mark.parametrize(("cut", "name"), [(1, "\\xe6"), (2, "\\xe6\\xbc")])
+def test_a_split_character_shows_its_bytes_and_is_completed_after_its_context(cut, name):
+    ids = BYTES.encode("漢a")
+    assert split_into_units(BYTES, ids[:cut]) == [Unit(0, cut, name)]
+    rest = split_into_units(BYTES, ids[cut:], context=ids[:cut])
+    assert rest == [Unit(0, 3 - cut, "漢"), Unit(3 - cut, 4 - cut, "a")]
+
+
+def test_units_hold_every_token_once():
+    units = split_into_units(BYTES, np.random.default_rng(0).integers(0, 259, 97))
+    assert [unit.start for unit in units] == [0, *(unit.stop for unit in units[:-1])]
+    assert units[-1].stop == 97
+
+
+def test_invisible_characters_are_shown():
+    assert visible("a b\n\tc\x00\u200b") == "a·b⏎⇥c\ufffd\ufffd"

@@ -19,7 +19,7 @@ TOKENS = np.random.default_rng(1).integers(0, 30, 23)
 @nnx.jit
 def all_at_once(model):
     """Log gates and final state of the first layer."""
-    call = record(model, jnp.asarray(TOKENS, jnp.int32)[None]).layers[0]
+    call = record(model, jnp.asarray(TOKENS, jnp.int32)[None])[0][0]
     return find_mixers(model)[0].cell.project(call.inputs)[0][3], call.final_state
 
 

@@ -56,7 +56,7 @@ def test_answer_continues_the_rendered_question(loaded):
     assert answer == text.partition("\x04")[0]
 
 
-def test_undo_reset_and_fork(loaded):
+def test_undo_and_fork(loaded):
     conversation = Conversation(*loaded)
     first = conversation.ask("x", max_new_tokens=9)
     fork = conversation.fork()
@@ -67,12 +67,10 @@ def test_undo_reset_and_fork(loaded):
     assert conversation.ask("y", max_new_tokens=9) == second
     continued = Conversation(*loaded, state=fork.turns[0])
     assert continued.ask("y", max_new_tokens=9) == second
-    conversation.reset()
+    conversation.undo()
+    conversation.undo()
     assert conversation.state is None
     assert conversation.ask("x", max_new_tokens=9) == first
-    conversation.undo()
-    conversation.undo()
-    assert not conversation.turns
     with pytest.raises(UserError, match="control characters"):
         conversation.ask("\x01", max_new_tokens=9)
 
