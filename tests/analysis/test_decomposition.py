@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from references import relative_rms
-from small_runs import HYBRID, small_config
+from small_runs import small_config
 
 from simplernn_jax.analysis.decomposition import (
     MAX_ERROR,
     LayerDecomposition,
     attention_map,
     decompose_layer,
-    decompose_layers,
     gradient_contributions,
     is_exact,
     map_contributions,
@@ -120,20 +119,6 @@ def test_exactness_counts_both_errors_and_nan(
     given = LayerDecomposition(None, None, None, None, operator_error, layer_error)
     assert is_exact(given, is_float32=True) is exact
     assert is_exact(given, is_float32=False) is exact_below_float32
-
-
-@functools.cache
-def hybrid():
-    config = small_config(**HYBRID, vocab_size=30, num_heads=2, mixer_options={"context": CONTEXT})
-    return LanguageModel(config.model, rngs=nnx.Rngs(0))
-
-
-def test_every_layer_of_a_model_is_decomposed():
-    state = jax.tree.map(jnp.ones_like, hybrid().initial_state(1))
-    for given in decompose_layers(hybrid(), np.arange(11), state):
-        assert given.weights.shape == (1, 2, 11, 11)
-        assert max(given.operator_error, given.layer_error) < 1e-6
-        assert np.abs(given.from_state).max() > 1e-3
 
 
 TOKENS = np.random.default_rng(2).integers(0, 30, 7)

@@ -19,7 +19,6 @@ from simplernn_jax.analysis.plots import (
     add_legend,
     draw_contributions,
     draw_map,
-    line_styles,
     new_figure,
     sum_by_unit,
     visible,
@@ -182,12 +181,6 @@ def test_numbers_are_json_and_reproduce_an_output():
     assert (recurrence["mixer"], attention["mixer"]) == ("simple_rnn", "attention")
     own = {"half_lives", "norms", "ranks"}
     assert recurrence.keys() - attention.keys() == own
-
-
-def test_curves_differ_in_more_than_their_color():
-    styles = line_styles(12, 200)
-    assert len({(style["linestyle"], style["marker"]) for style in styles}) == 12
-    assert len({style["markevery"] for style in styles}) == 12
 
 
 def test_a_legend_is_above_the_curves():

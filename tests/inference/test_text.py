@@ -45,11 +45,6 @@ def test_a_stream_yields_every_character_once_complete(step, repeats):
     assert stream.finish() == ""
 
 
-def test_a_character_is_complete_with_its_last_byte():
-    stream = TextStream(BYTES, BYTES.encode("é"))
-    assert [stream.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
-
-
 def test_bytes_that_form_no_character_are_replaced():
     stream = TextStream(BYTES)
     assert stream.feed([0xE2, 0x82]) == ""
