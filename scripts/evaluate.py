@@ -4,10 +4,8 @@
     python scripts/evaluate.py --workdir runs/base --window 256 --stride 64
     python scripts/evaluate.py --workdir runs/base --source book.txt
 
-Needs only the workdir, unless the run kept its tokens elsewhere (--cache_dir). --source scores
-another text. Every prediction of the text counts once, with the state carried within each document,
-or, with --window, in overlapping contexts from a zero state. Bits per byte are comparable across
-tokenizers and with compressors.
+Every prediction counts once, with the state carried within each document, or, with --window, in
+overlapping contexts from a zero state. --source scores another text than the run's.
 """
 
 import bootstrap
@@ -37,38 +35,32 @@ _MODEL = command_line.ModelFlags()
 _CORPUS = command_line.CorpusFlags()
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Text to score.")
 _SOURCE = flags.DEFINE_string(
-    "source",
-    None,
-    "Text to score in place of a split: a file, folder or glob, as for --config.data.source.",
+    "source", None, "Text to score in place of a split, as for --config.data.source."
 )
+_BOUNDS = {"lower_bound": 0, "upper_bound": 2**31 - 1}
 _WINDOW = flags.DEFINE_integer(
     "window",
     0,
     "Context length in tokens for sliding-window scoring, each context from a zero state; "
     "0 carries the state across each document.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
+    **_BOUNDS,
 )
 _STRIDE = flags.DEFINE_integer(
-    "stride",
-    0,
-    "Tokens from one context to the next, each token scored in the first context that predicts it; "
-    "0 uses half of --window.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
+    "stride", 0, "Tokens from one context to the next; 0 uses half of --window.", **_BOUNDS
 )
-
-_PIECE_TOKENS = 2**20
-"""Tokens decoded at a time."""
 
 
 def main() -> None:
     """Load a checkpoint of --workdir and print its scores on --split, or on --source."""
-    windows = chosen_windows()
-    if _SOURCE.value is not None:
-        for flag in (_SPLIT, *_CORPUS.holders):
-            if flag.present:
-                raise UserError(f"--source and --{flag.name} are mutually exclusive")
+    if _STRIDE.value and not _WINDOW.value:
+        raise UserError(f"--stride={_STRIDE.value} needs --window: pass it too")
+    windows = None
+    if _WINDOW.value:
+        windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
+        check_contexts(windows)
+    for flag in (_SPLIT, *_CORPUS.holders):
+        if _SOURCE.value is not None and flag.present:
+            raise UserError(f"--source and --{flag.name} are mutually exclusive")
     model, tokenizer, config = _MODEL.load()
     from flax import nnx
 
@@ -77,13 +69,18 @@ def main() -> None:
     from simplernn_jax.training.reporter import align
 
     if _SOURCE.value is None:
-        split = saved_split(_MODEL.workdir)
+        corpus, kind = _CORPUS.open(_MODEL.workdir), "split"
+        split = corpus.train if _SPLIT.value == "train" else corpus.validation
     else:
-        split = tokenized(_SOURCE.value, config, tokenizer)
+        split, kind = tokenized(_SOURCE.value, config, tokenizer), "text"
+    if split is None:
+        raise UserError(
+            f"{_MODEL.workdir} was trained with --config.data.validation_fraction=0 and has no "
+            "held-out text; score its training text with --split train"
+        )
     state = "carried within each document"
     if windows is not None:
-        least = windows.length - windows.stride + 1
-        context = f"{least} to {windows.length} tokens of context"
+        context = f"{windows.length - windows.stride + 1} to {windows.length} tokens of context"
         state = f"zero, then {context} (fewer at a document's start)"
         longest = int(np.max(document_ends(split) - split.document_starts, initial=0))
         check_evaluation(model, min(windows.length, longest))
@@ -93,9 +90,8 @@ def main() -> None:
     xz = ""
     if split.targets is None:  # or the model is not scored on the whole text
         xz = f"   (xz -9e: {xz_bits_per_byte(split, tokenizer):.4f})"
-    documents = counted(len(split.document_starts), "document")
     facts = {
-        ("split" if _SOURCE.value is None else "text"): f"{one_line(split.name)}, {documents}",
+        kind: f"{one_line(split.name)}, {counted(len(split.document_starts), 'document')}",
         "size": f"{counted(len(split.tokens), 'token')}; {counted(split.num_bytes, 'byte')} scored",
         "state": state,
         "predictions": f"{result.predictions:,}",
@@ -103,30 +99,12 @@ def main() -> None:
         "perplexity": f"{result.perplexity:.4f}",
         "bits/byte": f"{result.bits_per_byte:.4f}{xz}",
     }
-    if isinstance(split, MixedSplit):
-        for part in split.parts:
-            has_any = part.num_predictions > 0
-            facts[one_line(part.name)] = (
-                str(evaluator(params, part, contexts=windows)) if has_any else "no predictions"
-            )
+    for part in split.parts if isinstance(split, MixedSplit) else ():
+        scores = evaluator(params, part, contexts=windows) if part.num_predictions else None
+        facts[one_line(part.name)] = str(scores or "no predictions")
     if windows is not None:
-        carried = evaluator(params, split)
-        facts["state carried within documents"] = (
-            f"{carried.nats_per_token:.4f} nats/token, {carried.bits_per_byte:.4f} bits/byte"
-        )
+        facts["state carried within documents"] = str(evaluator(params, split))
     print(align(facts))
-
-
-def saved_split(workdir: str) -> TokenSplit:
-    """Return --split of the text that the run was trained on."""
-    corpus = _CORPUS.open(workdir)
-    split = corpus.train if _SPLIT.value == "train" else corpus.validation
-    if split is None:
-        raise UserError(
-            f"{workdir} was trained with --config.data.validation_fraction=0 and has no held-out "
-            "text; score its training text with --split train"
-        )
-    return split
 
 
 def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
@@ -144,24 +122,13 @@ def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
     return dataclasses.replace(corpus.train, name=source)
 
 
-def chosen_windows() -> Contexts | None:
-    """Return the windows of --window and --stride; None carries the state."""
-    if not _WINDOW.value:
-        if _STRIDE.value:
-            raise UserError(f"--stride={_STRIDE.value} needs --window: pass it too")
-        return None
-    windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
-    check_contexts(windows)
-    return windows
-
-
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:
     """Return the bits per byte of `xz -9e` on the concatenated documents of `split`."""
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     num_bytes = num_compressed = 0
     for start, end in zip(split.document_starts, document_ends(split), strict=True):
-        for piece in range(start, end, _PIECE_TOKENS):
-            text = tokenizer.decode_bytes(split.tokens[piece : min(piece + _PIECE_TOKENS, end)])
+        for piece in range(start, end, 2**20):
+            text = tokenizer.decode_bytes(split.tokens[piece : min(piece + 2**20, end)])
             num_bytes += len(text)
             num_compressed += len(compressor.compress(text))
     num_compressed += len(compressor.flush())

@@ -3,9 +3,8 @@
 May import every other subpackage; only scripts and benchmarks import this one.
 """
 
-from simplernn_jax.analysis.attention_map import apply_map, attention_map
 from simplernn_jax.analysis.decomposition import (
-    decompose_layer,
+    attention_map,
     decompose_layers,
     gradient_contributions,
     is_exact,
@@ -18,9 +17,7 @@ from simplernn_jax.analysis.state_value import loss_by_position, loss_by_reset
 
 __all__ = [
     "Explanation",
-    "apply_map",
     "attention_map",
-    "decompose_layer",
     "decompose_layers",
     "effective_rank",
     "explain",

@@ -1,23 +1,28 @@
 """Outputs as sums over earlier tokens: of every layer, and of one prediction.
 
 A layer's output is its attention map times its values, plus the part of the initial state; how
-exactly is measured. A prediction is attributed through all layers by gradient times input, and in
-each layer by the shares of its map.
+exactly is measured. A recurrence has an exact implicit map. Unrolled, ``S_t = diag(g_t) S_{t-1} +
+k_t v_t^T, y_t = S_t^T q_t`` is ::
+
+    y_t = (q_t prod_{s<=t} g_s)^T S_0 + sum_{j<=t} A_tj v_j
+    A_tj = sum_K q_t k_j prod_{j<s<=t} g_s
+
+(gated linear attention: Yang et al. 2023, arXiv:2312.06635, section 4.1). The products of gates
+are formed as in `ops/gated_linear_recurrence/intra_chunk.py`, where no factor overflows and nothing
+cancels. Softmax attention has its weights by definition. Memory grows with T^2: map an excerpt of a
+long text, given the state before it.
+
+A prediction is attributed through all layers by gradient times input, and in each layer by the
+shares of its map.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.attention_map import (
-    apply_map,
-    attention_inputs,
-    attention_map,
-    softmax_map,
-)
 from simplernn_jax.analysis.recording import (
     Mixer,
     Record,
@@ -26,12 +31,13 @@ from simplernn_jax.analysis.recording import (
     recurrence_inputs,
     recurrent_state,
 )
-from simplernn_jax.array_types import ModelState, RecurrentState, SegmentIds, Values
+from simplernn_jax.array_types import Keys, LogGates, ModelState, Queries, Values
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.mixers.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.attention import attend
+from simplernn_jax.ops.attention import apply_rope, attend
 from simplernn_jax.ops.checks import accumulator_dtype
+from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK, join_blocks
 
 MAX_ERROR = 1e-5
 """Largest relative error of an exact map in float32."""
@@ -41,7 +47,7 @@ class LayerDecomposition(NamedTuple):
     """Output of one layer's recurrence or attention as a sum over tokens."""
 
     weights: jax.Array
-    """``[B, H, T, T]``: A_tj at row t, column j; 0 for j > t and between segments."""
+    """``[B, H, T, T]``: A_tj at row t, column j; 0 for j > t."""
     values: Values
     """``[B, T, H, V]``."""
     from_state: Values
@@ -55,43 +61,108 @@ class LayerDecomposition(NamedTuple):
     """Relative error of the layer's output after norm, gate and projection, against the model's."""
 
 
-def decompose_layer(
-    mixer: Mixer, call: Record, segment_ids: SegmentIds | None = None
-) -> LayerDecomposition:
+def attention_map(q: Queries, k: Keys, log_gate: LogGates) -> tuple[jax.Array, Queries]:
+    """Return the implicit attention of ``gated_linear_recurrence(q, k, v, log_gate)``, for any v.
+
+    Args:
+      q: queries, ``[B, T, H, K]``, float32, float64 or bfloat16.
+      k: keys, ``[B, T, H, K]``.
+      log_gate: logarithms of the gates, at most 0, ``[B, T, H, K]``.
+
+    Returns:
+      float32 (float64 if an input is): the weights A_tj, ``[B, H, T, T]``, and
+      ``[B, T, H, K]``: q_t times the product of gates 0 .. t, which reads the initial state.
+    """
+    batch, length, heads, key_dim = q.shape
+    dtype = accumulator_dtype(q, k, log_gate)
+    size = max(BLOCK, 1 << max(length - 1, 0).bit_length())
+
+    def by_head(x: jax.Array) -> jax.Array:
+        """``[B, T, H, K]`` as ``[B * H, size, K]``, padded with zeros."""
+        x = jnp.pad(x.astype(dtype), ((0, 0), (0, size - length), (0, 0), (0, 0)))
+        return jnp.moveaxis(x, 2, 1).reshape(-1, size, key_dim)
+
+    levels = join_blocks(by_head(q), by_head(k), by_head(log_gate))
+    weights = levels.attention[:, :length, :length].reshape(batch, heads, length, length)
+    state_queries = levels.decayed_q[:, :length].reshape(batch, heads, length, key_dim)
+    return weights, jnp.moveaxis(state_queries, 1, 2)
+
+
+def softmax_map(
+    attention: Attention, q: Queries, k: Keys, v: Values, cache: KVCache
+) -> tuple[jax.Array, jax.Array, Values]:
+    """Compute the weights of softmax attention by definition, before the rotary embedding.
+
+    Returns:
+      The weight of the P = `context` - 1 cached tokens, oldest first, and of the T new ones in
+      every output, ``[B, H, T, P + T]``; the values of these tokens, ``[B, P + T, H, V]``; and the
+      output of the layer's operator. float32 (float64 if the layer's dtype is).
+    """
+    context, length = attention.context, q.shape[1]
+    past = context - 1
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
+    positions = cache.length[:, None] + steps
+    # The token at position p is in slot p modulo the number of slots.
+    slots = (cache.length[:, None] + 1 + jnp.arange(past, dtype=jnp.int32)[None]) % context
+    # Rounded to the layer's dtype, as in the layer; then computed in float32 at least.
+    dtype = accumulator_dtype(attention.dtype)
+
+    def with_cached(cached: jax.Array, x: jax.Array) -> jax.Array:
+        cached = jnp.take_along_axis(jnp.swapaxes(cached, 1, 2), slots[..., None, None], axis=1)
+        return jnp.concatenate([cached, x.astype(attention.dtype)], axis=1).astype(dtype)
+
+    q = apply_rope(q, positions).astype(attention.dtype).astype(dtype)
+    keys = with_cached(cache.keys, apply_rope(k, positions))
+    values = with_cached(cache.values, v)
+    columns = jnp.arange(past + length, dtype=jnp.int32)[None]
+    distance = past + steps.T - columns
+    is_filled = columns >= past - cache.length[:, None]
+    mask = ((distance >= 0) & (distance < context))[None] & is_filled[:, None]
+    scores = jnp.einsum("bthk,bshk->bhts", q, keys) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return weights, values, attend(q, keys, values, mask)
+
+
+def decompose_layer(mixer: Mixer, call: Record) -> LayerDecomposition:
     """Decompose one recorded call of a mixer and measure how exact the sum is.
 
     Args:
       mixer: the layer's, one of `find_mixers`.
       call: of this mixer, one of the layers of `record`.
-      segment_ids: int32 ``[B, T]``, as recorded.
     """
     if isinstance(mixer, Attention):
-        projected, output_gate = mixer.project_inputs(call.inputs)
-        parts = _decompose_attention(mixer, projected, call.state, segment_ids)
-        dtype = mixer.dtype
+        (q, k, v), output_gate = mixer.project_inputs(call.inputs)
+        dtype, past = mixer.dtype, mixer.context - 1
+        weights, values, expected = softmax_map(mixer, q, k, v, call.state)
+        from_state = _apply(weights[..., :past], values[:, :past])
+        weights, values = weights[..., past:], values[:, past:]
     else:
-        projected, output_gate = recurrence_inputs(mixer, call, segment_ids)
-        parts = _decompose_recurrence(projected, recurrent_state(call.state), segment_ids)
-        dtype = projected[2].dtype
+        (q, k, v, log_gate), output_gate = recurrence_inputs(mixer, call)
+        state = recurrent_state(call.state)
+        weights, state_queries = attention_map(q, k, log_gate)
+        dtype, values = v.dtype, v.astype(weights.dtype)
+        from_state = jnp.einsum("bthk,bhkv->bthv", state_queries, state.astype(weights.dtype))
+        expected, _ = gated_linear_recurrence(
+            q, k, values, log_gate, initial_state=state, method="scan"
+        )
+    output = _apply(weights, values) + from_state
     projections = mixer.cell if isinstance(mixer, SimpleRNN) else mixer
-    output = parts.from_values + parts.from_state
     layer_output = projections.project_outputs(output.astype(dtype), output_gate)
-    return LayerDecomposition(
-        weights=parts.weights,
-        values=parts.values,
-        from_state=parts.from_state,
-        output=output,
-        operator_error=_relative_error(output, parts.expected),
-        layer_error=_relative_error(layer_output, call.output),
-    )
+    errors = _relative_error(output, expected), _relative_error(layer_output, call.output)
+    return LayerDecomposition(weights, values, from_state, output, *errors)
 
 
-class _Parts(NamedTuple):
-    weights: jax.Array
-    values: Values
-    from_values: Values
-    from_state: Values
-    expected: Values
+def _apply(weights: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.einsum("bhts,bshv->bthv", weights, values)
+
+
+def _relative_error(actual: jax.Array, expected: jax.Array) -> jax.Array:
+    """Return RMS(actual - expected) / RMS(expected); 0 if both are 0."""
+    dtype = accumulator_dtype(expected)
+    actual, expected = actual.astype(dtype), expected.astype(dtype)
+    error = jnp.sqrt(jnp.mean((actual - expected) ** 2))
+    scale = jnp.sqrt(jnp.mean(expected**2))
+    return error / jnp.maximum(scale, jnp.finfo(dtype).tiny)
 
 
 def decompose_layers(
@@ -100,21 +171,18 @@ def decompose_layers(
     """Decompose every layer's outputs for [T] tokens after `state`, which has batch size 1.
 
     Returns:
-      One decomposition per layer, numpy arrays with B = 1.
+      One decomposition per layer, NumPy arrays with B = 1.
     """
-    graph, params = nnx.split(model)
 
-    @jax.jit
+    @nnx.jit
     def run(
-        params: nnx.State, tokens: jax.Array, state: ModelState
+        model: LanguageModel, tokens: jax.Array, state: ModelState
     ) -> tuple[LayerDecomposition, ...]:
-        model = nnx.merge(graph, params)
-        calls = record(model, tokens, state).layers
-        return tuple(map(decompose_layer, find_mixers(model), calls))
+        return tuple(map(decompose_layer, find_mixers(model), record(model, tokens, state)[0]))
 
     # By default an accelerator rounds the operands of a matmul to fewer bits.
     with jax.default_matmul_precision("highest"):
-        results = run(params, np.asarray(tokens, np.int32)[None], state)
+        results = run(model, np.asarray(tokens, np.int32)[None], state)
     layers: tuple[LayerDecomposition, ...] = jax.device_get(results)
     return layers
 
@@ -129,43 +197,6 @@ def is_exact(layer: LayerDecomposition, is_float32: bool) -> bool:
     """
     errors = [layer.operator_error, *([layer.layer_error] if is_float32 else [])]
     return all(bool(error <= MAX_ERROR) for error in errors)
-
-
-def _decompose_recurrence(
-    projected: tuple[jax.Array, ...], state: RecurrentState, segment_ids: SegmentIds | None
-) -> _Parts:
-    q, k, v, log_gate = projected
-    attention = attention_map(q, k, log_gate, segment_ids=segment_ids)
-    values = v.astype(attention.weights.dtype)
-    options: dict[str, Any] = {"initial_state": state, "segment_ids": segment_ids, "method": "scan"}
-    expected, _ = gated_linear_recurrence(q, k, values, log_gate, **options)
-    return _Parts(attention.weights, values, *apply_map(attention, values, state), expected)
-
-
-def _decompose_attention(
-    mixer: Attention,
-    projected: tuple[jax.Array, ...],
-    cache: KVCache,
-    segment_ids: SegmentIds | None,
-) -> _Parts:
-    inputs = attention_inputs(mixer, projected, cache, segment_ids)
-    weights = softmax_map(inputs)
-    cached, new = slice(mixer.context), slice(mixer.context, None)
-    from_state, from_values = (
-        jnp.einsum("bhts,bshv->bthv", weights[..., part], inputs.values[:, part])
-        for part in (cached, new)
-    )
-    expected = attend(inputs.queries, inputs.keys, inputs.values, inputs.mask)
-    return _Parts(weights[..., new], inputs.values[:, new], from_values, from_state, expected)
-
-
-def _relative_error(actual: jax.Array, expected: jax.Array) -> jax.Array:
-    """Return RMS(actual - expected) / RMS(expected); 0 if both are 0."""
-    dtype = accumulator_dtype(expected)
-    actual, expected = actual.astype(dtype), expected.astype(dtype)
-    error = jnp.sqrt(jnp.mean((actual - expected) ** 2))
-    scale = jnp.sqrt(jnp.mean(expected**2))
-    return error / jnp.maximum(scale, jnp.finfo(dtype).tiny)
 
 
 class Contributions(NamedTuple):
@@ -186,46 +217,47 @@ def gradient_contributions(
     initial state. The contributions need not sum to log p.
 
     `tokens` are [n] ids, n at least 1, and `target` is the id predicted after them; `state`, before
-    them, has batch size 1.
+    the first token, has batch size 1.
     """
-    graph, params = nnx.split(model)
 
-    @jax.jit
+    @nnx.jit
     def gradients(
-        params: nnx.State, tokens: jax.Array, state: ModelState, target: jax.Array
+        model: LanguageModel, tokens: jax.Array, positions: jax.Array, state: ModelState
     ) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, params)
+        embeddings = model.embedding(tokens)[0]
 
-        def log_probability(shift: jax.Array, state: ModelState) -> jax.Array:
-            hidden = record(model, tokens, state, shift=shift).hidden
+        def log_probability(embeddings: jax.Array, state: ModelState) -> jax.Array:
+            reader = nnx.merge(*nnx.split(model))  # a copy whose token at position i has the id i
+            reader.embedding.embedding = nnx.Param(embeddings)
+            hidden, _ = reader.hidden_states(positions, state)
             return jax.nn.log_softmax(model.logits(hidden[0, -1]))[target]
 
-        embeddings = model.embedding(tokens)
         # A state may hold counters, which have no gradient.
         gradient = jax.grad(log_probability, argnums=(0, 1), allow_int=True)
-        by_token, by_state = gradient(jnp.zeros_like(embeddings), state)
+        by_token, by_state = gradient(embeddings, state)
         products = [
             jnp.sum(slope.astype(jnp.float32) * x.astype(jnp.float32))
             for slope, x in zip(jax.tree.leaves(by_state), jax.tree.leaves(state), strict=True)
             if jnp.issubdtype(x.dtype, jnp.floating)
         ]
-        return jnp.sum(by_token * embeddings, axis=-1)[0], sum(products, jnp.zeros(()))
+        return jnp.sum(by_token * embeddings, axis=-1), sum(products, jnp.zeros(()))
 
-    by_token, by_state = gradients(
-        params, np.asarray(tokens, np.int32)[None], state, np.int32(target)
-    )
+    ids = np.asarray(tokens, np.int32)[None]
+    positions = np.arange(len(tokens), dtype=np.int32)[None]
+    by_token, by_state = gradients(model, ids, positions, state)
     return Contributions(np.asarray(by_token, np.float64), float(by_state))
 
 
 def map_contributions(layer: LayerDecomposition, position: int) -> Contributions:
-    """Compute each token's share of one output of a layer's mixer; all shares sum to 1.
+    """Compute the share of each token, up to `position`, in the output of a layer's mixer there.
 
     The share of a summand of y_t = sum_j A_tj v_j + (part of the initial state) is its projection
-    on y_t, ``<A_tj v_j, y_t> / <y_t, y_t>``, averaged over the heads. A negative share points the
-    other way. `position` is the t of the output; `layer` has B = 1.
+    on y_t, ``<A_tj v_j, y_t> / <y_t, y_t>``, averaged over the heads: all shares sum to 1. A
+    negative share points the other way. `layer` has B = 1.
     """
-    weights = np.asarray(layer.weights[0, :, position], np.float64)  # [H, T]
-    values = np.asarray(layer.values[0], np.float64)  # [T, H, V]
+    seen = position + 1
+    weights = np.asarray(layer.weights[0, :, position, :seen], np.float64)  # [H, seen]
+    values = np.asarray(layer.values[0, :seen], np.float64)  # [seen, H, V]
     output = np.asarray(layer.output[0, position], np.float64)  # [H, V]
     from_state = np.asarray(layer.from_state[0, position], np.float64)
     squares = np.maximum(np.sum(output**2, axis=-1), np.finfo(np.float64).tiny)  # [H]

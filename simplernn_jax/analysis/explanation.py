@@ -1,7 +1,8 @@
 """Explanation of what a model does with one text: every measurement of this package."""
 
 import dataclasses
-import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -18,32 +19,58 @@ from simplernn_jax.analysis.memory import Memory, measure_memory
 from simplernn_jax.analysis.recording import find_mixers
 from simplernn_jax.analysis.state_value import (
     SHORT_CONTEXT,
-    ContextGain,
     PositionLoss,
-    choose_split,
-    choose_token,
     context_gains,
     document_split,
     loss_by_position,
     loss_by_reset,
-    reset_intervals,
     token_losses,
 )
-from simplernn_jax.analysis.token_text import Unit, begins_word, split_into_units
 from simplernn_jax.config import Config
 from simplernn_jax.data import Tokenizer, TokenSplit
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.inference import generate
+from simplernn_jax.inference import TextStream, generate
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 
 EVALUATED_TOKENS = 65536
 """Most predictions of one evaluation."""
+LONG_TEXT = 16384
+"""Tokens of a text that suffice to evaluate the state on it."""
 
-_MAX_WORD_TOKENS = 40
-"""Most tokens quoted of the rest of a word."""
+
+class Unit(NamedTuple):
+    """Smallest sequence of tokens that ends at the end of a character."""
+
+    start: int
+    """Index of its first token."""
+    stop: int
+    """Index after its last token."""
+    text: str
+    """Text, the name of a special token, or the bytes of an incomplete character."""
+
+
+def split_into_units(
+    tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, context: Sequence[int] | np.ndarray = ()
+) -> list[Unit]:
+    """Split [n] ids into units that hold every id once, in order.
+
+    A character that begins in `context`, the ids before, is completed in the first unit.
+    """
+    names = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩", tokenizer.pad_id: "⟨PAD⟩"}
+    stream = TextStream(tokenizer, context)
+    units: list[Unit] = []
+    start = 0
+    for index, token in enumerate(int(token) for token in ids):
+        text = names.get(token) or stream.feed([token])
+        if text:
+            units.append(Unit(start, index + 1, text))
+            start = index + 1
+    if start < len(ids):
+        rest = tokenizer.decode_bytes(ids[start:])
+        units.append(Unit(start, len(ids), "".join(f"\\x{byte:02x}" for byte in rest) or "\ufffd"))
+    return units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +86,10 @@ class ChosenToken:
     """Readable units of tokens ``start .. position - 1``, counted from `start`."""
     predicted: Unit
     """The token."""
-    rest: str
-    """The rest of its word, which the model has not read."""
     from_all: Contributions
     """Contributions by gradient through all layers in nats, of tokens ``start .. position - 1``."""
     by_layer: tuple[Contributions, ...]
-    """Shares, by layer, of ``start .. stop - 1`` in the output after token ``position - 1``."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StateValue:
-    """Value of the state, and the text it was measured on."""
-
-    evaluated: str
-    """Description of the text."""
-    window: int
-    """Tokens of one training window."""
-    by_position: PositionLoss
-    by_reset: dict[int, Evaluation]
-    """Evaluations by tokens between two resets; 0 is never."""
+    """Shares of the same tokens, by layer, in the output after token ``position - 1``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +112,15 @@ class Explanation:
     """Over the whole text."""
     chosen: ChosenToken
     """The prediction whose contributions are shown."""
-    state_value: StateValue
-    """What the state contributes to the predictions."""
-    characters_per_token: float
-    """Mean over the text."""
-    attention_context: int
-    """Tokens that a layer of attention sees."""
-    context_gain: ContextGain | None
-    """Over the last predictions of the text; None if it is too short."""
+    evaluated: str
+    """Description of the text that the state was evaluated on."""
+    window: int
+    """Tokens of one training window."""
+    by_position: PositionLoss
+    by_reset: dict[int, Evaluation]
+    """Evaluations by tokens between two resets; 0 is never."""
+    context_gains: np.ndarray
+    """Of the last predictions of the text; see `state_value.context_gains`."""
 
     @property
     def layer_names(self) -> list[str]:
@@ -137,9 +150,9 @@ def explain(
       text: any text with at least one token.
       token: position N of the prediction to decompose, from 1; None takes the one that gains most
         from the text more than `SHORT_CONTEXT` tokens before it.
-      map_tokens: most tokens of the maps, which begin at a word and end a little after the chosen
-        token.
-      validation: held-out text of the run; see `choose_split`.
+      map_tokens: most tokens of the maps, which end a little after the chosen token.
+      validation: held-out text of the run; the state is evaluated on it unless `text` has
+        `LONG_TEXT` tokens or no fewer than it.
 
     Raises:
       UserError: `text` is empty or cannot be encoded, or has no such `token`.
@@ -155,17 +168,21 @@ def explain(
     find_mixers(model)  # its error comes before minutes of work
     params = nnx.state(model, nnx.Param)
     evaluator = Evaluator(config, tokenizer.pad_id)
-    document = document_split(ids, len(text.encode("utf-8")))
     logging.info("predicting every token of the text ...")
-    losses = token_losses(evaluator, params, document)
-    logging.info("predicting with %d tokens of context ...", SHORT_CONTEXT)
-    gain, gains = context_gains(evaluator, params, ids, losses)
+    losses = token_losses(evaluator, params, ids)
+    gains = context_gains(evaluator, params, ids, losses)
     reason = "it was named by the user"
-    if token is None:
-        token, reason = choose_token(gains, len(ids))
+    if token is None and not len(gains):
+        token = len(ids) - 1
+        reason = f"it is the last one: none has more than {SHORT_CONTEXT} before it"
+    elif token is None:
+        token = len(ids) - len(gains) + int(np.argmax(gains))
+        reason = (
+            f"the text more than {SHORT_CONTEXT} tokens before it lowers its loss by "
+            f"{gains.max():.2f} nats, more than for any other token"
+        )
     stop = min(len(ids), token + map_tokens // 8)
-    start = _word_start(tokenizer, ids, max(0, stop - map_tokens), map_tokens // 8)
-    start = min(start, token - 1)
+    start = max(0, stop - map_tokens)
     logging.info("decomposing %s ...", counted(config.model.num_layers, "layer"))
     state = model.initial_state(1)
     if start:
@@ -177,11 +194,21 @@ def explain(
         nats=float(losses[token - 1]),
         units=split_into_units(tokenizer, ids[start:token], ids[:start]),
         predicted=split_into_units(tokenizer, ids[token : token + 1], ids[:token])[0],
-        rest=_rest_of_word(tokenizer, ids, token),
         from_all=gradient_contributions(model, ids[start:token], state, int(ids[token])),
         by_layer=tuple(map_contributions(layer, token - 1 - start) for layer in layers),
     )
-    split, name = choose_split(document, validation)
+    logging.info("measuring the memory along the text ...")
+    memory = measure_memory(model, ids)
+    logging.info("measuring the loss with the state carried and reset ...")
+    split, name = document_split(ids, len(text.encode("utf-8"))), "the given text"
+    if validation is not None and len(ids) < min(LONG_TEXT, validation.num_predictions + 1):
+        documents = len(validation.document_starts)
+        split, name = validation, f"the validation split of the run (documents: {documents:,})"
+    scored = counted(split.num_predictions, "prediction")
+    window = config.data.sequence_length
+    evaluated = evaluator, params, split, EVALUATED_TOKENS
+    longest = int(np.max(document_ends(split) - split.document_starts))
+    powers = [4**n for n in range(1, 8) if n == 1 or 4**n < longest]
     return Explanation(
         tokens=ids,
         start=start,
@@ -189,53 +216,11 @@ def explain(
         units=split_into_units(tokenizer, ids[start:stop], ids[:start]),
         mixers=config.model.mixers,
         layers=layers,
-        memory=measure_memory(model, ids),
+        memory=memory,
         chosen=chosen,
-        state_value=_state_value(evaluator, params, config.data.sequence_length, split, name),
-        characters_per_token=len(text) / (len(ids) - 1),
-        attention_context=_context(config),
-        context_gain=gain,
-    )
-
-
-def _context(config: Config) -> int:
-    return int(complete_options("attention", config.model).mixer_options["context"])
-
-
-def _word_start(tokenizer: Tokenizer, ids: np.ndarray, start: int, most: int) -> int:
-    """Return the first word start at or after `start`, within `most` tokens; otherwise `start`."""
-    if start == 0:
-        return 0
-    units = split_into_units(tokenizer, ids[start - 1 : start + most], ids[: start - 1])
-    begins = (unit.start for i, unit in enumerate(units) if i and begins_word(units, i))
-    return start - 1 + next(begins, 1)
-
-
-def _rest_of_word(tokenizer: Tokenizer, ids: np.ndarray, token: int) -> str:
-    """Return the text from after a token, or the character it is of, to the next space.
-
-    Nothing if the space is far, or the token ends in one.
-    """
-    stop = token + 1 + _MAX_WORD_TOKENS
-    first, *others = split_into_units(tokenizer, ids[token:stop], ids[:token])
-    if first.text[-1:].isspace():
-        return ""
-    text = "".join(unit.text for unit in others)
-    words = re.match(r"\S*(?=\s)|\S*$", text)
-    return words[0] if words is not None else ""
-
-
-def _state_value(
-    evaluator: Evaluator, params: nnx.State, window: int, split: TokenSplit, name: str
-) -> StateValue:
-    scored = min(EVALUATED_TOKENS, split.num_predictions)
-    longest = int(np.max(document_ends(split) - split.document_starts))
-    intervals = reset_intervals(min(longest, EVALUATED_TOKENS), window)
-    logging.info("measuring the loss of %d predictions by position ...", scored)
-    by_position = loss_by_position(evaluator, params, split, EVALUATED_TOKENS, window)
-    return StateValue(
-        f"{name}: {scored:,} of its {counted(split.num_predictions, 'prediction')}",
-        window,
-        by_position,
-        loss_by_reset(evaluator, params, split, EVALUATED_TOKENS, intervals),
+        evaluated=f"{name}: {min(EVALUATED_TOKENS, split.num_predictions):,} of its {scored}",
+        window=window,
+        by_position=loss_by_position(*evaluated, window),
+        by_reset=loss_by_reset(*evaluated, [0, *sorted({*powers, window})]),
+        context_gains=gains,
     )

@@ -1,13 +1,11 @@
 """Memory of the recurrences: half-lives of key channels, norm and rank of the state in a text."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 
 from simplernn_jax.analysis.recording import (
@@ -60,24 +58,6 @@ def half_life(mean_decay: np.ndarray) -> np.ndarray:
     return np.divide(math.log(2), decay, out=np.full_like(decay, np.inf), where=decay > 0)
 
 
-def half_gone(half_lives: np.ndarray) -> float:
-    """Return the tokens n after which the channels' mean retention ``2^(-n / half_life)`` is 1/2.
-
-    Infinite if at least half of the channels forget nothing.
-    """
-    lives = np.asarray(half_lives, np.float64).ravel()
-    if np.mean(np.isinf(lives)) >= 0.5:
-        return math.inf
-    low, high = 0.0, 1.0
-    while np.mean(np.exp2(-high / np.maximum(lives, 1e-9))) > 0.5:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        kept = np.mean(np.exp2(-middle / np.maximum(lives, 1e-9)))
-        low, high = (middle, high) if kept > 0.5 else (low, middle)
-    return high
-
-
 def effective_rank(matrices: np.ndarray) -> np.ndarray:
     """Return exp of the entropy of the singular values, as shares of their sum.
 
@@ -100,51 +80,45 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
 
 def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
     """Measure the recurrences along [n] `tokens`, BOS included, from a zero state."""
-    graph, params = nnx.split(model)
+    mixers = find_mixers(model)
 
-    @jax.jit
+    @nnx.jit
     def read(
-        params: nnx.State, window: jax.Array, state: ModelState
-    ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array]]]:
+        model: LanguageModel, window: jax.Array, state: ModelState
+    ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array] | None]]:
         """Return the next state and, by recurrent layer, the summed -log g [H, K] and the state
         [H, K, V]."""
-        model = nnx.merge(graph, params)
-        recording = record(model, window, state)
-        measured = []
-        for mixer, call in zip(find_mixers(model), recording.layers, strict=True):
+        calls, state = record(model, window, state)
+        measured: list[tuple[jax.Array, jax.Array] | None] = []
+        for mixer, call in zip(find_mixers(model), calls, strict=True):
             if isinstance(mixer, Recurrent):
                 (_, _, _, log_gate), _ = recurrence_inputs(mixer, call)
-                state = recurrent_state(call.final_state)
-                measured.append((-jnp.sum(log_gate, axis=(0, 1)), state[0]))
-        return recording.state, measured
+                final_state = recurrent_state(call.final_state)[0]
+                measured.append((-jnp.sum(log_gate, axis=(0, 1)), final_state))
+            else:
+                measured.append(None)
+        return state, measured
 
     step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
     state = model.initial_state(1)
-    positions, by_window = [], []
-    logging.info("measuring the memory along the text ...")
+    positions = []
+    decays: list[list[np.ndarray]] = [[] for _ in mixers]
+    norms: list[list[np.ndarray]] = [[] for _ in mixers]
+    ranks: list[list[np.ndarray]] = [[] for _ in mixers]
     for start in range(0, len(tokens), step):
         window = np.asarray(tokens[start : start + step], np.int32)
-        state, measured = read(params, window[None], state)
+        state, measured = read(model, window[None], state)
         positions.append(start + len(window))
-        by_window.append([_reduce(*layer) for layer in measured])
-        logging.log_every_n_seconds(
-            logging.INFO, "measured %d of %d tokens", 10, positions[-1], len(tokens)
-        )
-    recurrent = zip(*by_window, strict=True)
+        for layer, arrays in enumerate(measured):
+            if arrays is not None:
+                decay, matrices = (np.asarray(x, np.float64) for x in arrays)
+                decays[layer].append(decay)
+                norms[layer].append(np.linalg.norm(matrices, axis=(-2, -1)))
+                ranks[layer].append(effective_rank(matrices))
     layers = [
-        _layer_memory(next(recurrent), len(tokens)) if isinstance(mixer, Recurrent) else None
-        for mixer in find_mixers(model)
+        LayerMemory(half_life(np.sum(decay, axis=0) / len(tokens)), np.stack(norm), np.stack(rank))
+        if decay
+        else None
+        for decay, norm, rank in zip(decays, norms, ranks, strict=True)
     ]
     return Memory(np.asarray(positions), tuple(layers))
-
-
-def _reduce(*measured: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the summed decay [H, K], norm [H] and effective rank [H] of a layer in one window."""
-    decay, state = (np.asarray(x, np.float64) for x in measured)
-    return decay, np.linalg.norm(state, axis=(-2, -1)), effective_rank(state)
-
-
-def _layer_memory(windows: Sequence[tuple[np.ndarray, ...]], num_tokens: int) -> LayerMemory:
-    decays, norms, ranks = zip(*windows, strict=True)
-    decay = np.sum(decays, axis=0) / num_tokens
-    return LayerMemory(half_life(decay), np.stack(norms), np.stack(ranks))

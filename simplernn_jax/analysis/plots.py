@@ -1,23 +1,22 @@
-"""Plots of an explanation: maps, contributions, memory and state; and the style that all share."""
+"""Plots of an explanation as PNG files, and the style that all share."""
 
+import functools
 import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from simplernn_jax.analysis.explanation import Explanation
+from simplernn_jax.analysis.decomposition import Contributions, LayerDecomposition
+from simplernn_jax.analysis.explanation import Unit
 from simplernn_jax.analysis.memory import Memory
 from simplernn_jax.analysis.state_value import PositionLoss
-from simplernn_jax.analysis.token_text import MONOSPACE, Unit, label_text, label_unit, sum_by_unit
 from simplernn_jax.errors import counted
-from simplernn_jax.training.evaluate import Evaluation
 
-DPI = 130
-"""Pixels per inch."""
-FITTING = 5.8
+_DPI = 130
+_WIDTH = 5.8
 """Width in inches of a plot that is readable on a screen of 400 pixels."""
 _STYLE = {
     "font.size": 10,
@@ -28,7 +27,10 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_COLUMNS = 2
+_MONOSPACE = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8}
+"""Style of quotations; the font comes with matplotlib."""
+_LABEL = 12
+"""Most characters of a quotation."""
 _MAX_NAMED = 8
 """Most curves in a legend; the others continue the order of colors."""
 _LEGEND_ROW = 0.2
@@ -37,34 +39,8 @@ _MIN_PREDICTIONS = 30
 """Fewest predictions of a point of the loss by position."""
 _TICKS_PER_INCH = 3.2
 _COLOR_LEVELS = [-1, -0.3, -0.1, 0, 0.1, 0.3, 1]
-_STATE_PICTURES = {
-    "state_norm": (
-        "norms",
-        "norm of the state",
-        "Norm of the state along the text",
-        "Frobenius norm of each head's state: a curve that keeps rising is a state that still "
-        "fills, a sudden fall is a text that made the head forget.",
-    ),
-    "state_rank": (
-        "ranks",
-        "effective rank",
-        "Effective rank of the state along the text",
-        "An effective rank of 8 means that a head's state holds about 8 independent directions "
-        "(exp of the entropy of its singular values as shares of their sum, Roy and Vetterli "
-        "2007); the largest possible is the smaller of its key and value channels.",
-    ),
-}
-"""Field of `LayerMemory`, axis label, title and caption."""
 
-
-class Plot(NamedTuple):
-    """A PNG with its title and caption."""
-
-    name: str
-    """Name of its file, without the suffix."""
-    title: str
-    caption: str
-    png: bytes
+_VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "·", "\r": "␍"})
 
 
 @contextmanager
@@ -81,7 +57,7 @@ def new_figure(width: float, height: float) -> Iterator[Any]:
 def png(figure: Any) -> bytes:
     """Return the figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
 
 
@@ -118,9 +94,23 @@ def add_legend(figure: Any, axes: Any, most: int = _MAX_NAMED) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def draw_half_lives(memory: Memory, window: int) -> Plot:
+@contextmanager
+def _panels(
+    count: int, columns: int, width: float, height: float, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Create a figure of `count` axes in rows of at most `columns`, each of this size."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    with new_figure(width * columns, 0.4 + height * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+        for axes in grid[count:]:
+            axes.set_axis_off()
+        yield figure, grid[:count]
+
+
+def draw_half_lives(memory: Memory, window: int) -> bytes:
     """Draw the sorted half-lives of each layer, and the training window for comparison."""
-    with new_figure(FITTING, 4) as figure:
+    with new_figure(_WIDTH, 4) as figure:
         axes = figure.subplots()
         label = f"training window ({window:,})"
         axes.axhline(window, color="grey", linestyle="--", linewidth=1, label=label)
@@ -130,162 +120,69 @@ def draw_half_lives(memory: Memory, window: int) -> Plot:
             if part is not None:
                 lives = np.sort(part.half_lives.ravel())[::-1]
                 lives = np.where(np.isfinite(lives), lives, np.nan)
-                channels = np.arange(1, len(lives) + 1)
-                axes.plot(channels, lives, label=f"layer {number}", **style)
+                axes.plot(np.arange(1, len(lives) + 1), lives, label=f"layer {number}", **style)
         axes.set_yscale("log", subs=[2, 5])
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.yaxis.set_minor_formatter("{x:,g}")
         axes.set(xlabel="key channels of all heads, by half-life", ylabel="half-life (tokens)")
         axes.grid(axis="y", which="both")
         add_legend(figure, axes)
-        return Plot(
-            "half_lives",
-            "Half-life of every key channel, sorted",
-            "A point at 100 means that this channel decays by half in 100 tokens, on average over "
-            "this text (ln 2 / E[-log g]); a curve that stays high to the right is a layer with "
-            "many long memories.",
-            png(figure),
-        )
+        return png(figure)
 
 
-def draw_state(memory: Memory, name: str) -> Plot:
-    """Draw one panel per layer and one curve per head: ``state_norm`` or ``state_rank``."""
-    field, label, title, caption = _STATE_PICTURES[name]
+def draw_state(memory: Memory, field: str, label: str) -> bytes:
+    """Draw a field of `LayerMemory` along the text: a panel per layer, a curve per head."""
     layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
-    columns = min(len(layers), _COLUMNS)
-    rows = -(-len(layers) // columns)
-    with new_figure(FITTING, 0.2 + 2.3 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flat[len(layers) :]:
-            axes.set_axis_off()
-        for axes, (number, part) in zip(grid.flat, layers, strict=False):
-            values = getattr(part, field)
-            points, heads = values.shape
-            for head, style in enumerate(line_styles(heads, points)):
-                axes.plot(memory.positions, values[:, head], label=f"head {head + 1}", **style)
-            axes.set(title=f"layer {number}", xlabel="tokens read")
+    width = _WIDTH / min(len(layers), 2)
+    with _panels(len(layers), 2, width, 2.3, sharex=True, sharey=True) as (figure, grid):
+        for axes, (number, part) in zip(grid, layers, strict=True):
+            points, heads = getattr(part, field).shape
+            curves = zip(getattr(part, field).T, line_styles(heads, points), strict=True)
+            for head, (values, style) in enumerate(curves, 1):
+                axes.plot(memory.positions, values, label=f"head {head}", **style)
+            axes.set(title=f"layer {number}")
             axes.grid(axis="y")
-        grid[0, 0].set_ylim(bottom=0)
-        for axes in grid[:, 0]:
-            axes.set_ylabel(label)
-        add_legend(figure, grid[0, 0])
-        return Plot(name, title, caption, png(figure))
+        grid[0].set_ylim(bottom=0)
+        figure.supxlabel("tokens read", fontsize="medium")
+        figure.supylabel(label, fontsize="medium")
+        add_legend(figure, grid[0])
+        return png(figure)
 
 
-def draw_position_loss(loss: PositionLoss, window: int) -> Plot:
+def draw_position_loss(loss: PositionLoss, window: int) -> bytes:
     """Draw the loss by position in the document, carried and reset every `window` tokens."""
     drawn = loss.counts >= min(_MIN_PREDICTIONS, loss.counts.max())
     middles = loss.starts[drawn] * 2**0.5
     reset = f"state reset every {counted(window, 'token')} (training window)"
-    with new_figure(FITTING, 4) as figure:
+    with new_figure(_WIDTH, 4) as figure:
         axes = figure.subplots()
-        axes.errorbar(
-            middles,
-            loss.carried[drawn],
-            2 * loss.errors[drawn],
-            color="tab:blue",
-            marker="o",
-            capsize=3,
-            label="state carried over the document",
-        )
-        axes.errorbar(
-            middles * 1.05,  # next to the other's bars, not over them
-            loss.reset[drawn],
-            2 * loss.reset_errors[drawn],
-            color="tab:orange",
-            marker="s",
-            markersize=8,
-            markerfacecolor="none",
-            linestyle="--",
-            capsize=5,
-            label=reset,
-        )
-        _set_loss_axes(axes, middles, "tokens of the document before the prediction")
+        axes.plot(middles, loss.carried[drawn], "o-", label="state carried over the document")
+        axes.plot(middles, loss.reset[drawn], "s--", markerfacecolor="none", label=reset)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(0.75 * middles[0], 1.5 * middles[-1])  # also if every loss is NaN
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.minorticks_off()
+        axes.set_xlabel("tokens of the document before the prediction")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid(axis="y")
         add_legend(figure, axes)
-        return Plot(
-            "loss_by_position",
-            "Loss by position in the document",
-            "A blue curve that falls to the right means better predictions with more of the "
-            "document read (bars: two standard errors; a point is a range of positions, each twice "
-            "as long as the one before). Orange above blue is the gain from the state carried over "
-            "the last reset; where orange is below blue, the model predicts better without it.",
-            png(figure),
-        )
+        return png(figure)
 
 
-def draw_reset_loss(losses: dict[int, Evaluation], window: int) -> Plot:
-    """Draw the loss by reset interval; interval 0, never reset, is a horizontal line."""
-    intervals = sorted(interval for interval in losses if interval)
-    with new_figure(FITTING, 4) as figure:
-        axes = figure.subplots()
-        values = [losses[interval].nats_per_token for interval in intervals]
-        axes.plot(intervals, values, color="tab:orange", marker="s", label="state reset")
-        axes.axhline(losses[0].nats_per_token, color="tab:blue", label="state carried, never reset")
-        axes.plot(
-            [window],
-            [losses[window].nats_per_token],
-            color="tab:red",
-            marker="D",
-            linestyle="",
-            markersize=12,
-            markerfacecolor="none",
-            label=f"reset at every training window ({counted(window, 'token')})",
-        )
-        _set_loss_axes(axes, intervals, "tokens between two resets")
-        add_legend(figure, axes)
-        return Plot(
-            "loss_by_reset",
-            "Loss by reset interval of the state",
-            "Orange above blue: tokens further back than the interval still help. Where the two "
-            "meet, they add nothing; where orange is below blue, the model predicts better once "
-            "they are forgotten.",
-            png(figure),
-        )
+def draw_map(layer: LayerDecomposition, units: Sequence[Unit], offset: int, position: int) -> bytes:
+    """Draw the attention map of one layer as heat maps, one per head.
 
-
-def _set_loss_axes(axes: Any, places: Sequence[float] | np.ndarray, label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(0.75 * places[0], 1.5 * places[-1])  # also if every loss is NaN
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.minorticks_off()
-    axes.set(xlabel=label, ylabel="loss (nats per token)")
-    axes.grid(axis="y")
-
-
-def draw_map(explanation: Explanation, layer: int) -> Plot:
-    """Draw the attention map of one layer, from 0, with the chosen prediction marked."""
-    weights = np.asarray(explanation.layers[layer].weights[0])
-    position = explanation.chosen.position - 1 - explanation.start
-    return Plot(
-        f"map_layer_{layer + 1}",
-        f"Attention map of {explanation.layer_names[layer]}",
-        "Each row is one output and each column an earlier token, labeled with the text that "
-        "begins there: red adds that token's value, blue (in a recurrence only) subtracts it, "
-        "white leaves it out; full color is the largest weight of the head, given in its title, "
-        "and a hundredth of that is faint. The dotted line is the output that predicts the chosen "
-        "token.",
-        draw_heads(weights, explanation.units, explanation.start, position),
-    )
-
-
-def draw_heads(weights: np.ndarray, units: Sequence[Unit], offset: int, position: int) -> bytes:
-    """Draw ``[H, T, T]`` weights of one layer as heat maps, one per head.
-
-    `offset` is the position of the first token in its document, `position` the marked output.
+    `offset` is the position of the first token in its document, `position` the marked output,
+    counted from `offset`.
     """
     from matplotlib.colors import AsinhNorm
 
+    weights = np.asarray(layer.weights[0])
     heads, length, _ = weights.shape
-    columns = min(heads, _COLUMNS)
-    rows = -(-heads // columns)
     above = np.triu(np.ones((length, length), bool), 1)
     side = float(np.clip(length / 40, 5, 12))  # inches of one map
-    ticks = round(_TICKS_PER_INCH * side)
-    with new_figure(2.4 + side * columns, 0.4 + (side + 1.1) * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[heads:]:
-            axes.set_axis_off()
-        for head, axes in enumerate(grid.flat[:heads]):
+    with _panels(heads, 2, side + 1.2, side + 1.1) as (figure, grid):
+        for head, axes in enumerate(grid):
             largest = float(np.abs(weights[head]).max())
             image = axes.imshow(
                 np.ma.array(weights[head] / (largest or 1.0), mask=above),
@@ -297,106 +194,94 @@ def draw_heads(weights: np.ndarray, units: Sequence[Unit], offset: int, position
             axes.axhline(position, color="black", linewidth=0.7, linestyle=":")
             axes.set(title=f"head {head + 1}: largest |A| = {largest:.3g}")
             axes.set(xlabel="earlier token j", ylabel="output after token t")
-            label_text(axes.xaxis, units, offset, ticks)
+            for axis in (axes.xaxis, axes.yaxis):
+                _label_tokens(axis, units, offset, round(_TICKS_PER_INCH * side))
             axes.tick_params(axis="x", rotation=90)
-            label_text(axes.yaxis, units, offset, ticks)
-        bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40)
+        bar = figure.colorbar(image, ax=list(grid), location="top", shrink=0.5, aspect=40)
         bar.set_ticks(_COLOR_LEVELS, labels=[f"{level:.0%}" for level in _COLOR_LEVELS])
         bar.minorticks_off()
         bar.set_label("weight A_tj, as a share of the largest |A| of its head")
         return png(figure)
 
 
-def draw_state_share(explanation: Explanation) -> Plot:
-    """Draw the part of each layer's outputs that the state before the maps gives."""
-    units = explanation.units
-    with new_figure(FITTING, 4) as figure:
-        axes = figure.subplots()
-        styles = line_styles(len(explanation.layers), units[-1].stop)
-        named = zip(explanation.layer_names, explanation.layers, styles, strict=True)
-        for name, layer, style in named:
-            part = np.linalg.norm(layer.from_state[0], axis=(-2, -1))
-            whole = np.linalg.norm(layer.output[0], axis=(-2, -1))
-            axes.plot(part / np.maximum(whole, np.finfo(np.float32).tiny), label=name, **style)
-        label_text(axes.xaxis, units, explanation.start, round(FITTING * _TICKS_PER_INCH))
-        axes.tick_params(axis="x", rotation=90)
-        axes.set_xlim(0, max(units[-1].stop - 1, 1))
-        axes.set_ylim(bottom=0)
-        axes.set(xlabel="output after token t", ylabel="norm, relative to the output's")
-        axes.grid(axis="y")
-        add_legend(figure, axes)
-        return Plot(
-            "state_share",
-            "Contribution of the text before the maps",
-            "Norm of the part of each output that the state before the first token of the maps "
-            "gives (in attention, its cache), relative to that of the whole output: 0 means that "
-            "the map alone explains all of it.",
-            png(figure),
-        )
-
-
-def draw_contributions(explanation: Explanation) -> Plot:
-    """Draw the strongest contributions to the chosen prediction, by gradient and by layer."""
-    chosen = explanation.chosen
-    by_gradient = sum_by_unit(chosen.units, chosen.from_all.tokens)
-    panels = [
-        (
-            "all layers, by gradient",
-            "gradient times input (nats)",
-            by_gradient,
-            chosen.from_all.state,
-        )
-    ]
-    for layer, name in enumerate(explanation.layer_names):
-        shares, state = contributions_by_unit(explanation, layer), chosen.by_layer[layer].state
-        panels.append((f"{name}, by its map", "share of the output", shares, state))
-    return Plot(
-        "contributions",
-        "The tokens that contributed most to the chosen prediction",
-        "Each bar is one earlier token, in brackets in its word, with its distance to the "
-        "predicted one: red supports the prediction (in a layer: its output), blue opposes it.",
-        draw_bars(panels, chosen.units),
-    )
-
-
-def contributions_by_unit(explanation: Explanation, layer: int) -> np.ndarray:
-    """Return [units]: a layer's shares of the units before the chosen token."""
-    chosen = explanation.chosen
-    shares = chosen.by_layer[layer].tokens[: chosen.position - explanation.start]
-    return sum_by_unit(chosen.units, shares)
-
-
-def draw_bars(
-    panels: Sequence[tuple[str, str, np.ndarray, float]], units: Sequence[Unit], most: int = 12
+def draw_contributions(
+    panels: Sequence[tuple[str, str, Contributions]], units: Sequence[Unit], most: int = 12
 ) -> bytes:
     """Draw the strongest contributions as bars, red for and blue against.
 
     Args:
-      panels: title, unit of measure, contribution of each of `units` and of all text before,
-        which is written below unless it is 0: it may be far larger than the others.
+      panels: title, unit of measure, and contributions. That of all text before the units is
+        written below unless it is 0: it may be far larger than the others.
       units: of the tokens before the predicted one.
       most: bars of one panel.
     """
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    with new_figure(4.1 * columns, 0.3 + 3.4 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
-        for axes, (title, measure, values, before) in zip(grid.flat, panels, strict=False):
+    with _panels(len(panels), 3, 4.1, 3.4) as (figure, grid):
+        for axes, (title, measure, part) in zip(grid, panels, strict=True):
+            values, before = sum_by_unit(units, part.tokens), part.state
             strongest = np.argsort(-np.abs(values), kind="stable")[:most]
             bars = np.arange(len(strongest))
             reds = np.where(values[strongest] > 0, "tab:red", "tab:blue")
             axes.barh(bars, values[strongest], color=reds)
-            axes.set_yticks(
-                bars, [label_unit(units, index) for index in strongest.tolist()], **MONOSPACE
-            )
+            labels = [_label_unit(units, index) for index in strongest.tolist()]
+            axes.set_yticks(bars, labels, **_MONOSPACE)
             axes.set_ylim(most - 0.5, -0.5)
             axes.axvline(0, color="black", linewidth=0.6)
             axes.locator_params(axis="x", nbins=5)  # or long numbers touch
-            note = f"\nall text before this excerpt: {before:+.3g}" if before else ""
             axes.set_title(title)
-            # Below the labels too, since a long note does not fit below the bars.
+            note = f"\nall text before this excerpt: {before:+.3g}" if before else ""
             axes.set_xlabel(measure + note, loc="right")
             axes.grid(axis="x")
         return png(figure)
+
+
+def sum_by_unit(units: Sequence[Unit], values: np.ndarray) -> np.ndarray:
+    """Return [units]: the sum of the [n] `values` over each unit's tokens."""
+    return np.add.reduceat(values, [unit.start for unit in units])
+
+
+def visible(text: str) -> str:
+    """Return `text` on one line, with a visible character in place of each invisible one."""
+    shown = text.translate(_VISIBLE)
+    return "".join(c if c.isprintable() else "\ufffd" for c in shown)
+
+
+def _label_tokens(axis: Any, units: Sequence[Unit], offset: int, most: int) -> None:
+    """Label an axis of tokens with at most `most` ticks, at the beginnings of words if any."""
+    begins = [
+        bool(unit.text.strip()) and (unit.text[0].isspace() or before.text[-1].isspace())
+        for before, unit in itertools.pairwise(units)
+    ]
+    places = [0, *(np.flatnonzero(begins) + 1).tolist()]
+    if len(places) <= most // 2:  # some languages have no spaces
+        places = list(range(len(units)))
+    step = -(-units[-1].stop // most)
+    ticks: list[int] = []
+    names = []
+    for place in places:
+        start = units[place].start
+        if not ticks or start - ticks[-1] >= step:
+            text = "".join(unit.text for unit in units[place : place + _LABEL])
+            ticks.append(start)
+            names.append(f"{_drawn(text.strip()[:_LABEL])} {offset + start}")
+    axis.set_ticks(ticks, names, **_MONOSPACE)
+
+
+def _label_unit(units: Sequence[Unit], index: int) -> str:
+    """Return a unit in brackets between its neighbors, and its distance to the end."""
+    before = "".join(unit.text for unit in units[max(0, index - 8) : index])[-8:]
+    after = "".join(unit.text for unit in units[index + 1 : index + 7])[:6]
+    text = f"{_drawn(before)}[{_drawn(units[index].text[:_LABEL])}]{_drawn(after)}"
+    return f"{text} {units[-1].stop - units[index].start:>4}"
+
+
+def _drawn(text: str) -> str:
+    """Return `text` with a box in place of each character that the font lacks."""
+    return "".join(c if ord(c) in _glyphs() else "\u25a1" for c in visible(text))
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(str(_MONOSPACE["fontfamily"])))
+    return frozenset(font.get_charmap())

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from simplernn_jax.array_types import Activations, ModelState, RecurrentState, SegmentIds, Tokens
+from simplernn_jax.array_types import Activations, ModelState, RecurrentState, Tokens
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import Attention, GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
 
@@ -27,16 +27,6 @@ class Record(NamedTuple):
     final_state: Any
 
 
-class Recording(NamedTuple):
-    """Result of `record`."""
-
-    hidden: Activations
-    """Input of the head, ``[B, T, D]``."""
-    state: ModelState
-    layers: tuple[Record, ...]
-    """One per layer."""
-
-
 def find_mixers(model: LanguageModel) -> list[Mixer]:
     """Return the mixer of every layer; raises `UserError` for one that cannot be decomposed."""
     mixers = [layer.mixer for layer in model.layers]
@@ -50,12 +40,12 @@ def find_mixers(model: LanguageModel) -> list[Mixer]:
 
 
 def recurrence_inputs(
-    mixer: Recurrent, call: Record, segment_ids: SegmentIds | None = None
+    mixer: Recurrent, call: Record
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Return (q, k, v, log_gate) of a recorded call, and the output gate's pre-activation."""
     if isinstance(mixer, SimpleRNN):
         return mixer.cell.project(call.inputs)
-    inputs, output_gate, _ = mixer.project(call.inputs, call.state.convolutions, segment_ids)
+    inputs, output_gate, _ = mixer.project(call.inputs, call.state.convolutions, None)
     return inputs, output_gate
 
 
@@ -65,17 +55,11 @@ def recurrent_state(state: RecurrentState | GLAState) -> RecurrentState:
 
 
 def record(
-    model: LanguageModel,
-    tokens: Tokens,
-    state: ModelState | None = None,
-    segment_ids: SegmentIds | None = None,
-    shift: jax.Array | None = None,
-) -> Recording:
-    """Run a forward pass on `tokens` and record every mixer's call; `model` is unchanged.
+    model: LanguageModel, tokens: Tokens, state: ModelState | None = None
+) -> tuple[tuple[Record, ...], ModelState]:
+    """Run a forward pass on `tokens` ``[B, T]``; return the call of every mixer and the new state.
 
-    `tokens` and `segment_ids` are ``[B, T]``, as for `LanguageModel`; without a `state` it starts
-    from zero.
-    `shift` ``[B, T, D]`` is added to the embeddings, to take gradients with respect to them.
+    `model` is unchanged; without a `state` it starts from zero.
     """
     if state is None:
         state = model.initial_state(tokens.shape[0])
@@ -83,10 +67,8 @@ def record(
     taps = [_Tap(mixer) for mixer in find_mixers(model)]
     for layer, tap in zip(model.layers, taps, strict=True):
         layer.mixer = tap
-    if shift is not None:
-        model.embedding = _ShiftedEmbedding(model.embedding, shift)
-    hidden, state = model.hidden_states(tokens, state, segment_ids)
-    return Recording(hidden, state, tuple(tap.record for tap in taps))
+    _, state = model.hidden_states(tokens, state)
+    return tuple(tap.record for tap in taps), state
 
 
 class _Tap:
@@ -97,20 +79,7 @@ class _Tap:
     def __init__(self, mixer: Mixer):
         self._mixer = mixer
 
-    def mix(
-        self, x: Activations, state: Any, segment_ids: SegmentIds | None
-    ) -> tuple[Activations, Any]:
+    def mix(self, x: Activations, state: Any, segment_ids: None) -> tuple[Activations, Any]:
         y, final_state = self._mixer(x, state, segment_ids)
         self.record = Record(x, state, y, final_state)
         return y, final_state
-
-
-class _ShiftedEmbedding:
-    """An embedding whose results are shifted."""
-
-    def __init__(self, embedding: nnx.Embed, shift: jax.Array):
-        self._embedding = embedding
-        self._shift = shift
-
-    def __call__(self, tokens: Tokens) -> Activations:
-        return self._embedding(tokens) + self._shift

@@ -6,7 +6,7 @@ An id outside the vocabulary would not fail later: the embedding gives NaN for i
 import contextlib
 import math
 import numbers
-import os
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,38 +25,26 @@ Prompts = Sequence[_TokenIds] | _TokenIds
 _MAX_TOKENS = 2**31 - 1
 """New tokens of a sequence in one call: positions are int32."""
 
-_TOKENIZER = ("vocab_size", "bos_id", "eos_id", "pad_id", "encode", "decode_bytes")
-
 
 def checked_integer(
     name: str, value: Any, least: int, most: float = math.inf, advice: str = ""
 ) -> int:
     """Convert an integer, no bool, to ``int``; raises `UserError` outside of ``[least, most]``."""
+    with contextlib.suppress(TypeError):
+        number = operator.index(value)
+        if least <= number <= most and not isinstance(value, bool):
+            return number
     bounds = f", at least {least}" if most == math.inf else f" in [{least}, {most}]"
-    return _checked(int, name, value, f"an integer{bounds}{advice}", lambda x: least <= x <= most)
+    raise UserError(f"{name}={value!r}: must be an integer{bounds}{advice}")
 
 
-def _checked(
-    convert: type, name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]
-) -> Any:
-    """Convert `value` to ``int`` or ``float``; anything else is rejected."""
-    scalar = value
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
-        scalar = as_array(value, name).item()
-    kind = numbers.Integral if convert is int else numbers.Real
-    with contextlib.suppress(OverflowError):
-        if isinstance(scalar, kind) and not isinstance(scalar, bool | np.bool_):
-            number = convert(scalar)
-            if is_allowed(number):
-                return number
-    raise UserError(f"{name}={_shown(value)}: must be {allowed}")
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except Exception:  # of a class that cannot, or an integer of too many digits
-        return type(value).__name__
+def _checked_real(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> float:
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+        with contextlib.suppress(OverflowError):
+            if is_allowed(real := float(number)):
+                return real
+    raise UserError(f"{name}={value!r}: must be {allowed}")
 
 
 def check_model(model: Any) -> None:
@@ -74,40 +62,6 @@ def check_logits(logits: Any) -> None:
         )
 
 
-def check_tokenizer(tokenizer: Any, *methods: str) -> None:
-    """Raise `UserError` if `tokenizer` lacks an attribute of `Tokenizer` or one of `methods`."""
-    missing = [name for name in (*_TOKENIZER, *methods) if not hasattr(tokenizer, name)]
-    if missing:
-        raise UserError(
-            f"tokenizer: {type(tokenizer).__name__} has no {missing[0]}; pass that of load_model"
-        )
-
-
-def check_callback(name: str, value: Callable[..., Any] | None) -> None:
-    """Raise `UserError` if `value` is neither None nor callable."""
-    if value is not None and not callable(value):
-        raise UserError(f"{name}={_shown(value)}: must be a function, or None")
-
-
-def checked_path(path: Any) -> str:
-    """Convert the path of a file to text; `UserError` if it is not a path, empty or holds a NUL."""
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(f"path={_shown(path)}: must be the path of a file")
-    name = os.fsdecode(path)
-    with contextlib.suppress(UnicodeEncodeError):  # of half a surrogate pair
-        if name and b"\0" not in os.fsencode(name):
-            return name
-    raise UserError(f"path={name!r}: cannot be the name of a file")
-
-
-def as_array(value: Any, where: str) -> np.ndarray:
-    """Convert to an array of NumPy, or raise `UserError`, which begins with `where`."""
-    try:
-        return np.asarray(value)
-    except (ValueError, TypeError) as error:  # of unequal lengths, or without a value
-        raise UserError(f"{where}: no flat sequence of token ids ({error})") from error
-
-
 def checked_sampling(
     vocab_size: int,
     temperature: float,
@@ -119,10 +73,10 @@ def checked_sampling(
 ) -> Sampling:
     """Check the settings of `generate`; raises `UserError`, which names a wrong one."""
     allowed = "a finite number, at least 0"
-    temperature = _checked(float, "temperature", temperature, allowed, lambda x: 0 <= x < math.inf)
+    temperature = _checked_real("temperature", temperature, allowed, lambda x: 0 <= x < math.inf)
     top_k = checked_integer("top_k", top_k, 0, advice="; 0 is off")
     allowed = "above 0 and at most 1; 1 is off"
-    top_p = _checked(float, "top_p", top_p, allowed, lambda x: 0 < x <= 1)
+    top_p = _checked_real("top_p", top_p, allowed, lambda x: 0 < x <= 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
     banned = tuple(_checked_ids(banned_ids, vocab_size, "banned_ids").tolist())
     if len(set(banned)) == vocab_size:
@@ -143,12 +97,9 @@ def checked_texts(prompts: Any, batch_size: int) -> list[str]:
     """List the prompts of `generate_text`, or raise `UserError`; one text or None is for all."""
     if prompts is None or isinstance(prompts, str):
         return [prompts or ""] * batch_size
-    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
-        raise UserError(f"prompts: {type(prompts).__name__}; pass a text, or a list of texts")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise UserError(f"prompt {index}: {type(prompt).__name__}; pass a text")
-    return list(prompts)
+    if isinstance(prompts, list | tuple) and all(isinstance(prompt, str) for prompt in prompts):
+        return list(prompts)
+    raise UserError(f"prompts={prompts!r}: must be a text or a list of texts")
 
 
 def checked_prompts(
@@ -168,17 +119,15 @@ def checked_prompts(
         if batch_size is None:
             raise UserError("prompts: none given; pass at least one, or a state to continue from")
         return [np.zeros(0, np.int32)] * batch_size
-    if isinstance(prompts, jax.Array):
-        prompts = as_array(prompts, "prompts")
-    is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
-    if not is_array and (isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)):
+    given: Any = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
+    is_array = isinstance(given, np.ndarray) and given.ndim > 0
+    if not is_array and (isinstance(given, str | bytes) or not isinstance(given, Sequence)):
         raise UserError(
             f"prompts: {type(prompts).__name__}; pass sequences of token ids, or call generate_text"
         )
-    sequences: Any = [prompts] if len(prompts) > 0 and _is_id(prompts[0]) else prompts
-    checked = [
-        _checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(sequences)
-    ]
+    if len(given) > 0 and (not hasattr(given[0], "__len__") or getattr(given[0], "ndim", 1) == 0):
+        given = [given]
+    checked = [_checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(given)]
     if batch_size is not None and len(checked) != batch_size:
         raise UserError(
             f"prompts: {len(checked)} for a state of {batch_size} sequences; pass one for each"
@@ -191,35 +140,32 @@ def checked_prompts(
     return checked
 
 
-def _is_id(value: Any) -> bool:
-    return not hasattr(value, "__len__") or getattr(value, "ndim", None) == 0
-
-
 def checked_length(max_new_tokens: Any, batch_size: int) -> int:
     """Convert `max_new_tokens` to ``int``; raises `UserError` if they do not fit in memory."""
     length = checked_integer("max_new_tokens", max_new_tokens, 0, _MAX_TOKENS)
-    what = f"max_new_tokens={length}"
-    check_memory(
-        batch_size * length * np.dtype(np.int32).itemsize, what, "generate fewer at a time"
-    )
+    num_bytes = batch_size * length * np.dtype(np.int32).itemsize
+    check_memory(num_bytes, f"max_new_tokens={length}", "generate fewer at a time")
     return length
 
 
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
-    ids = as_array(ids, where)
-    if ids.dtype.kind in "US":
+    try:
+        array = np.asarray(ids)
+    except (ValueError, TypeError) as error:  # of unequal lengths, or without a value
+        raise UserError(f"{where}: no flat sequence of token ids ({error})") from error
+    if array.dtype.kind in "US":
         raise UserError(f"{where}: text; pass token ids, or call generate_text")
-    if ids.ndim != 1:
-        raise UserError(f"{where}: has {ids.ndim} axes; pass one flat sequence of token ids")
-    if len(ids) == 0:
+    if array.ndim != 1:
+        raise UserError(f"{where}: has {array.ndim} axes; pass one flat sequence of token ids")
+    if len(array) == 0:
         return np.zeros(0, np.int32)
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{where}: {ids.dtype} values; token ids are integers")
-    outside = (ids < 0) | (ids >= vocab_size)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{where}: {array.dtype} values; token ids are integers")
+    outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         at = int(np.argmax(outside))
         raise UserError(
-            f"{where}: token {ids[at]} at position {at} is outside the vocabulary of {vocab_size}; "
-            "encode with the tokenizer of this model"
+            f"{where}: token {array[at]} at position {at} is outside the vocabulary of "
+            f"{vocab_size}; encode with the tokenizer of this model"
         )
-    return ids.astype(np.int32)
+    return array.astype(np.int32)

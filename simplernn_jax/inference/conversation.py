@@ -1,28 +1,20 @@
 """A conversation with a chat model, whose decoder state is carried from turn to turn."""
 
 import contextlib
-import dataclasses
+import copy
 from collections.abc import Callable
+from typing import Any
 
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.state import DecoderState, check_state
-from simplernn_jax.inference.text import StopStrings, generate_text
+from simplernn_jax.inference.text import StopStrings, Texts, generate_text
 from simplernn_jax.models import LanguageModel
 
 
 class _TurnEnded(Exception):
     """The model has ended its turn."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """A message and its reply, and the state after them."""
-
-    question: str
-    answer: str
-    state: DecoderState
 
 
 class Conversation:
@@ -61,7 +53,8 @@ class Conversation:
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._first = state
         self._system = system
-        self.turns: list[Turn] = []
+        self.turns: list[DecoderState] = []
+        """States after each question and its answer."""
         try:
             tokenizer.encode(self._question(""))
         except UserError as error:
@@ -70,30 +63,28 @@ class Conversation:
     @property
     def state(self) -> DecoderState | None:
         """State after the last turn; None before the first one."""
-        return self.turns[-1].state if self.turns else self._first
+        return self.turns[-1] if self.turns else self._first
 
     def ask(
         self,
         question: str,
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
         on_text: Callable[[str], None] | None = None,
+        **sampling: Any,
     ) -> str:
         """Ask, and return the answer, which ends with the model's turn or `max_new_tokens`.
 
         Args:
           question: what the user says.
-          max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
+          max_new_tokens: as for `generate`.
           on_text: called with the characters of the answer as they come.
+          **sampling: temperature, top_k, top_p and seed, as for `generate`.
 
         Raises:
           UserError: a question that the template or the tokenizer rejects, or as for `generate`.
         """
-        asked = self._prefill(self._question(question), self.state)
+        asked = self._continue(self._question(question), self.state, max_new_tokens=0).state
         answer, turn = "", StopStrings([self._template.stop])
 
         def show(text: str) -> None:
@@ -108,44 +99,25 @@ class Conversation:
                 raise _TurnEnded
 
         with contextlib.suppress(_TurnEnded):
-            generate_text(
-                self._model,
-                self._tokenizer,
-                state=asked,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                on_text=take,
-            )
+            self._continue(None, asked, max_new_tokens=max_new_tokens, on_text=take, **sampling)
             show(turn.finish())
         # Not the state of the generation, which may have gone past the end of the turn.
-        said = self._prefill(answer + self._template.end_of_turn, asked)
-        self.turns.append(Turn(question, answer, said))
+        said = self._continue(answer + self._template.end_of_turn, asked, max_new_tokens=0)
+        self.turns.append(said.state)
         return answer
 
     def undo(self) -> None:
         """Take back the last turn, if there is one."""
         self.turns = self.turns[:-1]
 
-    def reset(self) -> None:
-        """Begin anew, after the state that the conversation began with."""
-        self.turns = []
-
     def fork(self) -> "Conversation":
         """Copy the conversation; both continue independently."""
-        copy = Conversation(
-            self._model, self._tokenizer, self._template, state=self._first, system=self._system
-        )
-        copy.turns = list(self.turns)
-        return copy
+        fork = copy.copy(self)
+        fork.turns = list(self.turns)
+        return fork
 
-    def _prefill(self, text: str, state: DecoderState | None) -> DecoderState:
-        """Return the state after `text`."""
-        return generate_text(
-            self._model, self._tokenizer, text, state=state, max_new_tokens=0
-        ).state
+    def _continue(self, text: str | None, state: DecoderState | None, **settings: Any) -> Texts:
+        return generate_text(self._model, self._tokenizer, text, state=state, **settings)
 
     def _question(self, question: str) -> str:
         """Render a question, and the beginning of its answer."""

@@ -11,7 +11,6 @@ import numpy as np
 from simplernn_jax.devices import check_memory
 from simplernn_jax.inference.arguments import (
     Prompts,
-    check_callback,
     check_logits,
     check_model,
     checked_length,
@@ -105,7 +104,6 @@ def generate(
     check_model(model)
     vocab_size = model.config.vocab_size
     sampling = checked_sampling(vocab_size, temperature, top_k, top_p, seed, eos_id, banned_ids)
-    check_callback("on_tokens", on_tokens)
     if state is not None:
         check_state(model, state)
     prompts = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
@@ -142,30 +140,26 @@ def generate(
             on_tokens(new)
     layers, logits = sequences.state
     check_logits(logits)  # not at every block, which would wait for the next one
-    state = dataclasses.replace(
-        state,
-        layers=layers,
-        logits=logits,
-        position=sequences.position,
-        finished=jnp.asarray(finished),
+    state = DecoderState(
+        layers, logits, sequences.position, state.stream, jnp.asarray(finished), state.recent
     )
-    generation = Generation(tokens=tokens, lengths=lengths, state=state)
-    return dataclasses.replace(generation, state=_remember(state, generation.sequences()))
+    generation = Generation(tokens, lengths, state)
+    return dataclasses.replace(generation, state=_with_recent(state, generation.sequences()))
 
 
 def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:
+    num_bytes = len(prompts) * state_bytes(state_shapes(model, 1))
+    check_memory(num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
     seen: Counter[bytes] = Counter()
     streams = []
     for prompt in prompts:
         streams.append(seen[prompt.tobytes()])
         seen[prompt.tobytes()] += 1
-    num_bytes = len(prompts) * state_bytes(state_shapes(model, 1))
-    check_memory(num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
     state = empty_state(model, len(prompts))
     return dataclasses.replace(state, stream=jnp.asarray(streams, jnp.int32))
 
 
-def _remember(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
+def _with_recent(state: DecoderState, new: list[np.ndarray]) -> DecoderState:
     recent = [
         np.concatenate([old, tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
         for old, tokens in zip(np.asarray(state.recent), new, strict=True)
@@ -188,7 +182,7 @@ def _prefill(engine: Engine, state: DecoderState, prompts: list[np.ndarray]) -> 
         done += count
     finished = jnp.asarray(np.asarray(state.finished) & (size == 0))
     state = dataclasses.replace(state, layers=now.layers, logits=now.logits, finished=finished)
-    return _remember(state, prompts)
+    return _with_recent(state, prompts)
 
 
 def _blocks(

@@ -120,13 +120,8 @@ def decoder_weights(model: LanguageModel, kind: str) -> DecoderWeights:
 
 def _in_projection(cell: Any) -> tuple[jax.Array, jax.Array]:
     """Concatenate the input projections of a cell, and their biases, which follow their scale."""
-    linears = [
-        cell.query_proj,
-        cell.key_proj,
-        cell.value_proj,
-        cell.gate_proj,
-        cell.output_gate_proj,
-    ]
+    names = "query_proj", "key_proj", "value_proj", "gate_proj", "output_gate_proj"
+    linears = [getattr(cell, name) for name in names]
     kernels = [linear.kernel[...] for linear in linears]
     biases = [_bias(linear) for linear in linears]
     biases[0] = biases[0] * cell.query_scale

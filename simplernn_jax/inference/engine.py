@@ -9,7 +9,7 @@ function computes the model: see `decoder_weights`.
 import functools
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -119,22 +119,17 @@ class Engine:
           Each state after the chunk, and the inputs of the head at all its tokens, [b, T, D], which
           mean nothing from `num_tokens` on.
         """
-        result: tuple[tuple[PrefixState, jax.Array], ...]
-        result = self.programs.prefill(self.weights, tuple(states), tokens, num_tokens)
-        return result
+        return self.programs.prefill(self.weights, tuple(states), tokens, num_tokens)
 
     def score(self, hidden: jax.Array, targets: np.ndarray) -> TokenLogprobs:
         """Compute the log-probabilities of `targets` [T] from inputs of the head, [1, T, D]."""
-        scores: TokenLogprobs = self.programs.score(self.parameters, hidden, targets)
-        return scores
+        return self.programs.score(self.parameters, hidden, targets)
 
     def decode(
         self, sequences: Sequences, is_active: np.ndarray, num_tokens: int
     ) -> tuple[Block, Sequences]:
         """Decode up to `num_tokens` more tokens of the active sequences; donates `sequences`."""
-        result: tuple[Block, Sequences]
-        result = self.programs.decode(self.weights, sequences, is_active, np.int32(num_tokens))
-        return result
+        return self.programs.decode(self.weights, sequences, is_active, np.int32(num_tokens))
 
 
 @jax.jit
@@ -189,14 +184,8 @@ def split_model(model: LanguageModel) -> tuple[Architecture, list[Array]]:
     return Architecture(graphdef, treedef, decodes_natively(model)), parameters
 
 
-class _Packed(NamedTuple):
-    architecture: Architecture
-    parameters: list[weakref.ref[Array]]
-    weights: DecoderWeights
-
-
-_packed: list[_Packed] = []
-"""The newest packed weights, as long as the parameters exist."""
+_packed: list[tuple[Architecture, list[weakref.ref[Array]], DecoderWeights]] = []
+"""The newest packed weights, as long as their parameters exist."""
 
 
 def weights_for(architecture: Architecture, parameters: list[Array]) -> Any:
@@ -206,18 +195,18 @@ def weights_for(architecture: Architecture, parameters: list[Array]) -> Any:
     """
     if not architecture.decodes_natively:
         return parameters
-    for kept in list(_packed):
-        is_same = all(ref() is x for ref, x in zip(kept.parameters, parameters, strict=False))
-        if is_same and kept.architecture == architecture:
-            return kept.weights
+    for kept, references, weights in list(_packed):
+        is_same = all(ref() is x for ref, x in zip(references, parameters, strict=False))
+        if is_same and kept == architecture:
+            return weights
     weights = _pack(architecture)(parameters)
     references = [weakref.ref(x, lambda _: _packed.clear()) for x in parameters]
-    _packed[:] = [_Packed(architecture, references, weights)]
+    _packed[:] = [(architecture, references, weights)]
     return weights
 
 
 @functools.lru_cache(maxsize=16)
-def _pack(architecture: Architecture) -> Any:
+def _pack(architecture: Architecture) -> Callable[[list[Array]], DecoderWeights]:
     def pack(parameters: list[Array]) -> DecoderWeights:
         model = architecture.merge(parameters)
         return decoder_weights(model, weight_format(model))
@@ -228,9 +217,9 @@ def _pack(architecture: Architecture) -> Any:
 class _Programs(NamedTuple):
     """Jitted functions of one architecture, for the methods of `Engine`."""
 
-    prefill: Any
-    score: Any
-    decode: Any
+    prefill: Callable[..., tuple[tuple[PrefixState, jax.Array], ...]]
+    score: Callable[..., TokenLogprobs]
+    decode: Callable[..., tuple[Block, Sequences]]
 
 
 @functools.lru_cache(maxsize=16)

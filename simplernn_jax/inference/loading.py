@@ -28,7 +28,6 @@ from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_d
 
 WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"
-_DIGEST, _WEIGHTS_DIGEST = "sha256", "weights_sha256"
 _MAX_RUN_BYTES = 1 << 30
 """Maximum size of `RUN`, which holds a whole tokenizer."""
 
@@ -42,8 +41,8 @@ def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
         "config": json.loads(config_lib.to_json(config)),
         "tokenizer": json.loads(tokenizer.to_json()),
     }
-    run[_WEIGHTS_DIGEST] = weights_digest(weights)
-    return json.dumps(run | {_DIGEST: _digest_of(run)}, indent=2) + "\n"
+    run["weights_sha256"] = weights_digest(weights)
+    return json.dumps(run | {"sha256": _digest_of(run)}, indent=2) + "\n"
 
 
 def is_exported(folder: Any) -> bool:
@@ -67,9 +66,9 @@ def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
         run: Any = json.loads(read_file(path, _MAX_RUN_BYTES))
         if not isinstance(run, dict):
             raise ValueError("not an object")
-        if _DIGEST in run and run.pop(_DIGEST) != _digest_of(run):
+        if "sha256" in run and run.pop("sha256") != _digest_of(run):
             raise ValueError("its content differs from what was exported")
-        digest = run.pop(_WEIGHTS_DIGEST, None)
+        digest = run.pop("weights_sha256", None)
         if run.keys() != {"config", "tokenizer"}:
             raise ValueError(f"its fields are {', '.join(run)}")
         config = config_lib.from_json(json.dumps(run["config"]))

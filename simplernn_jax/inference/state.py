@@ -6,7 +6,7 @@ of everything else, so that neither a stale nor a corrupt state is ever used.
 
 import dataclasses
 import functools
-import os
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -20,15 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.devices import check_memory
+from simplernn_jax.devices import check_memory, host_memory
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import open_file, sha256_hex, write_file
-from simplernn_jax.inference.arguments import (
-    check_model,
-    check_tokenizer,
-    checked_integer,
-    checked_path,
-)
+from simplernn_jax.files import read_file, sha256_hex, write_file
+from simplernn_jax.inference.arguments import check_model, checked_integer
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
 from simplernn_jax.parallel.named_leaves import named_leaves
@@ -37,16 +32,9 @@ RECENT_TOKENS = 64
 """Ids kept as context for the text of the next ones: with some tokenizers the text of a token
 depends on its neighbors, and a character may begin in one call and end in the next."""
 
-_MAX_STREAMS = 2**31
-"""Random streams have int32 numbers."""
-
-_FORMAT = "simplernn_jax decoder state"
-_VERSION = "1"
+_FORMAT = {"format": "simplernn_jax decoder state", "version": "1"}
 
 _ADVICE = "specify a file of a saved state"
-
-_MAX_HEADER_BYTES = 1 << 24
-"""Bytes of names and shapes in a file at most; a thousand layers need less than one MB."""
 
 
 @jax.tree_util.register_dataclass
@@ -102,11 +90,13 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
     """Check `state` against the arrays of `model`; raises `UserError`, beginning with `where`."""
     _check_is_state(state, where)
     needed = state_shapes(model, np.size(state.position))
-    ours, theirs = (", ".join(map(_described, jax.tree.leaves(tree))) for tree in (needed, state))
-    structure: Any = jax.tree.structure(needed)
-    if ours != theirs or structure != jax.tree.structure(state):
+    ours, theirs = (
+        {name: (np.shape(leaf), leaf.dtype) for name, leaf in named_leaves(tree).items()}
+        for tree in (needed, state)
+    )
+    if ours != theirs:
         raise UserError(
-            f"{where}: its arrays are {theirs} and this model's {ours}; use the model that made it"
+            f"{where}: its arrays are not those of this model; use the model that made it"
         )
 
 
@@ -115,15 +105,6 @@ def _check_is_state(state: Any, where: str) -> None:
         raise UserError(
             f"{where}: {type(state).__name__}; pass the state that generate or load_state returned"
         )
-
-
-def _described(leaf: Any) -> str:
-    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}"
-
-
-@functools.partial(jax.jit, static_argnames="n")
-def _repeat(state: DecoderState, n: int) -> DecoderState:
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
 
 
 def fork_state(state: DecoderState, n: int) -> DecoderState:
@@ -144,72 +125,53 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
       UserError: `n` is not an integer or below 1, or the copies do not fit into memory.
     """
     _check_is_state(state, "state")
-    n = checked_integer("n", n, 1, _MAX_STREAMS - 1)
+    n = checked_integer("n", n, 1, 2**31 - 1)
     check_memory(n * state_bytes(state), f"n={n}", "make fewer copies")
     own = np.asarray(state.stream, np.int64)[:, None]
     # Only sequences on one stream may share the new ones: their prompts differ.
     rank = np.unique(own, return_inverse=True)[1].reshape(-1, 1)
     others = np.max(own) + 1 + rank * (n - 1) + np.arange(n - 1)
     stream = np.concatenate([own, others], axis=1).reshape(-1)
-    if np.max(stream, initial=0) >= _MAX_STREAMS:
-        raise UserError(f"n={n}: the random streams of the state are used up; make fewer copies")
-    copies = _repeat(state, n)
+    copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), state)
     return dataclasses.replace(copies, stream=jnp.asarray(stream, jnp.int32))
 
 
 def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Save `state` to a file, atomically; an existing regular file is replaced.
 
-    Args:
-      path: of the file, usually ending in ``.safetensors``.
-      state: any number of sequences.
-      model: the one that created the state.
-      tokenizer: the one of its tokens.
+    `model` created the state, and `tokenizer` its tokens.
 
     Raises:
       UserError: `path` cannot be written or is something else than a regular file, or the state
         does not fit the model.
     """
-    path = checked_path(path)
     check_model(model)
-    check_tokenizer(tokenizer, "to_json")
     check_state(model, state)
     try:
         write_file(path, encode_state(state, fingerprints(model, tokenizer)))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise UserError(
-            f"{path}: the state cannot be written ({error.strerror}); specify a file in a "
-            "writable folder with free space"
+            f"{path}: the state cannot be written ({getattr(error, 'strerror', error)}); specify a "
+            "file in a writable folder with free space"
         ) from error
 
 
 def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> DecoderState:
     """Load a state that `save_state` saved, bit-exactly.
 
-    Args:
-      path: of the file.
-      model: of the same parameters and configuration as the one that created the state.
-      tokenizer: equal to the one that the state was saved with.
+    `model` has the parameters and configuration of the one that created the state, and `tokenizer`
+    equals the one that it was saved with.
 
     Raises:
-      UserError: no regular file, not a state, corrupt, larger than memory, of another version of
-        the format, of another model or of another tokenizer.
+      UserError: no regular file, not a state, corrupt, larger than half of the memory, of another
+        version of the format, of another model or of another tokenizer.
     """
-    path = checked_path(path)
     check_model(model)
-    check_tokenizer(tokenizer, "to_json")
     try:
-        with open_file(path) as file:
-            size = file.read(8)
-            names = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER_BYTES))
-            _metadata(path, size + names)
-            num_bytes = os.fstat(file.fileno()).st_size
-            check_memory(num_bytes, path, "load it on a larger machine")
-            content = b"".join((size, names, file.read(num_bytes)))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_ADVICE}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: corrupted, or not a state ({error}); {_ADVICE}") from error
+        content = read_file(path, (host_memory() or sys.maxsize) // 2)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{path}: cannot be read ({reason}); {_ADVICE}") from error
     state, _ = decode_state(path, content, model, fingerprints(model, tokenizer))
     return jax.tree.map(jnp.array, state)
 
@@ -217,7 +179,7 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
 def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: str) -> bytes:
     """Make the content of a state file; `notes` are more entries of its signed metadata."""
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
-    header = {"format": _FORMAT, "version": _VERSION, **notes, **fingerprints}
+    header = {**_FORMAT, **notes, **fingerprints}
     header["sha256"] = digest_of(header, arrays)
     return safetensors.numpy.save(arrays, header)
 
@@ -227,10 +189,14 @@ def decode_state(
 ) -> tuple[DecoderState, dict[str, str]]:
     """Decode a state file to arrays and metadata; `UserError` begins with `where`."""
     try:
-        header = _metadata(where, content)
+        header = decode_metadata(content)
         arrays = decode_safetensors(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: corrupted, or not a state ({error}); {_ADVICE}") from error
+    if not _FORMAT.items() <= header.items():
+        raise UserError(
+            f"{where}: no state in version {_FORMAT['version']} of the format; {_ADVICE}"
+        )
     signed = {name: value for name, value in header.items() if name != "sha256"}
     if header.get("sha256") != digest_of(signed, arrays):
         raise UserError(f"{where}: corrupted; use another copy, or prefill its text again")
@@ -247,22 +213,7 @@ def decode_state(
     leaves = [arrays[name] for name in names]
     state: DecoderState = jax.tree.unflatten(jax.tree.structure(structure), leaves)
     check_state(model, state, where)
-    if np.max(state.recent, initial=-1) >= model.config.vocab_size:
-        raise UserError(f"{where}: holds token ids that this model does not have; {_ADVICE}")
     return state, header
-
-
-def _metadata(path: str, content: bytes) -> dict[str, str]:
-    """Parse the metadata; ValueError if not JSON, `UserError` if not a state of this version."""
-    metadata = decode_metadata(content)
-    if metadata.get("format") != _FORMAT:
-        raise UserError(f"{path}: holds no state; {_ADVICE}")
-    if metadata.get("version") != _VERSION:
-        raise UserError(
-            f"{path}: version {metadata.get('version')} of the format, and this program supports "
-            f"{_VERSION}; use the program that wrote it, or prefill its text again"
-        )
-    return metadata
 
 
 def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:

@@ -7,12 +7,7 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.arguments import (
-    check_callback,
-    check_model,
-    check_tokenizer,
-    checked_texts,
-)
+from simplernn_jax.inference.arguments import check_model, checked_texts
 from simplernn_jax.inference.decode import generate
 from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state
 from simplernn_jax.models import LanguageModel
@@ -64,8 +59,6 @@ def generate_text(
       UserError: not a text, a text that the tokenizer cannot encode, or as for `generate`.
     """
     check_model(model)
-    check_tokenizer(tokenizer)
-    check_callback("on_text", on_text)
     if state is not None:
         check_state(model, state)
     vocab_size = model.config.vocab_size
@@ -74,7 +67,13 @@ def generate_text(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}; "
             "use the tokenizer the model was trained with"
         )
-    ids, contexts = _encode(tokenizer, prompts, state)
+    batch_size = 1 if state is None else len(state.position)
+    ids = [tokenizer.encode(prompt) for prompt in checked_texts(prompts, batch_size)]
+    if state is None:
+        contexts = ids = [np.concatenate([[tokenizer.bos_id], prompt]) for prompt in ids]
+    else:  # not strict: `generate` rejects another number of prompts
+        pairs = zip(np.asarray(state.recent), ids, strict=False)
+        contexts = [np.concatenate([recent[recent >= 0], prompt]) for recent, prompt in pairs]
     streams = [TextStream(tokenizer, context) for context in contexts]
     texts = [""] * len(ids)
 
@@ -101,20 +100,6 @@ def generate_text(
     )
     take([stream.finish() for stream in streams])
     return Texts(texts, generation.state)
-
-
-def _encode(
-    tokenizer: Tokenizer, prompts: str | Sequence[str] | None, state: DecoderState | None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Encode the prompts; return their ids and the last ids before the new ones."""
-    batch_size = 1 if state is None else len(state.position)
-    encoded = [tokenizer.encode(prompt) for prompt in checked_texts(prompts, batch_size)]
-    if state is None:
-        encoded = [np.concatenate([[tokenizer.bos_id], ids]) for ids in encoded]
-        return encoded, encoded
-    # Not strict: `generate` rejects another number of prompts.
-    pairs = zip(np.asarray(state.recent), encoded, strict=False)
-    return encoded, [np.concatenate([recent[recent >= 0], ids]) for recent, ids in pairs]
 
 
 class TextStream:

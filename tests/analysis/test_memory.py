@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,23 +9,17 @@ from flax import nnx
 from small_runs import HYBRID, small_config
 
 from simplernn_jax.analysis import memory
-from simplernn_jax.analysis.memory import effective_rank, half_gone, half_life, measure_memory
+from simplernn_jax.analysis.memory import effective_rank, half_life, measure_memory
 from simplernn_jax.analysis.recording import find_mixers, record
 from simplernn_jax.models import LanguageModel
 
 TOKENS = np.random.default_rng(1).integers(0, 30, 23)
 
 
-def make_model():
-    """Return a model whose second layer is attention."""
-    config = small_config(**HYBRID, vocab_size=30, num_heads=2, mixer_options={"context": 7})
-    return LanguageModel(config.model, rngs=nnx.Rngs(0))
-
-
-@jax.jit
+@nnx.jit
 def all_at_once(model):
     """Log gates and final state of the first layer."""
-    call = record(model, jnp.asarray(TOKENS, jnp.int32)[None]).layers[0]
+    call = record(model, jnp.asarray(TOKENS, jnp.int32)[None])[0][0]
     return find_mixers(model)[0].cell.project(call.inputs)[0][3], call.final_state
 
 
@@ -54,7 +47,8 @@ def test_effective_rank_of_known_matrices(matrix, rank):
 @pytest.mark.parametrize(("points", "positions"), [(200, range(1, 24)), (4, [6, 12, 18, 23])])
 def test_measured_on_the_way_as_all_at_once(monkeypatch, points, positions):
     monkeypatch.setattr(memory, "_POINTS", points)
-    model = make_model()
+    config = small_config(**HYBRID, vocab_size=30, num_heads=2, mixer_options={"context": 7})
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))  # its second layer is attention
     measured = measure_memory(model, TOKENS)
     assert list(measured.positions) == list(positions)
     layer, other = measured.layers
@@ -69,17 +63,3 @@ def test_measured_on_the_way_as_all_at_once(monkeypatch, points, positions):
     np.testing.assert_allclose(
         layer.ranks[-1], effective_rank(np.asarray(final_state[0])), rtol=1e-4
     )
-
-
-@pytest.mark.parametrize(
-    ("lives", "expected"),
-    [
-        ([5.0], 5),
-        ([3.0, 3.0, 3.0], 3),
-        ([np.inf, np.inf, 1.0], np.inf),
-        ([0.0], 0),
-        ([np.inf, 2.0, 2.0], 4),  # 1/3 + 2/3 * 1/4
-    ],
-)
-def test_half_of_all_channels_is_gone_after(lives, expected):
-    assert half_gone(np.array(lives)) == pytest.approx(expected, abs=1e-6)

@@ -10,14 +10,12 @@ from flax import nnx
 from small_runs import small_config
 from token_splits import PAD, make_split
 
+from simplernn_jax.analysis import state_value
 from simplernn_jax.analysis.state_value import (
-    LONG_TEXT,
-    choose_split,
-    document_split,
+    SHORT_CONTEXT,
+    context_gains,
     loss_by_position,
     loss_by_reset,
-    reset_intervals,
-    short_context_losses,
     token_losses,
 )
 from simplernn_jax.data.batches import document_ends
@@ -74,69 +72,32 @@ def test_loss_by_position_bins_every_prediction(monkeypatch, batch_tokens, max_r
     assert list(loss.starts) == [1, 2, 4, 8, 16, 32, 64]
     assert loss.counts.sum() == SPLIT.num_predictions
     for index, start in enumerate(loss.starts):
-        for at, nats, mean, error in (
-            (positions, carried, loss.carried, loss.errors),
-            (reset_positions, reset, loss.reset, loss.reset_errors),
+        for at, nats, mean in (
+            (positions, carried, loss.carried),
+            (reset_positions, reset, loss.reset),
         ):
             inside = nats[(at >= start) & (at < 2 * start)]
             assert loss.counts[index] == len(inside)
             assert mean[index] == pytest.approx(inside.mean(), rel=1e-5)
-            expected = inside.std(ddof=1) / len(inside) ** 0.5
-            assert error[index] == pytest.approx(expected, rel=1e-4)
     assert abs(loss.reset[-1] - loss.carried[-1]) > 1e-3
 
 
 def test_loss_by_reset_equals_reading_piece_by_piece():
-    losses = loss_by_reset(EVALUATOR, params(), SPLIT, 0, [0, 5, 1, 10**6])
-    assert list(losses) == [0, 5, 1, 10**6]
+    losses = loss_by_reset(EVALUATOR, params(), SPLIT, 0, [0, 5, 10**6])
+    assert list(losses) == [0, 5, 10**6]
     for interval, result in losses.items():
         expected = nats_by_position(interval or 10**6)[:, 1].mean()
         assert result.nats_per_token == pytest.approx(expected, rel=1e-5)
         assert result.predictions == SPLIT.num_predictions
 
 
-def test_token_losses_follow_the_text(monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 7)
-    tokens = SPLIT.tokens[:33]
-    losses = token_losses(EVALUATOR, params(), document_split(tokens, 31))
-    np.testing.assert_allclose(losses, nats(tokens), rtol=1e-5)
-
-
-@pytest.mark.parametrize("context", [3, 500])
-def test_short_context_sees_its_tokens_alone(context):
+def test_gains_compare_the_full_context_with_a_short_one(monkeypatch):
+    monkeypatch.setattr(state_value, "_MAX_GAINS", 10)
     tokens = np.resize(SPLIT.tokens, 511)
-    losses = short_context_losses(EVALUATOR, params(), tokens, 10, context)
-    expected = [nats(tokens[at - context : at + 1])[-1] for at in range(501, 511)]
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("longest", "window", "expected"),
-    [(1, 7, [0, 4, 7]), (64, 7, [0, 4, 7, 16]), (65, 16, [0, 4, 16, 64])],
-)
-def test_intervals_reach_through_the_longest_document(longest, window, expected):
-    assert reset_intervals(longest, window) == expected
-
-
-@pytest.mark.parametrize(
-    ("length", "held_out", "is_text"),
-    [
-        (9, None, True),
-        (9, (8,), False),
-        (9, (7,), True),
-        (9, (1, 2, 6, 3), False),
-        (LONG_TEXT, (2 * LONG_TEXT,), True),
-        (LONG_TEXT - 1, (2 * LONG_TEXT,), False),
-    ],
-)
-def test_a_short_text_is_replaced_by_a_longer_validation_split(length, held_out, is_text):
-    document = document_split(np.zeros(length, np.int32), length - 1)
-    validation = None if held_out is None else make_split(held_out)
-    split, name = choose_split(document, validation)
-    assert (split is document) == is_text
-    assert (split is validation) != is_text
-    assert name == (
-        "the given text"
-        if is_text
-        else f"the validation split of the run (documents: {len(held_out)})"
-    )
+    losses = token_losses(EVALUATOR, params(), tokens)
+    np.testing.assert_allclose(losses, nats(tokens), rtol=1e-5)
+    gains = context_gains(EVALUATOR, params(), tokens, losses)
+    short = [nats(tokens[at - SHORT_CONTEXT : at + 1])[-1] for at in range(501, 511)]
+    np.testing.assert_allclose(gains, short - losses[-10:], rtol=1e-4, atol=1e-5)
+    few = tokens[: SHORT_CONTEXT + 1]
+    assert not len(context_gains(EVALUATOR, params(), few, losses[:SHORT_CONTEXT]))

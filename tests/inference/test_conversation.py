@@ -44,7 +44,7 @@ def test_state_is_that_of_the_rendered_text(loaded):
             atol=1e-5,
         )
         assert text.state.recent.tolist() == conversation.state.recent.tolist()
-    assert [turn.question for turn in conversation.turns] == ["hä?", "more", ""]
+    assert len(conversation.turns) == 3
 
 
 def test_answer_continues_the_rendered_question(loaded):
@@ -56,7 +56,7 @@ def test_answer_continues_the_rendered_question(loaded):
     assert answer == text.partition("\x04")[0]
 
 
-def test_undo_reset_and_fork(loaded):
+def test_undo_and_fork(loaded):
     conversation = Conversation(*loaded)
     first = conversation.ask("x", max_new_tokens=9)
     fork = conversation.fork()
@@ -65,14 +65,12 @@ def test_undo_reset_and_fork(loaded):
     conversation.undo()
     assert len(conversation.turns) == 1
     assert conversation.ask("y", max_new_tokens=9) == second
-    continued = Conversation(*loaded, state=fork.turns[0].state)
+    continued = Conversation(*loaded, state=fork.turns[0])
     assert continued.ask("y", max_new_tokens=9) == second
-    conversation.reset()
+    conversation.undo()
+    conversation.undo()
     assert conversation.state is None
     assert conversation.ask("x", max_new_tokens=9) == first
-    conversation.undo()
-    conversation.undo()
-    assert not conversation.turns
     with pytest.raises(UserError, match="control characters"):
         conversation.ask("\x01", max_new_tokens=9)
 
@@ -114,17 +112,14 @@ def test_chat_script(workdir, tmp_path, loaded):
         "message: a message c",
     ]
     state = load_state(tmp_path / "s", *loaded[:2])
-    np.testing.assert_array_equal(state.recent, expected.turns[0].state.recent)
+    np.testing.assert_array_equal(state.recent, expected.turns[0].recent)
 
 
-def test_system_messages_that_no_question_could_follow(workdir):
-    cases = [
-        ([f"--workdir={workdir}", f"--system={text}"], "system: ", part)
-        for text, part in (("\udcff", "half a surrogate pair"), ("\x02", "control characters"))
-    ]
-    assert_each_refused("scripts/chat.py", *cases)
-
-
-def test_a_model_of_plain_text_is_refused(tmp_path):
-    case = [f"--workdir={untrained_run(tmp_path)}"], "not trained on conversations"
-    assert_each_refused("scripts/chat.py", case)
+def test_what_chat_cannot_use_is_refused(workdir, tmp_path):
+    flag = f"--workdir={workdir}"
+    assert_each_refused(
+        "scripts/chat.py",
+        ([flag, "--system=\udcff"], "system: ", "half a surrogate pair"),
+        ([flag, "--system=\x02"], "system: ", "control characters"),
+        ([f"--workdir={untrained_run(tmp_path)}"], "not trained on conversations"),
+    )

@@ -91,9 +91,7 @@ def test_equals_the_modules_and_does_not_depend_on_the_batch(sizes, quantize):
 
 
 @pytest.mark.parametrize("quantize", ["none", "int4"])
-@pytest.mark.parametrize(
-    ("shortest", "longest", "per_thread"), [(1, 1, 20), (9, 9, 8), (20, 40, 8)]
-)
+@pytest.mark.parametrize(("shortest", "longest", "per_thread"), [(1, 1, 20), (20, 40, 8)])
 def test_threads_that_take_groups_of_sequences_change_no_bit(
     quantize, shortest, longest, per_thread
 ):
@@ -103,9 +101,12 @@ def test_threads_that_take_groups_of_sequences_change_no_bit(
     lengths = draw.integers(shortest, longest, batch, np.int32, endpoint=True)
     lengths[::7] = 0
     tokens = draw_tokens(batch, longest)
+    # What follows the tokens of a sequence is never read, not even where it is no id.
+    tokens[np.arange(longest) >= lengths[:, None]] = VOCAB
     logits, states = jnp.full((batch, VOCAB), 3.0), model.initial_state(batch)
     for _ in range(2):  # the second call begins with states that differ
         found = step(packed(model), tokens, lengths, logits, states)
+        assert np.isfinite(found[0]).all()
         for first in range(batch):  # one sequence is no group
             of_part = functools.partial(jax.tree.map, lambda x, i=first: x[i : i + 1])
             arguments = of_part((tokens, lengths, logits, states))
@@ -115,9 +116,8 @@ def test_threads_that_take_groups_of_sequences_change_no_bit(
 
 @pytest.mark.oldest_python
 @pytest.mark.parametrize(("sizes", "quantize"), KINDS)
-@pytest.mark.parametrize("lengths", [[131], [1, 37, 93]])
-def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize, lengths):
-    model = make_model(sizes, quantize)
+def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize):
+    model, lengths = make_model(sizes, quantize), [1, 37, 93]
     tokens = draw_tokens(3, sum(lengths))
     expected, expected_states = run(model, tokens)
     logits, states = jnp.zeros((3, VOCAB)), model.initial_state(3)
@@ -132,39 +132,12 @@ def test_results_do_not_depend_on_the_number_of_tokens_in_a_call(sizes, quantize
     assert_near(heads, expected, quantize)
 
 
-@pytest.mark.oldest_python
-@pytest.mark.parametrize("quantize", ["none", "int4"])
-def test_sequences_of_a_call_have_lengths_of_their_own(quantize):
-    model = make_model("small", quantize)
-    tokens, lengths = draw_tokens(7, 131), np.array([0, 131, 1, 97, 2, 0, 130], np.int32)
-    before = jnp.full((7, VOCAB), 3.0)
-    found = step(packed(model), tokens, lengths, before, model.initial_state(7))
-    # What follows the tokens of a sequence is never read, not even where it is no id.
-    tokens[np.arange(131) >= lengths[:, None]] = VOCAB
-    again = step(packed(model), tokens, lengths, before, model.initial_state(7))
-    chex.assert_trees_all_equal(found, again)
-    for n, length in enumerate(lengths):
-        logits, hidden, states = jax.tree.map(lambda x, n=n: x[n : n + 1], found)
-        assert not hidden[:, length:].any()
-        expected = before[n : n + 1], hidden[:, :0], model.initial_state(1)
-        if length:
-            alone = tokens[n : n + 1, :length]
-            expected = step(packed(model), alone, all_of(alone), before[:1], expected[2])
-        chex.assert_trees_all_equal((logits, hidden[:, :length], states), expected)
-
-
 @pytest.mark.parametrize("count", [-1, 4, 2**31 - 1])
 def test_a_wrong_number_of_tokens_is_refused(count):
     model = make_model()
     arguments = draw_tokens(2, 3), np.array([1, count], np.int32), jnp.zeros((2, VOCAB))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"num_tokens: {count} is not in 0 to 3"):
         jax.block_until_ready(step(packed(model), *arguments, model.initial_state(2)))
-
-
-def test_an_id_outside_of_the_vocabulary_gives_nan():
-    tokens = np.array([[3], [VOCAB], [-1]], np.int32)
-    logits, _ = run(make_model(), tokens)
-    assert np.isnan(logits).all(axis=-1).ravel().tolist() == [False, True, True]
 
 
 @pytest.mark.fewer_cases
@@ -262,11 +235,8 @@ def test_wrong_arguments_are_refused():
     int8 = packed(make_model("small", "int8"))
     for call, error in (
         ((weights, tokens[:1], counts, logits, states), "num_tokens"),
-        ((weights, tokens[:, :0], counts, logits, states), "tokens: expected at least one"),
-        ((weights, tokens, counts, logits[:, 1:], states), "head_bias"),
         ((weights, tokens, counts, logits, states[:1]), "in_proj"),
         ((other, tokens, counts, logits, states), "embedding"),
-        ((weights._replace(mlp_in=weights.head), tokens, counts, logits, states), "mlp_in"),
         ((weights._replace(mlp_out=int8.mlp_out), tokens, counts, logits, states), "mlp_out"),
     ):
         with pytest.raises((ValueError, TypeError), match=error):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import gc
-import hashlib
-import json
 import os
 import random
 import weakref
@@ -14,16 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from odd_files import put_odd_file
 
-from simplernn_jax import devices
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import fork_state, generate, generate_text, load_state, save_state
-from simplernn_jax.inference.state import empty_state, state_shapes
+from simplernn_jax.inference.state import state_shapes
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.parallel.named_leaves import named_leaves
 
 BYTES = ByteTokenizer()
 DRAWN = {"temperature": 1.0, "seed": 3}
@@ -98,31 +93,7 @@ def test_a_cache_of_keys_and_values_goes_through_a_file(tmp_path):
     assert_equal(reloaded(tmp_path / "state", state, model), state)
 
 
-@pytest.mark.parametrize("block", ["plain", "residual"])
-def test_the_fingerprint_of_a_model_covers_its_configuration_and_parameters(tmp_path, block):
-    mixers = ("simple_rnn",) if block == "plain" else ("attention", "simple_rnn")
-    config = dataclasses.replace(
-        CONFIG, key_dim=12, block=block, num_layers=len(mixers), mixer=mixers
-    )
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
-    save_state(str(tmp_path / "state"), empty_state(model, 1), model, BYTES)
-    parameters = named_leaves(nnx.state(model, nnx.Param))
-    fields = dataclasses.asdict(config)
-    expected = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for path in sorted(parameters):
-        array = np.asarray(parameters[path])
-        expected.update(f"\n{path} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    with safetensors.safe_open(tmp_path / "state", "numpy") as file:
-        assert file.metadata()["model"] == expected.hexdigest()
-
-
-def test_saving_replaces_a_file_and_leaves_nothing_else(path, model, state):
-    other = generate(model, state=state, max_new_tokens=1).state
-    chex.assert_trees_all_equal(reloaded(path, other, model), other)
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_a_failed_save_leaves_the_old_file(path, model, state, monkeypatch):
+def test_a_file_is_replaced_or_left_as_it_was(path, model, state, monkeypatch):
     def full(descriptor):
         raise OSError(28, os.strerror(28))
 
@@ -132,21 +103,17 @@ def test_a_failed_save_leaves_the_old_file(path, model, state, monkeypatch):
         with pytest.raises(UserError, match="No space left on device"):
             save_state(str(path), other, model, BYTES)
     chex.assert_trees_all_equal(load_state(str(path), model, BYTES), state)
+    chex.assert_trees_all_equal(reloaded(path, other, model), other)
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("kind", ["fifo", "endless"])
-def test_anything_but_a_regular_file_is_not_read(tmp_path, model, kind):
-    put_odd_file(kind, tmp_path / "odd")
-    assert refusal(tmp_path / "odd", model).startswith("cannot be read (")
-
-
-@pytest.mark.parametrize("name", ["missing/state", "."])
-def test_a_path_that_cannot_be_written_is_named(tmp_path, model, state, name):
+@pytest.mark.parametrize("name", ["missing/state", ".", "\0"])
+def test_a_path_that_cannot_be_written_or_read_is_named(tmp_path, model, state, name):
     path = f"{tmp_path}/{name}"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"state cannot be written \("):
         save_state(path, state, model, BYTES)
-    assert str(caught.value).startswith(f"{path}: the state cannot be written (")
+    with pytest.raises(UserError, match=r"cannot be read \("):
+        load_state(path, model, BYTES)
 
 
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"num_heads": 1}, {}])
@@ -159,78 +126,39 @@ def test_other_parameters_or_another_configuration_of_them_are_refused(path, mod
     message = refusal(path, other)
     assert message.startswith("the state is of another model;")
     assert "--checkpoint=STEP" in message
-
-
-def test_another_tokenizer_is_refused(tmp_path, model, state):
-    path = tmp_path / "state"
-    save_state(str(path), state, model, CharTokenizer("abc"))
-    assert refusal(path, model, CharTokenizer("acb")).startswith(
-        "the state is of another tokenizer;"
-    )
-    chex.assert_trees_all_equal(load_state(str(path), model, CharTokenizer("abc")), state)
-
-
-def test_ids_that_the_model_does_not_have_are_refused(path, model, state):
-    recent = state.recent.at[1, -3].set(CONFIG.vocab_size)
-    save_state(str(path), dataclasses.replace(state, recent=recent), model, BYTES)
-    assert refusal(path, model).startswith("holds token ids that this model does not have; ")
+    message = refusal(path, model, CharTokenizer("acb"))
+    assert message.startswith("the state is of another tokenizer;")
 
 
 def test_every_damage_is_refused(path, model):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     draw = random.Random(0)
-    positions = [*range(header), *draw.choices(range(header, len(whole)), k=100), len(whole) - 1]
-    for position in positions:
+    positions = [*range(0, header, 3), *draw.choices(range(header, len(whole)), k=50)]
+    for position in [*positions, len(whole) - 1]:
         damaged = bytearray(whole)
         damaged[position] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         message = refusal(path, model)
         assert position < header or message.startswith("corrupted;")
-    for size in [*range(0, len(whole), 37), len(whole) - 1]:
-        path.write_bytes(whole[:size])
-        assert refusal(path, model).startswith("corrupted, or not a state (")
-    path.write_bytes(whole + b"\0")
-    assert refusal(path, model).startswith("corrupted, or not a state (")
-
-
-def test_other_files_are_refused(tmp_path, path, model):
-    newer = path.read_bytes().replace(b'"version":"1"', b'"version":"2"')
-    path.unlink()
-    assert refusal(path, model).startswith("cannot be read (No such file or directory);")
-    assert refusal(tmp_path, model).startswith("cannot be read (not a regular file);")
-    for content in (b"", b"Once upon a time", bytes(1000)):
+    for content in (*(whole[:size] for size in range(0, len(whole), 101)), whole + b"\0"):
         path.write_bytes(content)
         assert refusal(path, model).startswith("corrupted, or not a state (")
-    for metadata in (None, {"format": "pt"}):
-        path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3)}, metadata))
-        assert refusal(path, model).startswith("holds no state;")
-    path.write_bytes(newer)
-    assert refusal(path, model).startswith("version 2 of the format, and this program supports 1;")
+
+
+def test_other_files_are_refused(path, model):
+    newer = path.read_bytes().replace(b'"version":"1"', b'"version":"2"')
+    for content in (b"Once upon a time", bytes(1000)):
+        path.write_bytes(content)
+        assert refusal(path, model).startswith("corrupted, or not a state (")
+    for content in (safetensors.numpy.save({"weight": np.zeros(3)}), newer):
+        path.write_bytes(content)
+        assert refusal(path, model).startswith("no state in version 1 of the format;")
 
 
 def test_a_file_larger_than_memory_is_not_read(path, model, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(devices, "host_memory", lambda: 64)
-        assert refusal(path, model).startswith("needs 4 kB, more than half of the 64 B of mem")
-    load_state(str(path), model, BYTES)
-
-
-def test_copies_of_a_sequence_are_adjacent_and_differ_only_in_their_stream(state):
-    forked = fork_state(state, 3)
-    assert forked.stream.tolist() == [0, 1, 2, 0, 1, 2]
-    assert forked.stream.dtype == state.stream.dtype
-    for index in range(6):
-        own = sequence(state, index // 3)
-        copy = dataclasses.replace(sequence(forked, index), stream=own.stream)
-        chex.assert_trees_all_equal(copy, own)
-
-
-def test_the_first_copy_continues_as_the_sequence_and_the_others_do_not(model, state):
-    alone = generate(model, state=state, max_new_tokens=21, **DRAWN).tokens
-    forked = generate(model, state=fork_state(state, 3), max_new_tokens=21, **DRAWN).tokens
-    np.testing.assert_array_equal(forked[[0, 3]], alone)
-    assert len({tuple(tokens) for tokens in forked.tolist()}) == 6
+    monkeypatch.setattr("simplernn_jax.inference.state.host_memory", lambda: 64)
+    assert refusal(path, model).startswith("cannot be read (larger than 32 bytes);")
 
 
 def test_a_forked_prefix_continues_as_repeated_prompts(model):
@@ -242,57 +170,30 @@ def test_a_forked_prefix_continues_as_repeated_prompts(model):
 
 
 def test_repeated_forks_have_streams_of_their_own(state):
-    copies = chosen = sequence(state, 0)
+    copies = sequence(state, 0)
     chex.assert_trees_all_equal(fork_state(copies, 1), copies)
     for n in (3, 2, 2):
         copies = fork_state(copies, n)
     assert len(set(copies.stream.tolist())) == 12
-    for rounds in range(1, 8):
-        chosen = sequence(fork_state(chosen, 8), 7)
-        assert chosen.stream.tolist() == [7 * rounds]
 
 
-@pytest.mark.parametrize("n", [0, -1, True, 1.0, None, "2", 2**31])
+@pytest.mark.parametrize("n", [0, True, 1.0, 2**31])
 def test_other_numbers_of_copies_are_refused(state, n):
     with pytest.raises(UserError, match=rf"n={n!r}: must be an integer in \[1, 2147483647\]"):
         fork_state(state, n)
 
 
-def test_copies_that_memory_cannot_hold_are_refused(state):
-    with pytest.raises(
-        UserError, match=r"n=1000000000: needs [\d.]+ [GT]B, more than half of the "
-    ):
-        fork_state(state, 1_000_000_000)
-
-
 def test_only_a_state_is_forked_or_saved(tmp_path, model, state):
-    for other in (None, state.layers, "state", dataclasses.asdict(state)):
-        for call in (
-            lambda other=other: fork_state(other, 2),
-            lambda other=other: save_state(tmp_path / "state", other, model, BYTES),
-        ):
-            with pytest.raises(UserError, match="pass the state that generate or load_state ret"):
-                call()
+    for call in (lambda: fork_state("state", 2), lambda: save_state("x", None, model, BYTES)):
+        with pytest.raises(UserError, match="pass the state that generate or load_state ret"):
+            call()
     larger = LanguageModel(dataclasses.replace(CONFIG, num_layers=2), rngs=nnx.Rngs(0))
     for other, owner in ((dataclasses.replace(state, position=None), model), (state, larger)):
         with pytest.raises(UserError, match="use the model that made it"):
             save_state(tmp_path / "state", other, owner, BYTES)
     assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize("bad", [None, 3, b"state", "", "a\0b", "\ud800", np.ones((2, 3))])
-def test_invalid_paths_are_refused(bad, model, state):
-    with pytest.raises(UserError, match=r"^path="):
-        save_state(bad, state, model, BYTES)
-    with pytest.raises(UserError, match=r"^path="):
-        load_state(bad, model, BYTES)
-
-
-def test_other_models_and_tokenizers_are_refused(path, model, state):
     with pytest.raises(UserError, match=r"^model: NoneType; pass the LanguageModel of load_model"):
-        load_state(path, None, BYTES)
-    with pytest.raises(UserError, match=r"^tokenizer: str has no vocab_size; pass that of"):
-        save_state(path, state, model, "byte")
+        load_state(tmp_path / "state", None, BYTES)
 
 
 class Euros(ByteTokenizer):
@@ -325,7 +226,6 @@ def test_shapes_are_traced_once_for_each_model_and_keep_none_alive():
     model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
     shapes = state_shapes(model, 1)
     assert shapes is state_shapes(model, 1)
-    assert shapes.logits.shape == (1, CONFIG.vocab_size)
     assert state_shapes(model, 3).logits.shape == (3, CONFIG.vocab_size)
     found = weakref.ref(model)
     del model

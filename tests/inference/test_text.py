@@ -45,11 +45,6 @@ def test_a_stream_yields_every_character_once_complete(step, repeats):
     assert stream.finish() == ""
 
 
-def test_a_character_is_complete_with_its_last_byte():
-    stream = TextStream(BYTES, BYTES.encode("é"))
-    assert [stream.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
-
-
 def test_bytes_that_form_no_character_are_replaced():
     stream = TextStream(BYTES)
     assert stream.feed([0xE2, 0x82]) == ""
@@ -87,41 +82,17 @@ def test_text_ends_before_the_first_stop_string(stops, expected, step):
     assert found == (expected or text)
 
 
-def test_text_is_the_decoded_tokens():
-    model = make_model()
+def test_text_is_the_decoded_tokens_in_pieces():
+    model, calls = make_model(), []
     settings = {"max_new_tokens": 70, "temperature": 1.0, "seed": 3}
     prompts = ["ab", "", "x€", *[""] * (ROWS - 3)]
-    texts = generate_text(model, BYTES, prompts, **settings)
+    texts = generate_text(model, BYTES, prompts, on_text=calls.append, **settings)
     rows = [[BYTES.bos_id, *BYTES.encode(prompt)] for prompt in prompts]
     banned = [BYTES.bos_id, *range(BYTES.pad_id, BYTES.vocab_size + 300)]
     written = generate(model, rows, eos_id=BYTES.eos_id, banned_ids=banned, **settings)
     assert texts == [BYTES.decode(row) for row in written.sequences()]
-
-
-def test_text_is_streamed_in_pieces():
-    calls = []
-    texts = generate_text(
-        make_model(), BYTES, [""] * ROWS, max_new_tokens=100, temperature=2.0, on_text=calls.append
-    )
     assert texts == ["".join(call[row] for call in calls) for row in range(ROWS)]
     assert len(calls) > 2
-
-
-def test_special_and_unused_ids_are_never_generated():
-    seen = []
-
-    class Recording:
-        vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
-
-        def encode(self, text):
-            return BYTES.encode(text)
-
-        def decode_bytes(self, ids):
-            seen.extend(ids)
-            return BYTES.decode_bytes(ids)
-
-    generate_text(make_model(), Recording(), [""] * ROWS, max_new_tokens=90, temperature=100.0)
-    assert set(seen) <= {*range(256), Recording.bos_id, Recording.eos_id}  # BOS from the prompts
 
 
 def test_one_id_for_bos_eos_and_pad_still_ends_a_text():
