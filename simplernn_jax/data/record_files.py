@@ -185,9 +185,8 @@ class ConversationFiles(JsonFiles):
     def _parse(self, contents: Sequence[Any]) -> Iterator[Iterable[Piece] | MalformedRecord]:
         for start in range(0, len(contents), _RENDERED_TOGETHER):
             some = [self._messages(one) for one in contents[start : start + _RENDERED_TOGETHER]]
-            rendered = self._template.pieces(
-                [one for one in some if isinstance(one, list)], only_assistant=self._only_assistant
-            )
+            chats = [one for one in some if isinstance(one, list)]
+            rendered = iter(self._template.pieces(chats, only_assistant=self._only_assistant))
             for one in some:
                 pieces = next(rendered) if isinstance(one, list) else one
                 yield pieces if isinstance(pieces, list) else MalformedRecord(str(pieces))
