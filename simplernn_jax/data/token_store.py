@@ -16,7 +16,7 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data import bpe, tokenization
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.mixture import WeightedSource, parse_mixture
+from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
 from simplernn_jax.data.progress import reading_progress
 from simplernn_jax.data.store_reader import CorruptStore, content_hashes, open_store
@@ -148,7 +148,7 @@ def prepare_corpus(
     """
     cache = _cache_path(cache_dir)
     mixture = parse_mixture(config.source)
-    sources = mixture or [WeightedSource(config.source, 1.0)]
+    sources = mixture or [(config.source, 1.0)]
     configs = [dataclasses.replace(config, source=source) for source, _ in sources]
     corpora = [open_corpus(one, exclude=(str(cache), *exclude)) for one in configs]
     if tokenizer is None and config.tokenizer.startswith(bpe.PREFIX):
@@ -361,7 +361,7 @@ def _plan(
 
 
 def _mix(
-    cache: Path, sources: list[WeightedSource], stores: list[str], corpora: list[TokenizedCorpus]
+    cache: Path, sources: list[tuple[str, float]], stores: list[str], corpora: list[TokenizedCorpus]
 ) -> TokenizedCorpus:
     """Create the corpus of a mixture, and record it for `find_corpus`."""
     names, weights = zip(*sources, strict=True)

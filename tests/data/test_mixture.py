@@ -94,14 +94,13 @@ def test_sources_and_weights(source, expected):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("a:nan,b:1", "the weight 'nan' of a is not a number"),
-        ("a:-1,b:2", "the weight '-1' of a"),
-        ("a:1,b:inf", "the weight 'inf' of b"),
-        ("a:1,b:x", "the weight 'x' of b"),
-        ("a:,b:1", "the weight '' of a"),
+        ("a:nan,b:1", "a weight is negative or not finite"),
+        ("a:-1,b:2", "a weight is negative"),
+        ("a:1,b:x", "no weight for b:x"),
+        ("a:,b:1", "no weight for a:,b:1"),
         ("a:0,b:0.0", "the sum of the weights is 0"),
         ("a:1e308,b:1e308", "the sum of the weights is inf"),
-        ("a:0.7,b", "no weight for 'b'"),
+        ("a:0.7,b", "no weight for b"),
         ("a,b:0.7", "no weight for"),
     ],
 )
@@ -111,7 +110,7 @@ def test_bad_weights_are_rejected(source, problem):
 
 
 def test_a_long_source_is_parsed_in_linear_time():
-    with pytest.raises(UserError, match=r"data.source=a:0\.7,b0\.7,b"):  # would take an hour
+    with pytest.raises(UserError, match=r"data.source=a:0\.7,b0\.7,b"):
         parse_mixture("a:0.7," + "b0.7," * 200_000)
 
 
