@@ -16,8 +16,7 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.tokenizer import ByteTokenizer
-from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 
 TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"

@@ -18,7 +18,7 @@ from simplernn_jax.checkpoint.contents import read_texts, saved_quality, saved_s
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import from_json
 from simplernn_jax.data.chat_template import ChatTemplate, load_template, messages_of
-from simplernn_jax.data.store_reader import META_FILE, CorruptStore, open_store
+from simplernn_jax.data.store_files import META_FILE, CorruptStore, open_store
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import arguments, generate, load_state, save_state

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.token_split import without_memmap
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
@@ -124,8 +123,7 @@ class BatchSource:
             f"pad_id={pad_id}, sequences={sequences})"
         )
         self._split = split
-        self._tokens = without_memmap(split.tokens)
-        self._targets = None if split.targets is None else without_memmap(split.targets)
+        self._tokens, self._targets = split.tokens, split.targets
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         if self._mode == "document":
             per_document = _pieces_per_document(split, self._length)
@@ -249,13 +247,12 @@ def gather(
     Returns:
       Inputs, next tokens, and whether these are targets of the loss.
     """
-    tokens = without_memmap(split.tokens)
     positions = np.where(is_real, positions, 0)
-    inputs = np.where(is_real, tokens[positions].astype(np.int32), np.int32(pad_id))
-    following = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
+    inputs = np.where(is_real, split.tokens[positions].astype(np.int32), np.int32(pad_id))
+    following = np.where(is_real, split.tokens[positions + 1].astype(np.int32), np.int32(pad_id))
     if split.targets is None:
         return inputs, following, is_real
-    return inputs, following, is_real & without_memmap(split.targets)[positions + 1]
+    return inputs, following, is_real & split.targets[positions + 1]
 
 
 def document_ends(split: TokenSplit) -> np.ndarray:

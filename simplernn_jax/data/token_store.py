@@ -19,20 +19,25 @@ from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
 from simplernn_jax.data.progress import reading_progress
-from simplernn_jax.data.store_reader import CorruptStore, content_hashes, open_store
-from simplernn_jax.data.store_writer import (
-    SplitPlan,
+from simplernn_jax.data.store_files import (
+    CorruptStore,
+    content_hashes,
     locked,
     new_store,
-    remove_abandoned,
+    open_store,
     split_by_document,
     split_by_position,
     write_store,
 )
 from simplernn_jax.data.token_split import TokenSplit, union
 from simplernn_jax.data.tokenization import SourceTokens, available_cores, tokenize
-from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, check_round_trip
-from simplernn_jax.data.tokenizer_loading import load_tokenizer
+from simplernn_jax.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    check_round_trip,
+    load_tokenizer,
+)
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, sha256_hex, write_sealed
 
@@ -104,13 +109,13 @@ class TokenizedCorpus:
         if len(self.validation.tokens) < _FEW_TOKENS:
             return (
                 f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, "
-                "or hold out more with --config.data.validation_fraction"
+                "or hold out more with config.data.validation_fraction"
             )
         total = len(self.train.tokens) + len(self.validation.tokens)
         if len(self.validation.tokens) > max(2 * validation_fraction, 0.3) * total:
             return (
                 f"{len(self.validation.tokens) / total:.0%} of the text is held out for "
-                "validation, since a long document is; --config.data.split=position holds out the "
+                "validation, since a long document is; config.data.split=position holds out the "
                 "end of the text instead"
             )
         return ""
@@ -159,14 +164,14 @@ def prepare_corpus(
         tokenizer = load_tokenizer(config.tokenizer, *corpora)
         for corpus in corpora:
             check_round_trip(tokenizer, config.tokenizer, corpus)
-    stores = []
-    for one, corpus in zip(configs, corpora, strict=True):
-        with _disk_errors(cache, one.source):
-            stores.append(_open_or_write(cache, one, seed, corpus, tokenizer, show_progress))
-    prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
-    if mixture is None:
-        return prepared[0]
     with _disk_errors(cache, config.source):
+        stores = [
+            _open_or_write(cache, one, seed, corpus, tokenizer, show_progress)
+            for one, corpus in zip(configs, corpora, strict=True)
+        ]
+        prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
+        if mixture is None:
+            return prepared[0]
         return _mix(cache, mixture, [name for name, _ in stores], prepared)
 
 
@@ -225,38 +230,23 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       UserError: it cannot be read.
     """
     cache = _cache_path(cache_dir)
-    corrupt, unreadable = None, None
-    for path in sorted([*cache.glob("[!.]*"), *cache.glob(f"{_MIXTURE}*.json")]):
-        is_mixture = path.name.startswith(_MIXTURE)
+    corrupt = None
+    for path in sorted(cache.glob("*")):
         try:
-            if is_mixture:
-                found = _read_mixture(path).get("content_hash")
-            else:
-                found = _hash_splits(tokenizer, content_hashes(path))
-        except CorruptStore:
-            continue  # not a store, or its record is lost
-        except OSError as error:  # perhaps another store
-            if is_mixture or _STORE_NAME.fullmatch(path.name):
-                unreadable = _unreadable(path, error)
-            continue
-        if found != content_hash:
-            continue
-        try:
-            if is_mixture:
-                return _open_mixture(path, tokenizer)
-            return TokenizedCorpus.from_splits(tokenizer, open_store(path))
-        except CorruptStore as error:
+            if path.name.startswith(_MIXTURE):
+                if _read_mixture(path)["content_hash"] == content_hash:
+                    return _open_mixture(path, tokenizer)
+            elif not _STORE_NAME.fullmatch(path.name):
+                continue
+            elif _hash_splits(tokenizer, content_hashes(path)) == content_hash:
+                return TokenizedCorpus.from_splits(tokenizer, open_store(path))
+        except CorruptStore as error:  # perhaps another one
             corrupt = error
         except OSError as error:
-            raise _unreadable(path, error) from error
-    problem = corrupt or unreadable
-    if problem is not None:
-        raise problem
+            raise UserError(f"{path}: {error.strerror}; make it readable") from error
+    if corrupt is not None:
+        raise corrupt
     return None
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: {error.strerror}; make it readable")
 
 
 def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
@@ -284,7 +274,6 @@ def _open_or_write(
     """
     fingerprint = corpus.fingerprint()
     folder = cache / _store_name(config, seed, fingerprint, tokenizer)
-    remove_abandoned(cache)
     with contextlib.suppress(CorruptStore):
         return folder.name, open_store(folder)
     cache.mkdir(parents=True, exist_ok=True)
@@ -298,8 +287,17 @@ def _open_or_write(
                 is_folder = folder.is_dir() and not folder.is_symlink()
                 shutil.rmtree(folder) if is_folder else folder.unlink()
         with new_store(folder) as (temporary, result):
-            tokens = _tokenize(temporary, config, corpus, fingerprint, tokenizer, show_progress)
-            write_store(result, folder.name, _plan(tokens, config, seed, tokenizer), tokens)
+            path = temporary / "tokens"
+            tokens = _tokenize(path, config, corpus, fingerprint, tokenizer, show_progress)
+            by_position = config.split == "position"
+            if not by_position and config.validation_fraction and tokens.num_documents == 1:
+                by_position = True
+                logging.info("%s: a single document, so its end is held out", config.source)
+            if by_position:
+                plans = split_by_position(tokens, config.validation_fraction, tokenizer)
+            else:
+                plans = split_by_document(tokens, config.validation_fraction, seed)
+            write_store(result, folder.name, plans, tokens)
     try:
         return folder.name, open_store(folder)
     except CorruptStore as error:
@@ -322,7 +320,7 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
 
 
 def _tokenize(
-    folder: Path,
+    path: Path,
     config: DataConfig,
     corpus: Corpus,
     fingerprint: str,
@@ -335,29 +333,12 @@ def _tokenize(
         is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
         num_parts = corpus.total_bytes // tokenization.PART_CHARACTERS
         num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts)
-        tokens = tokenize(folder, corpus, tokenizer, on_progress, num_workers)
+        tokens = tokenize(path, corpus, tokenizer, on_progress, num_workers)
     if not tokens.num_documents:
-        raise UserError(f"{config.source}: no text in it; choose another --config.data.source")
+        raise UserError(f"{config.source}: no text in it; choose another config.data.source")
     if corpus.fingerprint() != fingerprint:
         raise UserError(f"{config.source}: changed while it was being read; run again")
     return tokens
-
-
-def _plan(
-    tokens: SourceTokens, config: DataConfig, seed: int, tokenizer: Tokenizer
-) -> list[SplitPlan]:
-    fraction = config.validation_fraction
-    by_position = config.split == "position"
-    if not by_position and fraction and tokens.num_documents == 1:
-        by_position = True
-        logging.info(
-            "%s: a single document, so its last part is the validation split, as with "
-            "--config.data.split=position",
-            config.source,
-        )
-    if by_position:
-        return split_by_position(tokens, fraction, tokenizer)
-    return split_by_document(tokens, fraction, seed)
 
 
 def _mix(
@@ -389,10 +370,13 @@ def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
         TokenizedCorpus.from_splits(tokenizer, open_store(path.parent / name))
         for name in record["stores"]
     ]
-    mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
-    if mixed.content_hash != record["content_hash"]:
-        raise CorruptStore(f"{path.name} belongs to other stores")
-    return mixed
+    try:
+        mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
+        if mixed.content_hash == record["content_hash"]:
+            return mixed
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise CorruptStore(f"{path.name} belongs to other stores")
 
 
 def _read_mixture(path: Path) -> dict[str, Any]:
@@ -401,13 +385,12 @@ def _read_mixture(path: Path) -> dict[str, Any]:
         raise CorruptStore(f"{path.name} was changed")
     try:
         record: dict[str, Any] = json.loads(body)
-        stores = list(map(_STORE_NAME.fullmatch, record["stores"]))
-        lengths = {len(record[name]) for name in ("sources", "weights", "stores")}
-        if not all(stores) or lengths != {len(stores)} or not stores:
-            raise ValueError
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CorruptStore(f"{path.name} is not a record of a mixture") from error
-    return record
+        # The folder may be a stranger's: no path leads out of it.
+        if record["content_hash"] and all(map(_STORE_NAME.fullmatch, record["stores"])):
+            return record
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise CorruptStore(f"{path.name} is not a record of a mixture")
 
 
 @contextlib.contextmanager
@@ -418,6 +401,6 @@ def _disk_errors(cache: Path, source: str) -> Iterator[None]:
         advice = DISK_ADVICE.get(error.errno or 0, "check this folder")
         problem = error.strerror or str(error)
         raise UserError(
-            f"{cache}: {problem}; {advice}, or choose another folder with --config.data.cache_dir "
+            f"{cache}: {problem}; {advice}, or choose another folder with config.data.cache_dir "
             f"(it was to hold the tokens of {source})"
         ) from error

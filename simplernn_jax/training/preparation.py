@@ -22,10 +22,9 @@ from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.data.evaluation_batches import check_scorable
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.source_files import glob_folder
-from simplernn_jax.data.store_reader import CorruptStore
+from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
-from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.loading import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
