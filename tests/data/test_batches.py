@@ -7,8 +7,7 @@ import pytest
 from token_splits import BOS, EOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.batch_iterator import make_batches
-from simplernn_jax.data.batches import Batch, BatchSource, steps_per_epoch
+from simplernn_jax.data.batches import Batch, BatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.errors import UserError
 
@@ -84,12 +83,10 @@ def test_item_follows_from_seed_and_index(mode):
     split, config = make_split(), data_config(mode, reset_probability=0.3)
     source, again = BatchSource(split, config, 7, PAD), BatchSource(split, config, 7, PAD)
     later = source[40]
-    assert repr(source) == repr(again)
     for index in (0, 1, 29, 40):
         chex.assert_trees_all_equal(source[index], again[index])
     chex.assert_trees_all_equal(later, again[40])
     other = BatchSource(split, config, 8, PAD)
-    assert repr(other) != repr(source)
     assert not np.array_equal(other[40].tokens, later.tokens)
     assert len(source) > 1e12
 
