@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 
@@ -104,19 +103,17 @@ class TokenizedCorpus:
 
     def warning(self, validation_fraction: float) -> str:
         """Warn of a validation split that is small, or far larger than asked; empty if neither."""
-        if self.validation is None:
-            return ""
-        if len(self.validation.tokens) < _FEW_TOKENS:
+        size = 0 if self.validation is None else len(self.validation.tokens)
+        share = size / (len(self.train.tokens) + size)
+        if 0 < size < _FEW_TOKENS:
             return (
                 f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, "
                 "or hold out more with config.data.validation_fraction"
             )
-        total = len(self.train.tokens) + len(self.validation.tokens)
-        if len(self.validation.tokens) > max(2 * validation_fraction, 0.3) * total:
+        if share > max(2 * validation_fraction, 0.3):
             return (
-                f"{len(self.validation.tokens) / total:.0%} of the text is held out for "
-                "validation, since a long document is; config.data.split=position holds out the "
-                "end of the text instead"
+                f"{share:.0%} of the text is held out for validation, since a long document is; "
+                "config.data.split=position holds out the end of the text instead"
             )
         return ""
 
@@ -234,8 +231,8 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
     for path in sorted(cache.glob("*")):
         try:
             if path.name.startswith(_MIXTURE):
-                if _read_mixture(path)["content_hash"] == content_hash:
-                    return _open_mixture(path, tokenizer)
+                if mixture := _open_mixture(path, content_hash, tokenizer):
+                    return mixture
             elif not _STORE_NAME.fullmatch(path.name):
                 continue
             elif _hash_splits(tokenizer, content_hashes(path)) == content_hash:
@@ -251,11 +248,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
 
 def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
     """Hash a tokenizer and the content hashes of the splits of one source."""
-    return sha256_hex("".join([_tokenizer_hash(tokenizer), *splits]))
-
-
-def _tokenizer_hash(tokenizer: Tokenizer) -> str:
-    return sha256_hex(tokenizer.to_json())
+    return sha256_hex("".join([sha256_hex(tokenizer.to_json()), *splits]))
 
 
 def _open_or_write(
@@ -309,7 +302,7 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
     parts = {
         "format": _FORMAT,
         "source": fingerprint,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": sha256_hex(tokenizer.to_json()),
         "split": config.split,
         "validation_fraction": config.validation_fraction,
         "seed": seed if config.split == "document" else None,
@@ -363,34 +356,27 @@ def _mix(
     return mixed
 
 
-def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Open a mixture by the file that `_mix` wrote; `CorruptStore` if it or a store is bad."""
-    record = _read_mixture(path)
-    corpora = [
-        TokenizedCorpus.from_splits(tokenizer, open_store(path.parent / name))
-        for name in record["stores"]
-    ]
-    try:
-        mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
-        if mixed.content_hash == record["content_hash"]:
-            return mixed
-    except (ValueError, LookupError, TypeError):
-        pass
-    raise CorruptStore(f"{path.name} belongs to other stores")
+def _open_mixture(path: Path, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
+    """Open a mixture by the file that `_mix` wrote; None if it has another content hash.
 
-
-def _read_mixture(path: Path) -> dict[str, Any]:
+    Raises:
+      CorruptStore: the file or a store is corrupted.
+    """
     body = read_sealed(path)
     if body is None:
         raise CorruptStore(f"{path.name} was changed")
-    try:
-        record: dict[str, Any] = json.loads(body)
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        record = json.loads(body)
+        if record["content_hash"] != content_hash:
+            return None
         # The folder may be a stranger's: no path leads out of it.
-        if record["content_hash"] and all(map(_STORE_NAME.fullmatch, record["stores"])):
-            return record
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
-    raise CorruptStore(f"{path.name} is not a record of a mixture")
+        if all(map(_STORE_NAME.fullmatch, record["stores"])):
+            stores = [open_store(path.parent / name) for name in record["stores"]]
+            corpora = [TokenizedCorpus.from_splits(tokenizer, splits) for splits in stores]
+            mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
+            if mixed.content_hash == content_hash:
+                return mixed
+    raise CorruptStore(f"{path.name} belongs to other stores")
 
 
 @contextlib.contextmanager

@@ -118,9 +118,6 @@ def test_a_path_that_exists_is_that_path(folder):
     corpus = prepare("a:0.7,b.jsonl:0.3")
     assert not isinstance(corpus.train, MixedSplit)
     assert corpus.tokenizer.decode(corpus.train.tokens).startswith("one document")
-
-
-def test_only_training_takes_a_mixture(folder):
     with pytest.raises(UserError, match="a mixture, which only training takes; give one source"):
         open_corpus(DataConfig(source="a:1,b.jsonl:1"))
 
@@ -165,7 +162,7 @@ def test_a_sealed_record_of_something_else_is_rejected(folder, name, value):
     (path,) = (folder / "cache").glob(".mixture-*")
     record = json.loads(read_sealed(path)) | {name: value}
     write_sealed(path, json.dumps(record) + "\n")
-    with pytest.raises(CorruptStore, match=r"belongs to other stores|not a record of a mixture"):
+    with pytest.raises(CorruptStore, match="belongs to other stores"):
         find_corpus("cache", corpus.content_hash, corpus.tokenizer)
     assert prepare("a:3,b.jsonl:1").content_hash == corpus.content_hash
     found = find_corpus("cache", corpus.content_hash, corpus.tokenizer)
@@ -214,6 +211,8 @@ def test_sequences_are_drawn_with_the_probabilities(folder):
     chex.assert_trees_all_equal(source[7], MixedBatchSource(split, config_of(), 0, PAD)[7])
     other = MixedBatchSource(split, config_of(), 1, PAD)[7]
     assert (other.tokens != source[7].tokens).any()
+    tokens = sum(len(part.tokens) for part in split.parts)  # of an epoch
+    assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
 
 
 @pytest.mark.parametrize("fields", VARIANTS[1:])
@@ -254,18 +253,11 @@ def test_each_process_makes_its_own_sequences(fields):
         chex.assert_trees_all_equal(list(whole[index]), together)
 
 
-def test_an_epoch_has_the_tokens_of_all_sources():
-    split = mixed((0.9, 0.1))
-    tokens = sum(len(part.tokens) for part in split.parts)
-    assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
-
-
 @pytest.mark.parametrize(
     ("weights", "fields", "problem"),
     [
         ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, less"),
         ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, fewer than"),
-        ((0.5, 0.5), {"sequence_length": 60, "stride": 3}, "the b train split has 59 tokens"),
     ],
 )
 def test_a_source_without_a_sequence_is_rejected(weights, fields, problem):

