@@ -64,20 +64,16 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
         )
     if data_config.mode == "document":
         return divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
-    if data_config.mode == "stream":
-        _check_length(
-            split,
-            batch_size * length,
-            f"data.batch_size * data.sequence_length = {batch_size} * {length}",
-            "a smaller config.data.batch_size or config.data.sequence_length",
+    is_stream = data_config.mode == "stream"
+    needed = batch_size * length if is_stream else length + 1
+    if num_tokens < needed:
+        fields = "data.batch_size * data.sequence_length" if is_stream else "data.sequence_length"
+        raise UserError(
+            f"too little text: the {split.name} split has {counted(num_tokens, 'token')}, and "
+            f"{fields} needs {needed}; use more text or smaller values"
         )
+    if is_stream:
         return divide_up(divide_up(num_tokens, batch_size), length)
-    _check_length(
-        split,
-        length + 1,
-        f"data.sequence_length + 1 = {length} + 1",
-        "a smaller config.data.sequence_length",
-    )
     if data_config.stride:
         return divide_up(divide_up(num_tokens, data_config.stride), batch_size)
     return divide_up(num_tokens, batch_size * length)
@@ -372,11 +368,3 @@ def round_up(number: int, divisor: int) -> int:
 def divide_up(dividend: Any, divisor: int) -> Any:
     """Divide integers or an array of them, rounded up."""
     return -(-dividend // divisor)
-
-
-def _check_length(split: TokenSplit, needed: int, arithmetic: str, remedy: str) -> None:
-    if len(split.tokens) < needed:
-        raise UserError(
-            f"too little text: the {split.name} split has {counted(len(split.tokens), 'token')}, "
-            f"fewer than {arithmetic} = {needed}; use more text or {remedy}"
-        )

@@ -41,18 +41,11 @@ def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    from rich import progress
+    from rich import markup, progress
     from rich.console import Console
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        handle = bar.add_task(task[-32:], total=total_bytes)
+    with progress.Progress(console=Console(stderr=True)) as bar:
+        handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
         shown = 0
 
         def update(bytes_read: int) -> None:

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
@@ -74,38 +74,26 @@ class JsonFiles(RecordFiles):
     kind = "jsonl"
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        lines = self._lines(file)
-        may_be_array = suffix_of(file.path) == ".json"
-        for number, line in enumerate(lines, 1):
-            content = line.strip()
-            if may_be_array and content.startswith(b"["):
-                yield from self._array(b"".join([line, *lines]))
-            elif content:
-                may_be_array = False
-                yield f":{number}", line, len(line)
-            self._record_bytes = 0
+        with self._opened(file) as stream:
+            may_be_array = suffix_of(file.path) == ".json"
+            for number, line in enumerate(_lines(file, stream), 1):
+                content = line.strip()
+                if may_be_array and content.startswith(b"["):
+                    yield from self._array(file, line + stream.read(MAX_RECORD_BYTES))
+                elif content:
+                    may_be_array = False
+                    yield f":{number}", line, len(line)
 
-    def _array(self, content: bytes) -> Iterator[tuple[str, Any, int]]:
+    def _array(self, file: SourceFile, content: bytes) -> Iterator[tuple[str, Any, int]]:
         """Yield the records of a file that holds one array."""
+        if len(content) > MAX_RECORD_BYTES:
+            raise _too_long(f"{file.path}: an array")
         try:
             records = self._parsed(content)
         except MalformedRecord as error:
             records = [error]
         for number, record in enumerate(records):
             yield f"[{number}]", record, len(content) // len(records)
-
-    def _lines(self, file: SourceFile) -> Iterator[bytes]:
-        """Yield the lines, added to `_record_bytes`, which the caller sets to 0 for each record."""
-        self._record_bytes = 0
-        with self._opened(file) as stream:
-            for number in itertools.count(1):
-                line = stream.readline(MAX_RECORD_BYTES + 1)
-                if not line:
-                    return
-                self._record_bytes += len(line)
-                if self._record_bytes > MAX_RECORD_BYTES:
-                    raise _too_long(f"{file.path}:{number}: a record or array")
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
     def _field_of(self, content: Any) -> Any:
         record = self._record(content)
@@ -140,27 +128,27 @@ class CsvFiles(JsonFiles):
     kind = "csv"
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        lines = self._lines(file)
-        header = next(lines, b"")
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
         errors = self._config.encoding_errors.replace("strict", "surrogateescape")
-        csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
-        rows = csv.DictReader(
-            (line.decode("utf-8", errors) for line in itertools.chain([header], lines)),
-            delimiter=max("\t,;", key=header.decode("latin-1").count),
-            strict=True,
-        )
-        while True:
-            try:
-                row: Any = next(rows, None)
-                if row is None:
-                    return
-                if None in row:
-                    raise csv.Error("more values than the header has names")
-            except csv.Error as error:
-                row = MalformedRecord(f"invalid CSV ({error})")
-            size, self._record_bytes = self._record_bytes, 0
-            yield f":{rows.reader.line_num}", row, size
+        csv.field_size_limit(MAX_RECORD_BYTES)
+        with self._opened(file) as stream:
+            lines = (line.decode("utf-8", errors) for line in _lines(file, stream))
+            header = next(lines, "")
+            delimiter = max("\t,;", key=header.count)
+            rows = csv.DictReader(
+                itertools.chain([header], lines), delimiter=delimiter, strict=True
+            )
+            while True:
+                try:
+                    row: Any = next(rows, None)
+                    if row is None:
+                        return
+                    if None in row:
+                        raise csv.Error("more values than the header has names")
+                except csv.Error as error:
+                    row = MalformedRecord(f"invalid CSV ({error})")
+                size = sum(len(x or "") for x in row.values()) if isinstance(row, dict) else 0
+                yield f":{rows.reader.line_num}", row, size
 
 
 class ConversationFiles(JsonFiles):
@@ -254,6 +242,17 @@ def suffix_of(path: str) -> str:
     """Return the suffix that names the format of a file, in lower case, without compression's."""
     name, suffix = os.path.splitext(path.lower())
     return os.path.splitext(name)[1] if suffix in COMPRESSED_SUFFIXES else suffix
+
+
+def _lines(file: SourceFile, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file, without a byte order mark."""
+    for number in itertools.count(1):
+        line = stream.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_RECORD_BYTES:
+            raise _too_long(f"{file.path}:{number}: a record")
+        yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
 def _too_long(what: str) -> UserError:

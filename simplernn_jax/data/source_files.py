@@ -63,8 +63,8 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
         raise UserError(f"{source}: not a regular file; write the text to a file first")
     if os.path.realpath(path) in exclude:
         raise UserError(
-            f"{source}: the run itself writes into this folder; choose another --workdir and "
-            "config.data.cache_dir, or specify the text with a glob such as '*.txt'"
+            f"{source}: the run itself writes into this folder; write into another one, or specify "
+            "the text with a glob such as '*.txt'"
         )
     files = _folder_files(path, exclude)
     if not files:

@@ -111,10 +111,7 @@ class TokenizedCorpus:
                 "or hold out more with config.data.validation_fraction"
             )
         if share > max(2 * validation_fraction, 0.3):
-            return (
-                f"{share:.0%} of the text is held out for validation, since a long document is; "
-                "config.data.split=position holds out the end of the text instead"
-            )
+            return f"{share:.0%} of the text is held out; config.data.split=position holds out less"
         return ""
 
 
@@ -148,7 +145,7 @@ def prepare_corpus(
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
-    cache = _cache_path(cache_dir)
+    cache = Path(cache_dir).expanduser()
     mixture = parse_mixture(config.source)
     sources = mixture or [(config.source, 1.0)]
     configs = [dataclasses.replace(config, source=source) for source, _ in sources]
@@ -199,7 +196,7 @@ def train_tokenizer(
         exclude=exclude,
         show_progress=show_progress,
     )
-    cache = _cache_path(cache_dir)
+    cache = Path(cache_dir).expanduser()
     # Hidden, unlike stores. Version 1 had words of any length.
     path = cache / f".bpe-v2-{vocab_size}-{corpus.content_hash}.json"
     with _disk_errors(cache, config.source):
@@ -208,12 +205,6 @@ def train_tokenizer(
             content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
             write_sealed(path, content)
     return PretrainedTokenizer(content)
-
-
-def _cache_path(cache_dir: str) -> Path:
-    if "\0" in os.fspath(cache_dir):
-        raise UserError(f"cache_dir={cache_dir}: no path holds a NUL character; correct it")
-    return Path(os.path.expanduser(cache_dir))
 
 
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
@@ -226,7 +217,7 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       CorruptStore: it is corrupted.
       UserError: it cannot be read.
     """
-    cache = _cache_path(cache_dir)
+    cache = Path(cache_dir).expanduser()
     corrupt = None
     for path in sorted(cache.glob("*")):
         try:

@@ -235,18 +235,14 @@ def test_documents_cut_by_a_position_split(mode):
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("window", r"split has 12 tokens, fewer than data.sequence_length \+ 1 = 13 \+ 1 = 14"),
-        (
-            "stream",
-            r"fewer than data.batch_size \* data.sequence_length = 3 \* 13 = 39; .* smaller",
-        ),
+        ("window", r"split has 12 tokens, and data.sequence_length needs 14; use more text"),
+        ("stream", r"data.batch_size \* data.sequence_length needs 39; use"),
     ],
 )
 def test_too_short_a_corpus(mode, message):
     config = data_config(mode, sequence_length=13)
-    with pytest.raises(UserError, match=message) as refusal:
+    with pytest.raises(UserError, match=message):
         make_batches(make_split((10,)), config, 0, PAD)
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("mode", MODES)

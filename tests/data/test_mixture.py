@@ -257,7 +257,7 @@ def test_each_process_makes_its_own_sequences(fields):
     ("weights", "fields", "problem"),
     [
         ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, less"),
-        ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, fewer than"),
+        ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, and"),
     ],
 )
 def test_a_source_without_a_sequence_is_rejected(weights, fields, problem):

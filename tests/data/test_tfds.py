@@ -66,12 +66,8 @@ def test_newest_version_is_read_and_several_configurations_are_asked_about(jsonl
 
 
 def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir, tmp_path):
-    for name, folder, problem in (
-        ("My Books", data_dir, "dataset name 'My Books'"),
-        ("my_books", os.fsdecode(os.fsencode(data_dir) + b"\xff"), "not UTF-8"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            build_tfds(jsonl, name, folder)
+    with pytest.raises(UserError, match="dataset name 'My Books'"):
+        build_tfds(jsonl, "My Books", data_dir)
     write(tmp_path / "in" / "a.txt", "a")
     source = DataConfig(source=str(tmp_path / "in"))
     for name in ("first", "second"):  # other datasets are no text
@@ -79,7 +75,7 @@ def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir, tmp_path)
         assert texts_of(f"tfds:{folder}") == ["a"]
     with pytest.raises(UserError, match="exists already"):
         build_tfds(source, "first", str(tmp_path / "in" / "sets"))
-    with pytest.raises(UserError, match="holds the text too; choose another --data_dir, or a glob"):
+    with pytest.raises(UserError, match="writes into this folder; write into another one, or"):
         build_tfds(source, "third", str(tmp_path / "in"))
 
 
