@@ -25,8 +25,7 @@ CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "yo\n"},
 ]
-SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
-ALPACA = {"instruction": "add", "input": "1 2", "output": "3"}
+SHAREGPT = {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -74,7 +73,7 @@ def data_readers(folder: Path) -> list[Reader]:
 
 def _text_readers(folder: Path) -> list[Reader]:
     text, lines = TEXT.encode(), _lines({"text": TEXT, "n": 1.5}, {"text": ""}, {"text": "b"})
-    chats = _lines({"messages": CHAT}, {"messages": CHAT[1:]}, SHAREGPT, ALPACA)
+    chats = _lines({"messages": CHAT}, {"messages": CHAT[1:]}, SHAREGPT)
     texts = {".txt": text, ".txt.gz": gzip.compress(text), ".txt.zst": zstandard.compress(text)}
     texts |= {".jsonl": lines, ".jsonl.gz": gzip.compress(lines)}
     if importlib.util.find_spec("pyarrow") is not None:

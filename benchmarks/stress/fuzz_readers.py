@@ -33,7 +33,7 @@ from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, encode, read_metrics
 
-from .fuzz_data import ALPACA, BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
+from .fuzz_data import BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
 from .runs import run_quietly, small_config
 
 _SAMPLING = {
@@ -229,7 +229,7 @@ def _argument_readers() -> list[Reader]:
         return Reader(name, _as_json(*examples), read)
 
     return [
-        reader("messages", messages, CHAT, SHAREGPT, ALPACA),
+        reader("messages", messages, CHAT, SHAREGPT),
         reader("sampling", sampling, settings | {"max_new_tokens": 5}),
         reader("prompts", prompts, [[1, 2], [3]], [1, 2], ["a", "b"]),
     ]

@@ -261,47 +261,29 @@ atexit.register(_RENDERER.close)
 
 
 def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Message]:
-    """Return the messages of a record.
-
-    They are in `field`, in the form of OpenAI or ShareGPT. A record without ``messages`` may be of
-    ShareGPT (``conversations``) or of Alpaca (``instruction`` and ``output``) instead.
+    """Return the messages of a record, which are in `field`, in the form of OpenAI or ShareGPT.
 
     Raises:
-      TemplateError: it has none of these fields, or something else in them.
+      TemplateError: it lacks the field, or has something else in it.
     """
-    found = record.get(field)
-    if field == "messages" and field not in record:
-        found = record.get("conversations")
-        if found is None and "instruction" in record:
-            texts = [record["instruction"], record.get("input") or ""]
-            is_text = all(isinstance(text, str) for text in texts)
-            question = "\n".join(filter(None, texts)) if is_text else None
-            found = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": record.get("output")},
-            ]
-        if record.get("system") and isinstance(found, list):
-            found = [{"role": "system", "content": record["system"]}, *found]
-    if found is None:
+    if field not in record:
         raise TemplateError(
             f"no field {field!r}; it has {', '.join([*record][:8]) or 'none'}: name the one with "
             "the messages by config.data.field"
         )
-    if not isinstance(found, list) or not found:
+    messages = record[field]
+    if not isinstance(messages, list) or not messages:
         raise TemplateError("messages are not a list of at least one")
-    return [_message(number, one) for number, one in enumerate(found)]
-
-
-def _message(number: int, message: Any) -> Message:
-    if not isinstance(message, dict):
-        raise TemplateError(f"message {number} is of type {type(message).__name__}")
-    role, content = message.get("role", message.get("from")), message.get("content")
-    if content is None:
-        content = message.get("value")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise TemplateError(
-            f"message {number} has the role {role!r}; known are {', '.join(_ROLES)}"
-        )
-    if not isinstance(content, str):
-        raise TemplateError(f"message {number} has no text as its content")
-    return {"role": _ROLES[role], "content": content}
+    found = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise TemplateError(f"message {number} is of type {type(message).__name__}")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or role not in _ROLES:
+            known = ", ".join(_ROLES)
+            raise TemplateError(f"message {number} has the role {role!r}; known are {known}")
+        if not isinstance(content, str):
+            raise TemplateError(f"message {number} has no text as its content")
+        found.append({"role": _ROLES[role], "content": content})
+    return found

@@ -89,15 +89,9 @@ class PreparedDataset(RecordFiles):
         fields = list(builder.info.features)
         if self._field not in fields:
             raise UserError(f"{self._folder}: {missing_field(self._field, fields)}")
-        try:
-            source = builder.as_data_source("train")
-            len(source)  # opens the files
-            return source
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self._folder}: prepared as {builder.info.file_format.value}, which needs "
-                "TensorFlow; prepare it again with file_format='array_record'"
-            ) from error
+        source = builder.as_data_source("train")
+        len(source)  # opens the files
+        return source
 
 
 def check_folder(folder: Path) -> None:

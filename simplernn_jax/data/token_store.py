@@ -282,11 +282,7 @@ def _open_or_write(
             else:
                 plans = split_by_document(tokens, config.validation_fraction, seed)
             write_store(result, folder.name, plans, tokens)
-    try:
-        return folder.name, open_store(folder)
-    except CorruptStore as error:
-        problem = f"{error} right after it was written; check this disk"
-        raise UserError(f"{folder}: {problem}") from error
+    return folder.name, open_store(folder)
 
 
 def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Tokenizer) -> str:

@@ -175,36 +175,19 @@ def test_templates_come_from_files(tmp_path):
             load_template(spec)
 
 
-SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-
-
-@pytest.mark.parametrize(
-    ("record", "text"),
-    [
-        ({"conversations": [{"from": "system", "value": "S"}, *SHAREGPT]}, "\x01S\x04"),
-        ({"conversations": talk(("a", "b")), "system": "S"}, "\x01S\x04"),
-        ({"messages": SHAREGPT, "conversations": 3}, ""),
-        ({"instruction": "a", "input": None, "output": "b"}, ""),
-    ],
-)
-def test_records_of_sharegpt_and_alpaca(tmp_path, record, text):
-    path = write(tmp_path / "a.jsonl", records(record))
-    assert [*read_all(path, template="roles").values()] == [f"{text}\x02a\x04\x03b\x04"]
-
-
-def test_the_input_of_alpaca_follows_the_instruction(tmp_path):
-    path = write(tmp_path / "a.jsonl", records({"instruction": "a", "input": "1", "output": "b"}))
-    assert [*read_all(path, template="roles").values()] == ["\x02a\n1\x04\x03b\x04"]
+def test_records_of_sharegpt(tmp_path):
+    chat = [{"from": "system", "value": "S"}, {"from": "human", "value": "a"}]
+    path = write(tmp_path / "a.jsonl", records({"talk": [*chat, {"from": "gpt", "value": "b"}]}))
+    texts = read_all(path, template="roles", field="talk")
+    assert [*texts.values()] == ["\x01S\x04\x02a\x04\x03b\x04"]
 
 
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
         ({"prompt": "a", "output": "b"}, "no field 'messages'; it has prompt, output: name the"),
-        ({"conversations": [{"from": ["a"], "value": "a"}]}, r"role \['a'\]; known are human, "),
-        ({"conversations": [{"from": "gpt", "value": 1}]}, "message 0 has no text"),
-        ({"instruction": "a", "input": ["b"], "output": ""}, "message 0 has no text"),
-        ({"instruction": "a", "output": "b", "system": 3}, "message 0 has no text"),
+        ({"messages": [{"from": ["a"], "value": "a"}]}, r"role \['a'\]; known are human, "),
+        ({"messages": [{"from": "gpt", "value": 1}]}, "message 0 has no text"),
         ({"messages": "text"}, "not a list"),
         ({"messages": []}, "not a list"),
         ({"messages": ["a"]}, "message 0 is of type str"),
@@ -219,12 +202,6 @@ def test_bad_conversations_are_named(tmp_path, record, problem):
         read_all(path, template="roles")
     whole = read_all(path, template="roles", max_malformed_records=1)
     assert [*whole.values()] == ["\x02a\x04\x03b\x04"]
-
-
-def test_invalid_characters_of_a_message_are_replaced(tmp_path):
-    path = write(tmp_path / "a.jsonl", records({"messages": talk(("a", "\ud83d!"))}))
-    (text,) = read_all(path, template="roles", encoding_errors="replace").values()
-    assert text == "\x02a\x04\x03\ufffd!\x04"
 
 
 def test_conversations_come_as_json(tmp_path):

@@ -100,7 +100,7 @@ def test_format_that_needs_tensorflow_is_named(jsonl, data_dir):
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="prepared as tfrecord, which needs TensorFlow"):
+    with pytest.raises(UserError, match="TFDS cannot read it"):
         texts_of("tfds:my_books")
 
 
