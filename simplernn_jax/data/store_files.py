@@ -112,15 +112,22 @@ def _bytes_before(tokens: SourceTokens, cut: int, tokenizer: Tokenizer) -> int:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a store, which ends with the process; none if the file system has none."""
-    with open(folder.with_name(f".{folder.name}.lock"), "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.info("waiting for another process that writes %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            logging.info("no file locks on this file system: %s", folder)
-        yield
+    path = folder.with_name(f".{folder.name}.lock")
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.info("waiting for another process that writes %s", folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                continue  # its holder has removed the file
+            except OSError:
+                logging.info("no file locks on this file system: %s", folder)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 @contextlib.contextmanager

@@ -12,12 +12,11 @@ from pathlib import Path
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import bpe, tokenization
+from simplernn_jax.data import bpe
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.documents import Corpus
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
-from simplernn_jax.data.progress import reading_progress
 from simplernn_jax.data.store_files import (
     CorruptStore,
     content_hashes,
@@ -29,14 +28,8 @@ from simplernn_jax.data.store_files import (
     write_store,
 )
 from simplernn_jax.data.token_split import TokenSplit, union
-from simplernn_jax.data.tokenization import SourceTokens, available_cores, tokenize
-from simplernn_jax.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    check_round_trip,
-    load_tokenizer,
-)
+from simplernn_jax.data.tokenization import tokenize
+from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, sha256_hex, write_sealed
 
@@ -271,8 +264,13 @@ def _open_or_write(
                 is_folder = folder.is_dir() and not folder.is_symlink()
                 shutil.rmtree(folder) if is_folder else folder.unlink()
         with new_store(folder) as (temporary, result):
-            path = temporary / "tokens"
-            tokens = _tokenize(path, config, corpus, fingerprint, tokenizer, show_progress)
+            tokens = tokenize(
+                temporary / "tokens", corpus, tokenizer, config.source, show_progress=show_progress
+            )
+            if not tokens.num_documents:
+                raise UserError(f"{config.source}: no text in it; choose another source")
+            if corpus.fingerprint() != fingerprint:
+                raise UserError(f"{config.source}: changed while it was being read; run again")
             by_position = config.split == "position"
             if not by_position and config.validation_fraction and tokens.num_documents == 1:
                 by_position = True
@@ -297,28 +295,6 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
         "max_malformed_records": config.max_malformed_records,
     }
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
-
-
-def _tokenize(
-    path: Path,
-    config: DataConfig,
-    corpus: Corpus,
-    fingerprint: str,
-    tokenizer: Tokenizer,
-    show_progress: bool,
-) -> SourceTokens:
-    task = f"tokenizing {config.source}"
-    with reading_progress(task, corpus.total_bytes, show=show_progress) as on_progress:
-        # A process takes as long to start as several parts take as bytes or characters.
-        is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
-        num_parts = corpus.total_bytes // tokenization.PART_CHARACTERS
-        num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts)
-        tokens = tokenize(path, corpus, tokenizer, on_progress, num_workers)
-    if not tokens.num_documents:
-        raise UserError(f"{config.source}: no text in it; choose another config.data.source")
-    if corpus.fingerprint() != fingerprint:
-        raise UserError(f"{config.source}: changed while it was being read; run again")
-    return tokens
 
 
 def _mix(

@@ -23,8 +23,14 @@ from typing import NamedTuple
 import numpy as np
 
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Record
+from simplernn_jax.data.progress import reading_progress
 from simplernn_jax.data.token_split import token_dtype
-from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+)
 from simplernn_jax.devices import core_limits, end_with_parent
 from simplernn_jax.errors import UserError
 
@@ -119,24 +125,27 @@ def available_cores() -> int:
 
 
 def tokenize(
-    path: Path,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    on_progress: Callable[[int], None],
-    num_workers: int = 1,
+    path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str, *, show_progress: bool
 ) -> SourceTokens:
-    """Tokenize a corpus into the file `path`.
+    """Tokenize a corpus into the file `path`; `source` is its name in the progress.
 
-    A document without text is left out. The tokens are the same for every number of workers; at
-    most two parts for each worker are in memory.
+    A document without text is left out. The tokens are the same for every number of processes; at
+    most two parts for each of them are in memory.
 
     Raises:
       UserError: the corpus cannot be read, the tokenizer cannot encode it, or a process died.
       OSError: the disk is full or not writable.
     """
+    # A process takes as long to start as several parts take as bytes or characters.
+    is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
+    num_parts = corpus.total_bytes // PART_CHARACTERS
+    num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
     tables = [np.empty(0, _PIECES)]
-    parts = _parts(corpus, tokenizer, on_progress, min(num_workers, _MAX_WORKERS))
-    with contextlib.closing(parts), open(path, "wb") as file:
+    with contextlib.ExitStack() as stack:
+        progress = reading_progress(f"tokenizing {source}", corpus.total_bytes, show=show_progress)
+        parts = _parts(corpus, tokenizer, stack.enter_context(progress), num_workers)
+        stack.enter_context(contextlib.closing(parts))
+        file = stack.enter_context(open(path, "wb"))
         for tokens, pieces, malformed in parts:
             for problem in malformed:
                 corpus.skip(problem)

@@ -26,7 +26,7 @@ from simplernn_jax.errors import UserError
 
 
 def use_cores(monkeypatch, count):
-    monkeypatch.setattr("simplernn_jax.data.token_store.available_cores", lambda: count)
+    monkeypatch.setattr("simplernn_jax.data.tokenization.available_cores", lambda: count)
 
 
 @pytest.fixture
@@ -186,9 +186,9 @@ SCRIPT = """
 import multiprocessing, os, sys
 print("runs", flush=True)
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import prepare_corpus, token_store, tokenization
+from simplernn_jax.data import prepare_corpus, tokenization
 
-token_store.available_cores = lambda: 3
+tokenization.available_cores = lambda: 3
 tokenization.PART_CHARACTERS = 500
 config = DataConfig(tokenizer=sys.argv[1])
 def texts():
