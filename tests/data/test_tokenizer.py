@@ -1,14 +1,11 @@
 """Tokenizers: bytes, characters and ``tokenizer.json``, and text that they lose."""
 
-import contextlib
 import json
 import os
-import random
 
 import numpy as np
 import pytest
 import tokenizers
-from damages import damaged_json
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
@@ -16,7 +13,6 @@ from small_tokenizers import byte_level, char_tokenizer, word_level
 from tokenizers import normalizers
 
 from benchmarks.stress.fuzz_data import TEXT, byte_level_json
-from benchmarks.stress.mutation import mutated
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, prepare_corpus, tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -134,40 +130,6 @@ def test_json_is_complete_and_stable(tokenizer):
 
 def word_level_json(unknown: str = "[UNK]") -> str:
     return word_level("alpha", "beta", unknown=unknown).to_str()
-
-
-def use(text: str) -> None:
-    """Call every method of a saved tokenizer."""
-    tokenizer = tokenizer_from_json(text)
-    for sample in (TEXT, "alpha ab", ""):
-        ids = tokenizer.encode(sample)
-        assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size <= 1 << 25
-        tokenizer.decode(ids)
-    tokenizer.decode(range(-2, min(tokenizer.vocab_size + 2, 400)))
-    tokenizer_from_json(tokenizer.to_json())
-
-
-@pytest.mark.parametrize(
-    ("text", "wrap"),
-    [
-        (byte_level_json(), saved),
-        (byte_fallback_json(), saved),
-        (word_level_json(), saved),
-        ('{"kind": "char", "alphabet": "ab c\\n"}', str),
-        (saved(word_level_json()), str),
-    ],
-    ids=["byte level", "byte fallback", "word level", "saved char", "saved word level"],
-)
-def test_every_damaged_tokenizer_works_or_is_one_line(text, wrap):
-    with contextlib.suppress(UserError):  # the alphabet lacks the characters of TEXT
-        use(wrap(text))
-    for seed in range(60):
-        if seed % 2:
-            broken = damaged_json(text, seed)
-        else:
-            broken = mutated(text.encode(), random.Random(seed)).decode("utf-8", "replace")
-        with contextlib.suppress(UserError):
-            use(wrap(broken))
 
 
 @pytest.mark.parametrize(
