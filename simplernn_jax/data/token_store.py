@@ -69,16 +69,12 @@ class TokenizedCorpus:
         cls, corpora: "Sequence[TokenizedCorpus]", sources: Sequence[str], weights: Sequence[float]
     ) -> "TokenizedCorpus":
         """Create the corpus of a mixture from the corpora of its sources, all of one tokenizer."""
-        validation = [
-            (corpus.validation, source, weight)
-            for corpus, source, weight in zip(corpora, sources, weights, strict=True)
-            if corpus.validation is not None
-        ]
+        held_out = [one.validation for one in corpora if one.validation is not None]
         parts = [[corpus.content_hash for corpus in corpora], list(weights)]
         return cls(
             corpora[0].tokenizer,
             union("train", [corpus.train for corpus in corpora], sources, weights),
-            union("validation", *zip(*validation, strict=True)) if validation else None,
+            union("validation", held_out, sources, weights) if held_out else None,
             sha256_hex(json.dumps(parts)),
         )
 
