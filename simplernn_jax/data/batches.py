@@ -127,7 +127,6 @@ class BatchSource:
             per_document = _pieces_per_document(split, self._length)
             self._pieces_until = np.cumsum(per_document)
             self._pieces_before = self._pieces_until - per_document
-            self._document_starts = split.document_starts
             self._document_ends = document_ends(split)
             self._pieces = int(self._pieces_until[-1])
         else:
@@ -157,9 +156,8 @@ class BatchSource:
     def _example_starts(self, index: int) -> np.ndarray:
         num_tokens = len(self._tokens)
         if not self._stride:
-            return _random_draws(self._seed, _EXAMPLES, index).integers(
-                0, num_tokens, self._batch_size
-            )
+            draws = _random_draws(self._seed, _EXAMPLES, index)
+            return draws.integers(0, num_tokens, self._batch_size)
         epoch, step = divmod(index, self._steps_per_epoch)
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
         places = step * self._batch_size + np.arange(self._batch_size)
@@ -175,10 +173,8 @@ class BatchSource:
         batch, begins_document = self._ring_batch(starts)
         reset = begins_document | (step == 0)
         if self._reset_probability:
-            draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)[
-                self._sequences
-            ]
-            reset |= draws < self._reset_probability
+            draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)
+            reset |= draws[self._sequences] < self._reset_probability
         return batch._replace(reset=reset)
 
     def _ring_batch(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
@@ -211,7 +207,7 @@ class BatchSource:
         pieces = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
         document = np.searchsorted(self._pieces_until, pieces, side="right")
         nth = pieces - self._pieces_before[document]
-        starts = self._document_starts[document] + nth * self._length
+        starts = self._split.document_starts[document] + nth * self._length
         counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
         padding = np.zeros(self._batch_size - len(pieces), np.int64)
         starts = np.append(starts, padding)[self._sequences]
