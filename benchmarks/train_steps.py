@@ -18,8 +18,7 @@ from flax import nnx
 from simplernn_jax import project
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, ModelConfig
-from simplernn_jax.data.batch_iterator import make_batches
-from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model

@@ -139,8 +139,8 @@ class DataConfig(_Fields):
     """Field of a JSON record, CSV or Parquet row, or TFDS example that holds the text; with a
     template, the default is ``messages``."""
     template: str = ""
-    """Chat template, for JSONL of conversations (of OpenAI, ShareGPT or Alpaca): ``roles`` (built
-    in), a Jinja file in Hugging Face format, or its text; empty: the records hold text."""
+    """Chat template, for JSONL of conversations (of OpenAI or ShareGPT): ``roles`` (built in), a
+    Jinja file in Hugging Face format, or its text; empty: the records hold text."""
     loss_mask: str = _one_of(("all", "assistant"), "all")
     """Tokens in the loss: ``all``, or those of the ``assistant``'s messages."""
     tokenizer: str = "byte"

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from simplernn_jax.config import Config, DataConfig
-from simplernn_jax.data.batch_iterator import make_batches
-from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.data.evaluation_batches import evaluation_batches
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit
 from simplernn_jax.errors import UserError

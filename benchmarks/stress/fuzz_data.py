@@ -16,8 +16,7 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.tokenizer import ByteTokenizer
-from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 
 TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"
@@ -26,8 +25,7 @@ CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "yo\n"},
 ]
-SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
-ALPACA = {"instruction": "add", "input": "1 2", "output": "3", "history": [["a", "b"]]}
+SHAREGPT = {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -75,7 +73,7 @@ def data_readers(folder: Path) -> list[Reader]:
 
 def _text_readers(folder: Path) -> list[Reader]:
     text, lines = TEXT.encode(), _lines({"text": TEXT, "n": 1.5}, {"text": ""}, {"text": "b"})
-    chats = _lines({"messages": CHAT}, {"messages": CHAT[1:]}, SHAREGPT, ALPACA)
+    chats = _lines({"messages": CHAT}, {"messages": CHAT[1:]}, SHAREGPT)
     texts = {".txt": text, ".txt.gz": gzip.compress(text), ".txt.zst": zstandard.compress(text)}
     texts |= {".jsonl": lines, ".jsonl.gz": gzip.compress(lines)}
     if importlib.util.find_spec("pyarrow") is not None:

@@ -18,7 +18,7 @@ from simplernn_jax.checkpoint.contents import read_texts, saved_quality, saved_s
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import from_json
 from simplernn_jax.data.chat_template import ChatTemplate, load_template, messages_of
-from simplernn_jax.data.store_reader import META_FILE, CorruptStore, open_store
+from simplernn_jax.data.store_files import META_FILE, CorruptStore, open_store
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import arguments, generate, load_state, save_state
@@ -33,7 +33,7 @@ from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.training.loss_curve import loss_curves, loss_limits
 from simplernn_jax.training.metrics import FILE_NAME, encode, read_metrics
 
-from .fuzz_data import ALPACA, BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
+from .fuzz_data import BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
 from .runs import run_quietly, small_config
 
 _SAMPLING = {
@@ -228,7 +228,7 @@ def _argument_readers() -> list[Reader]:
         return Reader(name, _as_json(*examples), read)
 
     return [
-        reader("messages", messages, CHAT, SHAREGPT, ALPACA),
+        reader("messages", messages, CHAT, SHAREGPT),
         reader("sampling", sampling, settings | {"max_new_tokens": 5}),
         reader("prompts", prompts, [[1, 2], [3]], [1, 2], ["a", "b"]),
     ]

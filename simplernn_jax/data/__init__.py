@@ -2,8 +2,7 @@
 
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, prepare_corpus
-from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 
 __all__ = [
     "TokenSplit",

@@ -1,24 +1,29 @@
-"""Batches of training: random examples, carried streams or padded documents.
+"""Batches of training: random examples, carried streams or padded documents, also of mixtures.
 
 `BatchSource` is random access and its item *i is* batch *i*, a pure function of the split, the
 configuration, the seed and *i*. The position of a run in its data is therefore one integer, and
 resuming is exact in every mode.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from absl import flags
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.token_split import without_memmap
-from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.token_split import MixedSplit, TokenSplit
 from simplernn_jax.errors import UserError, counted
 
-ENDLESS = 2**48
+if TYPE_CHECKING:
+    import grain
+
+_ENDLESS = 2**48
 """Length of a source, more batches than any run takes."""
 
-_EXAMPLES, _ROTATION, _RESETS, _ORDER, SOURCES = range(5)
+_EXAMPLES, _ROTATION, _RESETS, _ORDER, _SOURCES = range(5)
 """Purposes of random draws; each has its own stream of the seed."""
 
 
@@ -55,27 +60,23 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
     if split.num_predictions == 0:
         raise UserError(
             f"nothing to learn from: the {split.name} split has {counted(num_tokens, 'token')} and "
-            "none of them follows another in its document; use more text with --config.data.source"
+            "none of them follows another in its document; use more text with config.data.source"
         )
     if data_config.mode == "document":
-        return _divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
-    if data_config.mode == "stream":
-        _check_length(
-            split,
-            batch_size * length,
-            f"data.batch_size * data.sequence_length = {batch_size} * {length}",
-            "a smaller --config.data.batch_size or --config.data.sequence_length",
+        return divide_up(int(_pieces_per_document(split, length).sum()), batch_size)
+    is_stream = data_config.mode == "stream"
+    needed = batch_size * length if is_stream else length + 1
+    if num_tokens < needed:
+        fields = "data.batch_size * data.sequence_length" if is_stream else "data.sequence_length"
+        raise UserError(
+            f"too little text: the {split.name} split has {counted(num_tokens, 'token')}, and "
+            f"{fields} needs {needed}; use more text or smaller values"
         )
-        return _divide_up(_divide_up(num_tokens, batch_size), length)
-    _check_length(
-        split,
-        length + 1,
-        f"data.sequence_length + 1 = {length} + 1",
-        "a smaller --config.data.sequence_length",
-    )
+    if is_stream:
+        return divide_up(divide_up(num_tokens, batch_size), length)
     if data_config.stride:
-        return _divide_up(_divide_up(num_tokens, data_config.stride), batch_size)
-    return _divide_up(num_tokens, batch_size * length)
+        return divide_up(divide_up(num_tokens, data_config.stride), batch_size)
+    return divide_up(num_tokens, batch_size * length)
 
 
 class BatchSource:
@@ -119,34 +120,25 @@ class BatchSource:
         self._seed = seed
         self._pad_id = pad_id
         self._sequences = sequences
-        self._name = (
-            f"BatchSource({split.name}:{split.content_hash}, {data_config}, seed={seed}, "
-            f"pad_id={pad_id}, sequences={sequences})"
-        )
         self._split = split
-        self._tokens = without_memmap(split.tokens)
-        self._targets = None if split.targets is None else without_memmap(split.targets)
+        self._tokens, self._targets = split.tokens, split.targets
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         if self._mode == "document":
             per_document = _pieces_per_document(split, self._length)
             self._pieces_until = np.cumsum(per_document)
             self._pieces_before = self._pieces_until - per_document
-            self._document_starts = split.document_starts
             self._document_ends = document_ends(split)
             self._pieces = int(self._pieces_until[-1])
         else:
             if self._stride:
-                self._pieces = _divide_up(len(self._tokens), self._stride)
+                self._pieces = divide_up(len(self._tokens), self._stride)
             # A sequence may continue from the end of the ring into its beginning, once.
             starts = split.document_starts
             early = starts[starts <= self._length]
             self._boundaries = np.concatenate([starts, early + len(self._tokens)])
 
     def __len__(self) -> int:
-        return ENDLESS
-
-    def __repr__(self) -> str:
-        return self._name
+        return _ENDLESS
 
     def __getitem__(self, index: Any) -> Batch:
         index = int(index)
@@ -164,27 +156,25 @@ class BatchSource:
     def _example_starts(self, index: int) -> np.ndarray:
         num_tokens = len(self._tokens)
         if not self._stride:
-            return self._random(_EXAMPLES, index).integers(0, num_tokens, self._batch_size)
+            draws = _random_draws(self._seed, _EXAMPLES, index)
+            return draws.integers(0, num_tokens, self._batch_size)
         epoch, step = divmod(index, self._steps_per_epoch)
-        turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
+        turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
         places = step * self._batch_size + np.arange(self._batch_size)
         nth = self._order(epoch).take(places, mode="wrap")
         return (turn + nth * self._stride) % num_tokens
 
-    def _random(self, purpose: int, index: int) -> np.random.Generator:
-        return random_draws(self._seed, purpose, index)
-
     def _stream_batch(self, index: int) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         num_tokens = len(self._tokens)
-        turn = self._random(_ROTATION, epoch).integers(0, num_tokens)
+        turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
         starts = np.arange(self._batch_size)[self._sequences] * num_tokens // self._batch_size
         starts = (turn + starts + step * self._length) % num_tokens
         batch, begins_document = self._ring_batch(starts)
         reset = begins_document | (step == 0)
         if self._reset_probability:
-            draws = self._random(_RESETS, index).random(self._batch_size)[self._sequences]
-            reset |= draws < self._reset_probability
+            draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)
+            reset |= draws[self._sequences] < self._reset_probability
         return batch._replace(reset=reset)
 
     def _ring_batch(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
@@ -210,14 +200,14 @@ class BatchSource:
         return batch, begins[:, 0]
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        return self._random(_ORDER, epoch).permutation(self._pieces)
+        return _random_draws(self._seed, _ORDER, epoch).permutation(self._pieces)
 
     def _document_batch(self, index: int) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         pieces = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
         document = np.searchsorted(self._pieces_until, pieces, side="right")
         nth = pieces - self._pieces_before[document]
-        starts = self._document_starts[document] + nth * self._length
+        starts = self._split.document_starts[document] + nth * self._length
         counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
         padding = np.zeros(self._batch_size - len(pieces), np.int64)
         starts = np.append(starts, padding)[self._sequences]
@@ -225,37 +215,136 @@ class BatchSource:
         along = np.arange(self._length)
         is_real = along < counts[:, None]
         positions = starts[:, None] + along
-        tokens, targets, loss_mask = gather(self._split, positions, is_real, self._pad_id)
-        return Batch(
-            tokens=tokens,
-            targets=targets,
-            loss_mask=loss_mask,
-            segment_ids=(~is_real).astype(np.int32),
-            reset=np.ones(len(starts), bool),
-        )
+        return gather(self._split, positions, is_real, self._pad_id)
 
 
-def random_draws(seed: int, purpose: int, index: int) -> np.random.Generator:
+class MixedBatchSource:
+    """Random-access source whose item ``i`` is batch ``i`` of a mixture, a function of seed and i.
+
+    Random windows: the source of each sequence is drawn with the probabilities of the mixture, and
+    its window as `BatchSource` does. Otherwise each source has a fixed share of the sequences (by
+    the largest remainder), which pass through it as if it were alone, in separate epochs.
+
+    Raises:
+      UserError: a source is too short, or has a weight but no sequence.
+    """
+
+    def __init__(
+        self,
+        split: MixedSplit,
+        data_config: DataConfig,
+        seed: int,
+        pad_id: int,
+        sequences: slice = slice(None),
+    ):
+        self._seed = seed
+        self._batch_size = data_config.batch_size
+        self._local = np.arange(self._batch_size)[sequences]
+        self._is_drawn = data_config.mode == "window" and not data_config.stride
+        weighted = zip(split.parts, split.weights, strict=True)
+        used = [(part, weight) for part, weight in weighted if weight]
+        self._until = np.cumsum([weight for _, weight in used])[:-1]
+        if self._is_drawn:
+            self._sources = [BatchSource(part, data_config, seed, pad_id) for part, _ in used]
+            return
+        self._sources = []
+        first = 0
+        for (part, _), count in zip(used, _shares(used, self._batch_size), strict=True):
+            config = dataclasses.replace(data_config, batch_size=count)
+            steps_per_epoch(part, config)  # every process rejects a source that is too short
+            here = self._local[(self._local >= first) & (self._local < first + count)] - first
+            if len(here):
+                own = slice(int(here[0]), int(here[-1]) + 1)
+                self._sources.append(BatchSource(part, config, seed, pad_id, own))
+            first += count
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: Any) -> Batch:
+        index = int(index)
+        if not self._is_drawn:
+            return _concatenate([source[index] for source in self._sources])
+        draws = _random_draws(self._seed, _SOURCES, index).random(self._batch_size)[self._local]
+        chosen = np.searchsorted(self._until, draws, side="right")
+        order = np.argsort(chosen, kind="stable")
+        batches = [
+            self._sources[number].examples(index, self._local[chosen == number])
+            for number in np.unique(chosen)
+        ]
+        place = np.argsort(order)
+        return Batch(*(array[place] for array in _concatenate(batches)))
+
+
+def _concatenate(batches: Sequence[Batch]) -> Batch:
+    return Batch(*map(np.concatenate, zip(*batches, strict=True)))
+
+
+def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> list[int]:
+    """Divide the sequences of a batch among sources with weights, by the largest remainder."""
+    exact = np.array([weight for _, weight in used]) * batch_size
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: batch_size - counts.sum()]] += 1
+    for (part, weight), count in zip(used, counts, strict=True):
+        if not count:
+            raise UserError(
+                f"the {part.name} split has a probability of {weight:.3g}, less than a sequence of "
+                f"config.data.batch_size={batch_size}: use larger batches, a larger weight, or "
+                "random windows, whose source is drawn"
+            )
+    return [int(count) for count in counts]
+
+
+def make_batches(
+    split: TokenSplit,
+    data_config: DataConfig,
+    seed: int,
+    pad_id: int,
+    sequences: slice = slice(None),
+) -> "grain.DatasetIterator":
+    """Endless iterator of `Batch`; a thread prefetches the next ones.
+
+    ``get_state()`` is a JSON-able dict with the number of batches taken; ``set_state`` on a new
+    iterator of the same arguments resumes with the same batches, whatever its `sequences`.
+
+    Raises:
+      UserError: the split is too short (`steps_per_epoch`).
+    """
+    import grain  # slow
+
+    source: BatchSource | MixedBatchSource
+    if isinstance(split, MixedSplit):
+        source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
+    else:
+        source = BatchSource(split, data_config, seed, pad_id, sequences)
+    flags.FLAGS.mark_as_parsed()  # for Grain, which reads its own; scripts have parsed them
+    # One thread: a batch takes far less time than a step, and further threads would only
+    # compete with the computation for cores.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def _random_draws(seed: int, purpose: int, index: int) -> np.random.Generator:
     """Return the generator of batch or epoch `index` for one of the purposes above."""
     key = np.random.SeedSequence(seed, spawn_key=(purpose, index))
     return np.random.Generator(np.random.Philox(key))
 
 
-def gather(
-    split: TokenSplit, positions: np.ndarray, is_real: np.ndarray, pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gather inputs at `positions` [B, T] and their next tokens, int32; `pad_id` elsewhere.
+def gather(split: TokenSplit, positions: np.ndarray, is_real: np.ndarray, pad_id: int) -> Batch:
+    """Gather a batch of the tokens at `positions` [B, T] and their next ones, all from zero states.
 
-    Returns:
-      Inputs, next tokens, and whether these are targets of the loss.
+    Where `is_real` is False, there is padding.
     """
-    tokens = without_memmap(split.tokens)
     positions = np.where(is_real, positions, 0)
-    inputs = np.where(is_real, tokens[positions].astype(np.int32), np.int32(pad_id))
-    following = np.where(is_real, tokens[positions + 1].astype(np.int32), np.int32(pad_id))
-    if split.targets is None:
-        return inputs, following, is_real
-    return inputs, following, is_real & without_memmap(split.targets)[positions + 1]
+    following = split.tokens[positions + 1].astype(np.int32)
+    targets = split.targets
+    return Batch(
+        tokens=np.where(is_real, split.tokens[positions].astype(np.int32), np.int32(pad_id)),
+        targets=np.where(is_real, following, np.int32(pad_id)),
+        loss_mask=is_real if targets is None else is_real & targets[positions + 1],
+        segment_ids=(~is_real).astype(np.int32),
+        reset=np.ones(len(positions), bool),
+    )
 
 
 def document_ends(split: TokenSplit) -> np.ndarray:
@@ -264,7 +353,7 @@ def document_ends(split: TokenSplit) -> np.ndarray:
 
 
 def _pieces_per_document(split: TokenSplit, length: int) -> np.ndarray:
-    return _divide_up(document_ends(split) - split.document_starts - 1, length)
+    return divide_up(document_ends(split) - split.document_starts - 1, length)
 
 
 def round_up(number: int, divisor: int) -> int:
@@ -272,13 +361,6 @@ def round_up(number: int, divisor: int) -> int:
     return -(-number // divisor) * divisor
 
 
-def _divide_up(dividend: Any, divisor: int) -> Any:
+def divide_up(dividend: Any, divisor: int) -> Any:
+    """Divide integers or an array of them, rounded up."""
     return -(-dividend // divisor)
-
-
-def _check_length(split: TokenSplit, needed: int, arithmetic: str, remedy: str) -> None:
-    if len(split.tokens) < needed:
-        raise UserError(
-            f"too little text: the {split.name} split has {counted(len(split.tokens), 'token')}, "
-            f"fewer than {arithmetic} = {needed}; use more text or {remedy}"
-        )

@@ -1,20 +1,23 @@
 """Conversations as text, by a Jinja template in the form of Hugging Face's ``chat_template``."""
 
-import itertools
+import atexit
+import contextlib
+import json
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from simplernn_jax.data.documents import Piece, cut_text, pieces_of
-from simplernn_jax.data.template_process import PROCESS, Message, TemplateError
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 
-__all__ = ["ChatTemplate", "Message", "TemplateError", "load_template", "messages_of"]
-
-_NAMES = {"system": "system", "user": "user", "assistant": "assistant"}
-_ROLES = {"role": _NAMES, "from": {"human": "user", "gpt": "assistant"} | _NAMES}
-"""Roles by the field of a message, and by their name in it."""
+Message = dict[str, str]
+"""``role`` and ``content``, as in OpenAI's API."""
 
 _BUILT_IN = {
     "roles": """\
@@ -36,9 +39,15 @@ _PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "answer"},
 )
-_SHORT_MESSAGE = 256
-"""Longest message, in characters, whose rendering is kept."""
-_MAX_KEPT = 1 << 14
+_ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("system", "user", "assistant")}
+"""Roles by their names, those of ShareGPT included."""
+_WORKER = str(Path(__file__).with_name("template_worker.py"))
+_MAX_ANSWER, _EXPANSION = 1 << 24, 16
+"""Bytes of an answer, and further ones for each byte of the request."""
+
+
+class TemplateError(Exception):
+    """Reason why messages cannot be rendered."""
 
 
 def load_template(spec: str) -> str:
@@ -57,7 +66,7 @@ def load_template(spec: str) -> str:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"--config.data.template={spec}: {reason}; name a Jinja file, or use "
+                f"config.data.template={spec}: {reason}; name a Jinja file, or use "
                 f"{' or '.join(_BUILT_IN)}"
             ) from error
     ChatTemplate(text)
@@ -79,164 +88,83 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        # Short messages come again and again, and rendering takes most of the time of reading.
-        self._kept: dict[tuple[str, str], str] = {}
         opening = _PROBE[:1]
         try:
-            self._prefix, self._asked, opened, asked = PROCESS.render(
+            self._prefix, self._asked, opened, asked = _RENDERER.render(
                 source,
                 [(_PROBE, False), ((*_PROBE, *opening), True), (opening, False), (opening, True)],
             )
-            self._generation_prompt = self._after(opened, asked)
-            self.end_of_turn = self._after(asked + _PROBE[1]["content"], self._prefix)
+            self._generation_prompt = _after(opened, asked)
+            self.end_of_turn = _after(asked + _PROBE[1]["content"], self._prefix)
             """Text that ends an assistant's message."""
             self.stop = self.end_of_turn.strip(" ")
             """The part of it that ends generation."""
         except TemplateError as error:
-            raise UserError(f"chat template: {error}; correct --config.data.template") from error
+            raise UserError(f"chat template: {error}; correct config.data.template") from error
         if not self.stop:
             raise UserError(
-                "chat template: nothing ends an assistant's message; correct --config.data.template"
+                "chat template: nothing ends an assistant's message; correct config.data.template"
             )
-
-    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str]]:
-        return ChatTemplate, (self.source,)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Render messages and, if wanted, the beginning of an answer; raises `TemplateError`."""
-        return PROCESS.render(self.source, [(messages, add_generation_prompt)])[0]
+        return _RENDERER.render(self.source, [(messages, add_generation_prompt)])[0]
 
     def render_next(self, messages: Sequence[Message]) -> str:
         """Render messages after a finished conversation, and a generation prompt, as `render`."""
         whole = self.render((*_PROBE, *messages), add_generation_prompt=True)
-        return self._after(self._prefix, whole)
+        return _after(self._prefix, whole)
 
     def pieces(
         self, conversations: Sequence[Sequence[Message]], *, only_assistant: bool
-    ) -> Iterator[list[Piece] | TemplateError]:
-        """Render conversations together, which is faster; yield the pieces of each, or its error.
+    ) -> list[list[Piece] | TemplateError]:
+        """Return the pieces of each conversation, or its error; faster for several together.
 
         With `only_assistant`, only what the assistant writes, the end of its turn included, is a
         target.
         """
-        cutting = [self._cut(messages, only_assistant) for messages in conversations]
-        needed = [next(cut) for cut in cutting]
         try:
-            texts = iter(PROCESS.render(self.source, list(itertools.chain(*needed))))
-        except TemplateError:
-            texts = None  # one by one, each has its own error
-        for cut, renderings in zip(cutting, needed, strict=True):
-            try:
-                if texts is None:
-                    cut.send(PROCESS.render(self.source, renderings))
-                else:
-                    cut.send(list(itertools.islice(texts, len(renderings))))
-            except StopIteration as end:
-                yield end.value
-            except TemplateError as error:
-                yield error
+            return [*self._pieces(conversations, only_assistant)]
+        except TemplateError as error:
+            if len(conversations) == 1:
+                return [error]
+            alone = [self.pieces([x], only_assistant=only_assistant) for x in conversations]
+            return [found for (found,) in alone]
 
-    def _cut(
-        self, messages: Sequence[Message], only_assistant: bool
-    ) -> Generator[list[tuple[Sequence[Message], bool]], list[str], list[Piece]]:
-        """Yield the renderings that a conversation needs, take their texts, return its pieces."""
-        roles = [message["role"] for message in messages]
-        if not only_assistant or "assistant" not in roles:
-            (whole,) = yield [(messages, False)]
-            return list(pieces_of(cut_text(whole, not only_assistant)))
-        first = roles.index("assistant")
-        keys = [(message["role"], message["content"]) for message in messages[first:]]
-        alone = {key: text for key in keys if (text := self._kept.get(key)) is not None}
-        new = [key for key in dict.fromkeys(keys) if key not in alone]
-        # Many templates cannot render a conversation without messages.
-        heads = [messages[:first]] if first else []
-        whole, *texts = yield [(one, False) for one in (messages, *heads, *map(_after_probe, new))]
-        for key, text in zip(new, texts[len(heads) :], strict=True):
-            alone[key] = self._after(self._asked if key[0] == "assistant" else self._prefix, text)
-            if len(key[1]) <= _SHORT_MESSAGE:
-                self._kept[key] = alone[key]
-        if len(self._kept) > _MAX_KEPT:
-            self._kept.clear()
-        parts: list[tuple[str, bool]] = []
-        for key in keys:
-            is_assistant = key[0] == "assistant"
-            prompt = self._generation_prompt if is_assistant else ""
-            parts += [(prompt, False), (alone[key], is_assistant)]
-        rest = "".join(text for text, _ in parts)
-        before = whole[: len(whole) - len(rest)]
-        if before + rest != whole or any(before != text for text in texts[: len(heads)]):
-            raise TemplateError("a message is not rendered alike everywhere in a conversation")
-        return list(pieces_of(one for part in [(before, False), *parts] for one in cut_text(*part)))
-
-    @staticmethod
-    def _after(before: str, whole: str) -> str:
-        if not whole.startswith(before):
-            raise TemplateError("a message changes what the template renders for those before it")
-        return whole[len(before) :]
+    def _pieces(
+        self, conversations: Sequence[Sequence[Message]], only_assistant: bool
+    ) -> list[list[Piece]]:
+        """Render whole conversations, and each message after their first answer on its own."""
+        tails = [_from_first_answer(x) if only_assistant else [] for x in conversations]
+        # Equal messages, which come again and again in small data sets, are rendered once.
+        different = dict.fromkeys(key for tail in tails for key in tail)
+        requests = [*conversations, *map(_after_probe, different)]
+        texts = iter(_RENDERER.render(self.source, [(one, False) for one in requests]))
+        wholes = [next(texts) for _ in conversations]
+        alone = {
+            key: _after(self._asked if key[0] == "assistant" else self._prefix, next(texts))
+            for key in different
+        }
+        found = []
+        for whole, tail in zip(wholes, tails, strict=True):
+            parts: list[tuple[str, bool]] = []
+            for key in tail:
+                is_assistant = key[0] == "assistant"
+                prompt = self._generation_prompt if is_assistant else ""
+                parts += [(prompt, False), (alone[key], is_assistant)]
+            rest = "".join(text for text, _ in parts)
+            if not whole.endswith(rest):
+                raise TemplateError("a message is not rendered alike everywhere in a conversation")
+            parts.insert(0, (whole[: len(whole) - len(rest)], not only_assistant))
+            found.append([*pieces_of(one for part in parts for one in cut_text(*part))])
+        return found
 
 
-def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Message]:
-    """Return the messages of a record.
-
-    They are in `field`, in the form of OpenAI or ShareGPT. A record without ``messages`` may be of
-    ShareGPT (``conversations``) or of Alpaca (``instruction`` and ``output``) instead.
-
-    Raises:
-      TemplateError: it has none of these fields, or something else in them.
-    """
-    if field in record:
-        return _checked(record[field])
-    if field == "messages" and "conversations" in record:
-        messages = _checked(record["conversations"])
-    elif field == "messages" and {"instruction", "output"} <= record.keys():
-        messages = _alpaca_messages(record)
-    else:
-        others = "" if field != "messages" else ", 'conversations' or 'instruction' and 'output'"
-        found = ", ".join(itertools.islice(record, 8)) or "none"
-        raise TemplateError(
-            f"no field {field!r}{others}; it has {found}: name the one with the messages "
-            "by field=NAME (train.py: --config.data.field=NAME)"
-        )
-    if record.get("system"):
-        messages = _checked([{"role": "system", "content": record["system"]}]) + messages
-    return messages
-
-
-def _checked(messages: Any) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise TemplateError("messages are not a list of at least one")
-    found = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise TemplateError(f"message {number} is of type {type(message).__name__}")
-        name, text_name = ("from", "value") if "from" in message else ("role", "content")
-        role, content = message.get(name), message.get(text_name)
-        if not isinstance(role, str) or role not in _ROLES[name]:
-            known = ", ".join(_ROLES[name])
-            raise TemplateError(f"message {number} has the role {role!r}; known are {known}")
-        if not isinstance(content, str):
-            raise TemplateError(f"message {number} has no text as its {text_name}")
-        found.append({"role": _ROLES[name][role], "content": content})
-    return found
-
-
-def _alpaca_messages(record: Mapping[str, Any]) -> list[Message]:
-    fields = {name: record.get(name) for name in ("instruction", "input", "output")}
-    fields["input"] = fields["input"] or ""
-    for name, text in fields.items():
-        if not isinstance(text, str):
-            raise TemplateError(f"field {name!r} is of type {type(text).__name__}, not text")
-    history = record.get("history") or []
-    if not isinstance(history, list) or any(type(x) is not list or len(x) != 2 for x in history):
-        raise TemplateError("field 'history' is not a list of pairs of question and answer")
-    question = "\n".join(filter(None, (fields["instruction"], fields["input"])))
-    return _checked(
-        [
-            {"role": role, "content": text}
-            for turn in [*history, [question, fields["output"]]]
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-    )
+def _from_first_answer(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return role and content of the first answer and of all messages after it."""
+    keys = [(message["role"], message["content"]) for message in messages]
+    first = next((n for n, (role, _) in enumerate(keys) if role == "assistant"), len(keys))
+    return keys[first:]
 
 
 def _after_probe(message: tuple[str, str]) -> Sequence[Message]:
@@ -244,3 +172,118 @@ def _after_probe(message: tuple[str, str]) -> Sequence[Message]:
     role, content = message
     before = (*_PROBE, _PROBE[0]) if role == "assistant" else _PROBE
     return *before, {"role": role, "content": content}
+
+
+def _after(before: str, whole: str) -> str:
+    if not whole.startswith(before):
+        raise TemplateError("a message changes what the template renders for those before it")
+    return whole[len(before) :]
+
+
+class _Renderer:
+    """A process that renders templates; started when needed, and again after it was killed.
+
+    Thread-safe. It ends with this process: it then reads the end of its input.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(
+        self, source: str, renderings: Sequence[tuple[Sequence[Message], bool]]
+    ) -> list[str]:
+        """Render messages by the template `source`, with a generation prompt where True is given.
+
+        Raises:
+          TemplateError: one of them cannot be rendered, or exceeds a limit.
+        """
+        text = json.dumps([source, renderings], ensure_ascii=False)
+        request = text.encode("utf-8", "surrogatepass") + b"\n"
+        with self._lock:
+            answer = self._exchange(request, _MAX_ANSWER + _EXPANSION * len(request))
+        found = json.loads(answer)
+        if "error" in found:
+            raise TemplateError(one_line(found["error"]))
+        return found["texts"]
+
+    def _exchange(self, request: bytes, limit: int) -> bytes:
+        answer, problem = b"", ""
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self.close()
+                self._process = _start_worker()
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline(limit)
+        except OSError as error:
+            problem = f"no process renders it ({error})"
+        finally:  # after an interrupt, too
+            code = None if answer.endswith(b"\n") else self.close()
+        if answer.endswith(b"\n"):
+            return answer
+        if len(answer) == limit:
+            problem = "it renders too much text"
+        elif code == -signal.SIGPROF:
+            problem = "it takes more than 1 s of CPU time"
+        raise TemplateError(problem or f"the process that renders it has ended (exit code {code})")
+
+    def close(self) -> int | None:
+        """End the process; return its exit code, or None if there is none."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        with contextlib.suppress(BrokenPipeError), process:
+            process.kill()
+        return process.returncode
+
+
+def _start_worker() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        # -P and -S: neither the folder of the program nor hooks of packages are used.
+        [sys.executable, "-P", "-S", _WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={
+            "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path)),
+            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        },
+        start_new_session=True,  # Ctrl-C is for the parent
+    )
+
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.close)
+
+
+def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Message]:
+    """Return the messages of a record, which are in `field`, in the form of OpenAI or ShareGPT.
+
+    Raises:
+      TemplateError: it lacks the field, or has something else in it.
+    """
+    if field not in record:
+        raise TemplateError(
+            f"no field {field!r}; it has {', '.join([*record][:8]) or 'none'}: name the one with "
+            "the messages by config.data.field"
+        )
+    messages = record[field]
+    if not isinstance(messages, list) or not messages:
+        raise TemplateError("messages are not a list of at least one")
+    found = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise TemplateError(f"message {number} is of type {type(message).__name__}")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or role not in _ROLES:
+            known = ", ".join(_ROLES)
+            raise TemplateError(f"message {number} has the role {role!r}; known are {known}")
+        if not isinstance(content, str):
+            raise TemplateError(f"message {number} has no text as its content")
+        found.append({"role": _ROLES[role], "content": content})
+    return found

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from simplernn_jax.config import DataConfig, PythonSource
 from simplernn_jax.data.chat_template import load_template
@@ -20,11 +21,16 @@ from simplernn_jax.data.documents import (
     cut_text,
     pieces_of,
 )
-from simplernn_jax.data.file_search import find_files, stdlib_files
-from simplernn_jax.data.mixture import ENTRY, parse_mixture
+from simplernn_jax.data.mixture import split_mixture
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
-from simplernn_jax.data.record_files import ConversationFiles, CsvFiles, JsonFiles, ParquetFiles
-from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile
+from simplernn_jax.data.record_files import (
+    ConversationFiles,
+    CsvFiles,
+    JsonFiles,
+    ParquetFiles,
+    suffix_of,
+)
+from simplernn_jax.data.source_files import SourceFile, find_files, stdlib_files
 from simplernn_jax.errors import UserError
 
 
@@ -50,7 +56,7 @@ class TextFiles(Corpus):
         return pieces_of((text, True) for text in self._texts(file))
 
     def _texts(self, file: SourceFile) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
+        decoder = codecs.getincrementaldecoder("utf-8")(self._config.encoding_errors)
         offset = 0
         rest = ""
         with self._opened(file) as stream:
@@ -64,8 +70,7 @@ class TextFiles(Corpus):
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{file.path}: invalid UTF-8 at byte {offset - pending + error.start}; "
-                        "convert the file to UTF-8, or run with encoding_errors=replace "
-                        "(train.py: --config.data.encoding_errors=replace)"
+                        "convert the file to UTF-8, or set config.data.encoding_errors=replace"
                     ) from error
                 if offset == 0:
                     text = text.removeprefix("\ufeff")  # a byte order mark is not a text
@@ -85,14 +90,14 @@ class PythonTexts(Corpus):
     def records(self) -> Iterator[tuple[Record, int]]:
         """See `Corpus.records`."""
         self._begin()
-        source = SourceFile(str(self._source), str(self._source))
-        for number, text in enumerate(self._source.texts()):
-            place = f"[{number}]"
+        source: Any = self._config.source
+        file = SourceFile(str(source), str(source))
+        for number, text in enumerate(source.texts()):
             if not isinstance(text, str):
                 found = type(text).__name__
-                raise UserError(f"{source.name}{place}: of type {found}; give strings")
+                raise UserError(f"{file.name}[{number}]: of type {found}; give strings")
             self.bytes_read += len(text)
-            yield (source, place, text), len(text)
+            yield (file, f"[{number}]", text), len(text)
 
     def _pieces(self, content: str) -> Iterable[Piece]:
         return pieces_of(cut_text(content))
@@ -132,12 +137,22 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     source = config.source
     if re.search("[\0\ud800-\udc7f\udd00-\udfff]", source):  # others are bytes of file names
         raise UserError(f"{source}: no path holds a NUL or half a surrogate pair; correct it")
-    if parse_mixture(source) is not None:
+    if split_mixture(source):
         raise UserError(f"{source}: a mixture, which only training takes; give one source")
+    is_python = isinstance(source, PythonSource)
+    if config.template and (is_python or source == "stdlib" or source.startswith("tfds:")):
+        raise UserError(f"{source}: no conversations (data.template), which come as JSONL")
+    if is_python:
+        return PythonTexts([], config)
+    if source == "stdlib":
+        # The user cannot correct a file of a distribution.
+        return TextFiles(stdlib_files(), dataclasses.replace(config, encoding_errors="replace"))
     try:
-        return _open(config, frozenset(map(os.path.realpath, exclude)))
-    except OSError as error:
-        raise UserError(f"{source}: {_problem(error)}") from error
+        if source.startswith("tfds:"):
+            return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
+        return _open_files(config, find_files(source, frozenset(map(os.path.realpath, exclude))))
+    except OSError as error:  # such as from a current folder that was deleted
+        raise UserError(f"{source}: {error.strerror or error}; correct the source") from error
 
 
 def absolute_source(source: str) -> str:
@@ -147,40 +162,27 @@ def absolute_source(source: str) -> str:
     if source.startswith("tfds:"):
         folder = find_prepared(source.removeprefix("tfds:"))
         return source if folder.is_absolute() else f"tfds:{folder.absolute()}"
-    if parse_mixture(source) is not None:
-        return ENTRY.sub(lambda one: absolute_source(one[1]) + one[0][len(one[1]) :], source)
+    if mixture := split_mixture(source):
+        return ",".join(f"{absolute_source(path)}:{weight}" for path, weight in mixture)
     path = os.path.expanduser(source)
     if os.path.exists(path) or not glob.has_magic(path):
         return os.path.abspath(path)
     return os.path.join(glob.escape(os.getcwd()), path)
 
 
-def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
+def _open_files(config: DataConfig, files: list[SourceFile]) -> Corpus:
     source = config.source
-    is_python = isinstance(source, PythonSource)
-    if config.template and (is_python or source == "stdlib" or source.startswith("tfds:")):
-        raise UserError(f"{source}: no conversations (data.template), which come as JSONL")
-    if is_python:
-        return PythonTexts([], config)
-    if source == "stdlib":
-        # The user cannot correct a file of a distribution.
-        return TextFiles(stdlib_files(), dataclasses.replace(config, encoding_errors="replace"))
-    if source.startswith("tfds:"):
-        return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
-    files = find_files(source, exclude)
     if all(os.path.getsize(file.path) == 0 for file in files):
         raise UserError(f"{source}: empty; put text into it or choose another source")
-    suffixes = [_suffix(file.path) for file in files]
+    suffixes = [suffix_of(file.path) for file in files]
     readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
     if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program
         others = _READERS.keys() - {".json", ".csv", ".tsv"}
         readers = [_READERS[suffix] if suffix in others else TextFiles for suffix in suffixes]
-    other = next((i for i, reader in enumerate(readers) if reader != readers[0]), None)
-    if other is not None:
-        raise UserError(
-            f"{source}: both {readers[0].kind} ({files[0].name}) and {readers[other].kind} "
-            f"({files[other].name}); specify one kind with a glob such as '*.jsonl'"
-        )
+    kinds = {reader.kind: file.name for reader, file in zip(readers, files, strict=True)}
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise UserError(f"{source}: both {found}; specify one kind with a glob such as '*.jsonl'")
     if not config.template:
         return readers[0](files, config)
     if readers[0] is not JsonFiles:
@@ -188,16 +190,3 @@ def _open(config: DataConfig, exclude: frozenset[str]) -> Corpus:
     field = "messages" if config.field == DataConfig.field else config.field
     template = load_template(config.template)
     return ConversationFiles(files, dataclasses.replace(config, field=field, template=template))
-
-
-def _suffix(path: str) -> str:
-    name, suffix = os.path.splitext(path.lower())
-    return os.path.splitext(name)[1] if suffix in COMPRESSED_SUFFIXES else suffix
-
-
-def _problem(error: OSError) -> str:
-    try:
-        os.getcwd()
-    except OSError:
-        return "the current folder was deleted; change to another one and run again"
-    return f"{error.strerror or error}; correct the source"

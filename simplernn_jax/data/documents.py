@@ -2,22 +2,20 @@
 
 import contextlib
 import dataclasses
-import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.source_files import BlockReader, SourceFile, file_status, open_source
+from simplernn_jax.data.source_files import SourceFile, open_source
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import sha256_hex
 
 PIECE_SIZE = 1 << 20
 """Bytes or characters of text held at a time, so that a document may be larger than memory."""
-_BLOCK_SIZE = 1 << 18
-"""Bytes that are read at a time."""
 
 
 class Piece(NamedTuple):
@@ -40,8 +38,7 @@ Record = tuple[SourceFile, str, Any]
 """A file, the place of a record in it, for messages, and its content, not parsed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text. A document without text has no pieces."""
 
     name: str
@@ -63,11 +60,8 @@ class Corpus:
 
     def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
-        self._files = {file: file_status(file.path).st_size for file in files}
-        self._encoding_errors = config.encoding_errors
-        self._max_malformed_records = config.max_malformed_records
-        self._max_expansion = config.max_expansion
-        self._source: Any = config.source
+        self._files = {file: _file_status(file.path).st_size for file in files}
+        self._config = config
         self._settings = {"kind": self.kind, **settings}
         self.total_bytes = sum(self._files.values())
         self._has_warned = False
@@ -80,7 +74,7 @@ class Corpus:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what `parse` needs, for another process."""
-        return {**vars(self), "_files": {}, "_source": ""}
+        return vars(self) | {"_files": {}, "_config": dataclasses.replace(self._config, source="")}
 
     def records(self) -> Iterator[tuple[Record, int]]:
         """Yield all records in order, and their sizes; fast, since the processes of `parse` wait.
@@ -115,11 +109,11 @@ class Corpus:
         """Count a malformed record; raises `UserError` if there are more of them than allowed."""
         self._num_malformed += 1
         self._first_problem = self._first_problem or problem
-        if self._num_malformed > self._max_malformed_records:
+        allowed = self._config.max_malformed_records
+        if self._num_malformed > allowed:
             raise UserError(
-                f"{problem}; malformed record {self._num_malformed}, {self._max_malformed_records} "
-                "allowed: fix it or raise max_malformed_records (train.py: "
-                "--config.data.max_malformed_records)"
+                f"{problem}; malformed record {self._num_malformed}, {allowed} allowed: fix it or "
+                "raise config.data.max_malformed_records"
             )
 
     def warn_of_skipped(self) -> None:
@@ -131,7 +125,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the settings and the files' present names, sizes and times."""
-        status = [(file.name, file_status(file.path)) for file in self._files]
+        status = [(file.name, _file_status(file.path)) for file in self._files]
         files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
         text = json.dumps([self._settings, files], sort_keys=True)
         return sha256_hex(text.encode("utf-8", "surrogateescape"))
@@ -152,29 +146,33 @@ class Corpus:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _opened(self, file: SourceFile) -> Iterator[io.BufferedReader]:
+    def _opened(self, file: SourceFile) -> Iterator[IO[bytes]]:
         """Open a file, decompressed; count what is read of it, and check its expansion."""
         before = self.bytes_read
 
-        def blocks() -> Iterator[bytes]:
-            num_bytes = 0
-            while block := stream.read(_BLOCK_SIZE):
-                num_bytes += len(block)
-                self._check_expansion(file, num_bytes)
-                self.bytes_read = before + raw.tell()
-                yield block
+        def on_read(position: int, num_bytes: int) -> None:
+            self.bytes_read = before + position
+            self._check_expansion(file, num_bytes)
 
-        with open_source(file.path, self._encoding_errors) as (stream, raw):
-            yield io.BufferedReader(BlockReader(blocks()), _BLOCK_SIZE)
+        with open_source(file.path, self._config.encoding_errors, on_read) as stream:
+            yield stream
         self.bytes_read = before + self._files[file]
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
         """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""
-        if num_bytes > max(PIECE_SIZE, self._max_expansion * self._files[file]):
+        most = self._config.max_expansion
+        if num_bytes > max(PIECE_SIZE, most * self._files[file]):
             raise UserError(
-                f"{file.path}: it expands to more than {self._max_expansion:,} times its size; if "
-                "you expect that, raise max_expansion (train.py: --config.data.max_expansion)"
+                f"{file.path}: it expands to more than {most:,} times its size; if you expect "
+                "that, raise config.data.max_expansion"
             )
+
+
+def _file_status(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
 
 
 def pieces_of(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:

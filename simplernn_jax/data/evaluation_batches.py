@@ -123,15 +123,8 @@ def context_batches(
         padding = np.zeros(number * batch_size - len(document), np.int64)
         table = np.stack([np.append(column, padding) for column in (begins, lengths, skips)])
         for begin, count, skip in table.reshape(3, number, batch_size, 1).swapaxes(0, 1):
-            is_real = along < count
-            inputs, targets, loss_mask = gather(split, begin + along, is_real, pad_id)
-            yield Batch(
-                tokens=inputs,
-                targets=targets,
-                loss_mask=loss_mask & (along >= skip),
-                segment_ids=(~is_real).astype(np.int32),
-                reset=np.ones(batch_size, bool),
-            )
+            batch = gather(split, begin + along, along < count, pad_id)
+            yield batch._replace(loss_mask=batch.loss_mask & (along >= skip))
 
     return lay_out(), number
 
@@ -157,7 +150,7 @@ def check_scorable(split: TokenSplit) -> None:
         raise UserError(
             f"nothing to score: the {split.name} split has {counted(len(split.tokens), 'token')} "
             f"and none of them {what}; use more text or a larger "
-            "--config.data.validation_fraction"
+            "config.data.validation_fraction"
         )
 
 
@@ -230,15 +223,12 @@ def _lay_out(
         line = np.where(is_real, sequence_from[:, None] + along, 0)
         document = np.searchsorted(document_from, line, side="right") - 1
         within = line - document_from[document]
-        inputs, targets, loss_mask = gather(split, starts[document] + within, is_real, pad_id)
+        batch = gather(split, starts[document] + within, is_real, pad_id)
         segments = document
         if reset_every:
             within = within % reset_every
             segments = line - within
-        yield Batch(
-            tokens=inputs,
-            targets=targets,
-            loss_mask=loss_mask,
+        yield batch._replace(
             segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
             reset=(within[:, 0] == 0) | (step == 0),
         )

@@ -3,7 +3,6 @@
 Its folder is checked before TFDS reads it, because what TFDS reads can run code.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -33,35 +32,25 @@ def find_prepared(name: str) -> Path:
     """Find the folder of a prepared dataset by its path or by ``NAME[/CONFIG][:VERSION]``.
 
     Names are looked up under `default_data_dir` and not by TFDS itself, whose bundled builders
-    would try the network for minutes first.
+    would try the network for minutes first. Of several versions, the newest is taken.
 
     Raises:
       UserError: nothing of that name is prepared, or several are.
     """
     data_dir = default_data_dir()
     for root in (Path(os.path.expanduser(name)), data_dir / name.replace(":", "/")):
-        found = sorted(
-            {info.parent for depth in ("", "*/", "*/*/") for info in root.glob(depth + _INFO)}
-        )
-        if not found:
-            continue
+        found = {info.parent for depth in ("", "*/", "*/*/") for info in root.glob(depth + _INFO)}
         parents = {folder.parent for folder in found}
         if len(parents) > 1:
             names = ", ".join(str(parent.relative_to(root)) for parent in sorted(parents))
             raise UserError(f"tfds:{name}: several are prepared in {root}; choose one of {names}")
-        return max(found, key=_version)
+        if found:
+            return max(found, key=_version)
     raise UserError(
-        f"tfds:{name}: not prepared in {data_dir} (TFDS_DATA_DIR names another place); "
-        "create one from your own text with python scripts/build_tfds.py, or, since builders "
-        "bundled with TFDS need TensorFlow and a network, prepare it where those are with "
-        "file_format='array_record' and copy it here"
+        f"tfds:{name}: not prepared in {data_dir} (TFDS_DATA_DIR names another place); create one "
+        "from your own text with python scripts/build_tfds.py, or, since builders bundled with "
+        "TFDS need TensorFlow, prepare it elsewhere with file_format='array_record' and copy it"
     )
-
-
-def _tfds_errors(where: str) -> contextlib.AbstractContextManager[None]:
-    # TFDS raises NotImplementedError for a file format that needs TensorFlow.
-    problem, advice = f"{where}: TFDS cannot read it", "prepare the dataset again"
-    return library_errors(problem, advice, NotImplementedError)
 
 
 def _version(folder: Path) -> tuple[int, ...]:
@@ -83,36 +72,26 @@ class PreparedDataset(RecordFiles):
     def records(self) -> Iterator[tuple[Record, int]]:
         """See `Corpus.records`."""
         self._begin()
-        source, file = self._open(), SourceFile(str(self._folder), str(self._folder))
-        for index in range(len(source)):
-            place = f": example {index}"
-            with _tfds_errors(f"{file.path}{place}"):
+        file = SourceFile(str(self._folder), str(self._folder))
+        with library_errors(f"{self._folder}: TFDS cannot read it", "prepare the dataset again"):
+            source = self._open()
+            for index in range(len(source)):
                 value = source[index][self._field]
-            self.bytes_read = self.total_bytes * (index + 1) // len(source)
-            yield (file, place, value), len(value) if isinstance(value, str | bytes) else 0
+                self.bytes_read = self.total_bytes * (index + 1) // len(source)
+                size = len(value) if isinstance(value, str | bytes) else 0
+                yield (file, f": example {index}", value), size
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
 
         check_folder(self._folder)
-        with _tfds_errors(str(self._folder)):
-            builder = tfds.builder_from_directory(str(self._folder))
-        splits = list(builder.info.splits)
-        if "train" not in splits:
-            raise UserError(f"{self._folder}: no split train; it has {', '.join(splits)}")
+        builder = tfds.builder_from_directory(str(self._folder))
         fields = list(builder.info.features)
         if self._field not in fields:
             raise UserError(f"{self._folder}: {missing_field(self._field, fields)}")
-        try:
-            with _tfds_errors(str(self._folder)):
-                source = builder.as_data_source("train")
-                len(source)  # opens the files
-            return source
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self._folder}: prepared as {builder.info.file_format.value}, which needs "
-                "TensorFlow; prepare it again with file_format='array_record'"
-            ) from error
+        source = builder.as_data_source("train")
+        len(source)  # opens the files
+        return source
 
 
 def check_folder(folder: Path) -> None:
@@ -128,17 +107,13 @@ def check_folder(folder: Path) -> None:
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: not a regular file; remove it or prepare the dataset again")
     path = folder / _FEATURES
-    try:
+    with library_errors(f"{path}: cannot be read", "prepare the dataset again"):
         for name in _class_names(json.loads(read_file(path).decode())):
             if not name.startswith(_TRUSTED):
                 raise UserError(
                     f"{path}: the feature class {name!r} is not part of TFDS, and reading it would "
                     "run its code; prepare the dataset again with features of TFDS"
                 )
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; prepare the dataset again") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); prepare the dataset again") from error
 
 
 def _class_names(value: Any) -> Iterator[str]:

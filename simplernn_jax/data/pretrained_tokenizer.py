@@ -1,12 +1,9 @@
 """A Hugging Face ``tokenizer.json``, from a file or from the hub."""
 
 import contextlib
-import difflib
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +20,6 @@ _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Words of a ByteLevel pre-tokenizer (GPT-2)."""
-_REACH_SECONDS = 5
 MAX_TOKENIZER_BYTES = 1 << 28
 """Maximum number of bytes of a ``tokenizer.json``. One of a million ids has about 90 MB."""
 _MAX_IDS = 1 << 24
@@ -37,64 +33,31 @@ def load_pretrained(spec: str) -> "PretrainedTokenizer":
     Raises:
       UserError: unreadable, or neither found here nor on the hub.
     """
-    # With a NUL, expanduser may raise; opening the file reports it.
     path = spec if "\0" in spec else os.path.expanduser(spec)
     is_path = os.path.lexists(path) or spec.endswith(".json") or spec.startswith((".", "/", "~"))
     if not is_path:
         path = _from_hub(spec)
     try:
-        content = read_file(path, MAX_TOKENIZER_BYTES)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"tokenizer {path}: no such file; pass that of a tokenizer.json") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        return PretrainedTokenizer(read_file(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
+    except (OSError, ValueError, UserError) as error:
         problem = getattr(error, "strerror", None) or error
         raise UserError(f"tokenizer {path}: {problem}; pass that of a tokenizer.json") from error
-    try:
-        return PretrainedTokenizer(content.decode("utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"tokenizer {path}: no Hugging Face tokenizer.json ({error}); use an intact one"
-        ) from error
 
 
 def _from_hub(name: str) -> str:
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    try:
+    # Without a network, the hub's client retries before it looks into its cache.
+    with contextlib.suppress(Exception):
         return hf_hub_download(name, "tokenizer.json", local_files_only=True)
-    except errors.HFValidationError as error:
-        raise UserError(_unknown(name, "neither a file nor a name on the hub")) from error
-    except OSError:
-        pass
-    offline = constants.is_offline_mode()
-    if offline or not _within_reach(constants.ENDPOINT):
-        raise UserError(
-            _unknown(name, "neither a file nor cached here, and the hub is out of reach")
-        )
     try:
         return hf_hub_download(name, "tokenizer.json")
     except Exception as error:  # those of whichever HTTP library the client uses
-        raise UserError(_unknown(name, f"the hub did not give it ({error})")) from error
-
-
-def _unknown(name: str, problem: str) -> str:
-    near = difflib.get_close_matches(name, ("byte", "char"), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return (
-        f"tokenizer {name!r}: {problem}{hint}; use byte, char, bpe:SIZE, the path of a "
-        "tokenizer.json, or a hub name on a machine with a network"
-    )
-
-
-def _within_reach(endpoint: str) -> bool:
-    """Connect once, because the hub's own client retries for half a minute."""
-    try:
-        with urllib.request.urlopen(endpoint, timeout=_REACH_SECONDS):  # noqa: S310 - user's own
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is not an address
-        return False
+        raise UserError(
+            f"tokenizer {name!r}: neither a file nor cached here, and the hub did not give it "
+            f"({error}); use byte, char, bpe:SIZE, the path of a tokenizer.json, or a hub name on "
+            "a machine with a network"
+        ) from error
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -114,11 +77,11 @@ class PretrainedTokenizer(Tokenizer):
         """Parse the text of the file; ids that are given were chosen by an earlier run.
 
         Raises:
-          ValueError: the text is not of this format.
+          UserError, ValueError: the text is not of this format.
         """
         import tokenizers
 
-        with _library_errors():
+        with _library_errors("be loaded"):
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -168,20 +131,11 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode`; raises `UserError` also for a part without a token."""
         utf8(text)
-        try:
-            with _library_errors():
-                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        except ValueError as error:
-            raise UserError(
-                f"the tokenizer cannot encode this text ({error}); use another tokenizer.json"
-            ) from error
-        ids = np.array(encoding.ids, np.int64)
-        largest = np.max(ids, initial=0)
-        if largest >= self._vocabulary_end:
-            raise UserError(
-                f"the tokenizer gives the id {largest:,}, which its vocabulary of "
-                f"{self._vocabulary_end:,} ids does not have; use another tokenizer.json"
-            )
+        with _library_errors("encode this text"):
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            ids = np.array(encoding.ids, np.int64)
+            if (largest := int(np.max(ids, initial=0))) >= self._vocabulary_end:
+                raise ValueError(f"id {largest:,} is beyond its vocabulary")
         return ids.astype(np.int32)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
@@ -199,13 +153,8 @@ class PretrainedTokenizer(Tokenizer):
         stop = len(kept)
         while stop and kept[stop - 1] in self._bytes_of_id:
             stop -= 1
-        try:
-            with _library_errors():
-                text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
-        except ValueError as error:
-            raise UserError(
-                f"the tokenizer cannot decode these ids ({error}); use another tokenizer.json"
-            ) from error
+        with _library_errors("decode these ids"):
+            text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
         return text.encode("utf-8") + b"".join(self._bytes_of_id[number] for number in kept[stop:])
 
     def to_json(self) -> str:
@@ -217,17 +166,16 @@ class PretrainedTokenizer(Tokenizer):
 
 
 @contextlib.contextmanager
-def _library_errors() -> Iterator[None]:
-    """Turn exceptions of the library, and panics of Rust, into a ValueError."""
+def _library_errors(action: str) -> Iterator[None]:
+    """Turn exceptions of the library, and panics of Rust, into a `UserError`."""
     try:
         yield
-    except Exception as error:
-        raise ValueError(str(error)) from error
     except BaseException as error:
         # PanicException is not an Exception and cannot be imported.
-        if type(error).__module__ != "pyo3_runtime":
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"the tokenizer cannot {action} ({problem}); use another") from error
 
 
 def _is_byte_level(decoder: Any) -> bool:

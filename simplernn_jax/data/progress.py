@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from absl import logging
 
-_MAX_LENGTH = 32
-"""Maximum number of characters of the task, to leave room for the bar."""
+from simplernn_jax.errors import format_bytes
+
 _SECONDS_PER_LINE = 30
 
 
@@ -25,37 +25,27 @@ def reading_progress(task: str, total_bytes: int, *, show: bool) -> Iterator[Cal
 
 def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     start = latest = time.monotonic()
-    unit, scale = ("kB", 1e3) if total_bytes < 1e6 else ("MB", 1e6)
-    logging.info("%s: %.1f %s ...", task, total_bytes / scale, unit)
+    logging.info("%s: %s ...", task, format_bytes(total_bytes))
 
     def update(bytes_read: int) -> None:
         nonlocal latest
         now = time.monotonic()
-        if now - latest < _SECONDS_PER_LINE:
-            return
-        latest = now
-        done = bytes_read / max(total_bytes, 1)
-        left = (now - start) * (1 - done) / max(done, 1e-9)
-        logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
+        if now - latest >= _SECONDS_PER_LINE:
+            latest = now
+            done = bytes_read / max(total_bytes, 1)
+            left = (now - start) * (1 - done) / max(done, 1e-9)
+            logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
 
     yield update
     logging.info("%s: done in %.1f s", task, time.monotonic() - start)
 
 
 def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    from rich import progress
+    from rich import markup, progress
     from rich.console import Console
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        short = task if len(task) <= _MAX_LENGTH else f"{task[: _MAX_LENGTH - 1]}…"
-        handle = bar.add_task(short, total=total_bytes)
+    with progress.Progress(console=Console(stderr=True)) as bar:
+        handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
         shown = 0
 
         def update(bytes_read: int) -> None:

@@ -7,15 +7,16 @@ import csv
 import importlib.util
 import itertools
 import json
-import re
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Piece, cut_text, pieces_of
-from simplernn_jax.data.source_files import SourceFile, library_errors, open_source
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile, library_errors
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import open_file
 
 MAX_RECORD_BYTES = 1 << 26
 """Bytes of a line, a JSON array, a row of CSV or a Parquet value, which are in memory at once. A
@@ -23,13 +24,11 @@ larger line is another format rather than a record."""
 _RENDERED_TOGETHER = 64
 """Conversations rendered together."""
 
+_CHAT_FIELDS = ("messages", "conversations")
+_CHAT_ADVICE = "; conversations need config.data.template"
 _ROWS = 16
 """Rows of Parquet held at a time, besides the pages that hold them."""
 _READ_BUFFER = 1 << 20
-_NAMED_FIELDS = 8
-"""Maximum number of fields that an error names: a record can have millions."""
-_CHAT = ("messages", "conversations")
-_NO_TEMPLATE = "conversations need a template (train.py: --config.data.template=roles)"
 
 
 class RecordFiles(Corpus):
@@ -47,19 +46,21 @@ class RecordFiles(Corpus):
         text = self._field_of(content)
         if isinstance(text, bytes):
             try:
-                text = text.decode("utf-8", self._encoding_errors)
+                text = text.decode("utf-8", self._config.encoding_errors)
             except UnicodeDecodeError as error:
                 where = f"at byte {error.start} of field {self._field!r}"
                 raise MalformedRecord(f"invalid UTF-8 {where}") from error
         if not isinstance(text, str):
-            raise MalformedRecord(_wrong_type(self._field, type(text).__name__))
+            found = type(text).__name__
+            hint = _CHAT_ADVICE if self._field in _CHAT_FIELDS else ""
+            raise MalformedRecord(f"field {self._field!r} is of type {found}, not text{hint}")
         return pieces_of(cut_text(self._without_surrogates(text)))
 
     def _without_surrogates(self, text: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            if self._encoding_errors == "strict":
+            if self._config.encoding_errors == "strict":
                 raise MalformedRecord(
                     f"field {self._field!r} holds half a surrogate pair or invalid UTF-8"
                 ) from error
@@ -73,42 +74,26 @@ class JsonFiles(RecordFiles):
     kind = "jsonl"
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        lines = self._lines(file)
-        may_be_array = re.search(r"\.json(\.\w+)?$", file.path.lower())
-        for number, line in enumerate(lines, 1):
-            content = line.strip()
-            if may_be_array and (content == b"{" or content.startswith(b"[")):
-                yield from self._array(itertools.chain([line], lines))
-            elif content:
-                may_be_array = None
-                yield f":{number}", line, len(line)
-            self._record_bytes = 0
+        with self._opened(file) as stream:
+            may_be_array = suffix_of(file.path) == ".json"
+            for number, line in enumerate(_lines(file, stream), 1):
+                content = line.strip()
+                if may_be_array and content.startswith(b"["):
+                    yield from self._array(file, line + stream.read(MAX_RECORD_BYTES))
+                elif content:
+                    may_be_array = False
+                    yield f":{number}", line, len(line)
 
-    def _array(self, lines: Iterable[bytes]) -> Iterator[tuple[str, Any, int]]:
-        """Yield the records of a file that holds one array, or one object over several lines."""
-        content = bytearray()
-        for line in lines:
-            content += line
+    def _array(self, file: SourceFile, content: bytes) -> Iterator[tuple[str, Any, int]]:
+        """Yield the records of a file that holds one array."""
+        if len(content) > MAX_RECORD_BYTES:
+            raise _too_long(f"{file.path}: an array")
         try:
-            found = self._parsed(bytes(content))
+            records = self._parsed(content)
         except MalformedRecord as error:
-            found = error
-        records = found if isinstance(found, list) else [found]
+            records = [error]
         for number, record in enumerate(records):
             yield f"[{number}]", record, len(content) // len(records)
-
-    def _lines(self, file: SourceFile) -> Iterator[bytes]:
-        """Yield the lines, added to `_record_bytes`, which the caller sets to 0 for each record."""
-        self._record_bytes = 0
-        with self._opened(file) as stream:
-            for number in itertools.count(1):
-                line = stream.readline(MAX_RECORD_BYTES + 1)
-                if not line:
-                    return
-                self._record_bytes += len(line)
-                if self._record_bytes > MAX_RECORD_BYTES:
-                    raise _too_long(f"{file.path}:{number}: a record or array")
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
     def _field_of(self, content: Any) -> Any:
         record = self._record(content)
@@ -127,7 +112,7 @@ class JsonFiles(RecordFiles):
 
     def _parsed(self, content: bytes) -> Any:
         try:
-            return json.loads(content.decode("utf-8", self._encoding_errors))
+            return json.loads(content.decode("utf-8", self._config.encoding_errors))
         except UnicodeDecodeError as error:
             raise MalformedRecord(f"invalid UTF-8 at byte {error.start}") from error
         except (ValueError, RecursionError) as error:
@@ -137,36 +122,33 @@ class JsonFiles(RecordFiles):
 class CsvFiles(JsonFiles):
     """CSV files: a header, then one record in each row, blank lines left out.
 
-    The delimiter is the most frequent one in the header of tab, comma and semicolon. In ``.tsv``
-    it is a tab, and quotes are text.
+    The delimiter is the most frequent one in the header of tab, comma and semicolon.
     """
 
     kind = "csv"
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        lines = self._lines(file)
-        header = next(lines, b"")
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
-        errors = self._encoding_errors.replace("strict", "surrogateescape")
-        csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
-        is_tsv = re.search(r"\.tsv(\.\w+)?$", file.path.lower())
-        rows = csv.DictReader(
-            (line.decode("utf-8", errors) for line in itertools.chain([header], lines)),
-            delimiter="\t" if is_tsv else max("\t,;", key=header.decode("latin-1").count),
-            quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,
-            strict=True,
-        )
-        while True:
-            try:
-                row: Any = next(rows, None)
-                if row is None:
-                    return
-                if None in row:
-                    raise csv.Error("more values than the header has names")
-            except csv.Error as error:
-                row = MalformedRecord(f"invalid CSV ({error})")
-            size, self._record_bytes = self._record_bytes, 0
-            yield f":{rows.reader.line_num}", row, size
+        errors = self._config.encoding_errors.replace("strict", "surrogateescape")
+        csv.field_size_limit(MAX_RECORD_BYTES)
+        with self._opened(file) as stream:
+            lines = (line.decode("utf-8", errors) for line in _lines(file, stream))
+            header = next(lines, "")
+            delimiter = max("\t,;", key=header.count)
+            rows = csv.DictReader(
+                itertools.chain([header], lines), delimiter=delimiter, strict=True
+            )
+            while True:
+                try:
+                    row: Any = next(rows, None)
+                    if row is None:
+                        return
+                    if None in row:
+                        raise csv.Error("more values than the header has names")
+                except csv.Error as error:
+                    row = MalformedRecord(f"invalid CSV ({error})")
+                size = sum(len(x or "") for x in row.values()) if isinstance(row, dict) else 0
+                yield f":{rows.reader.line_num}", row, size
 
 
 class ConversationFiles(JsonFiles):
@@ -185,9 +167,8 @@ class ConversationFiles(JsonFiles):
     def _parse(self, contents: Sequence[Any]) -> Iterator[Iterable[Piece] | MalformedRecord]:
         for start in range(0, len(contents), _RENDERED_TOGETHER):
             some = [self._messages(one) for one in contents[start : start + _RENDERED_TOGETHER]]
-            rendered = self._template.pieces(
-                [one for one in some if isinstance(one, list)], only_assistant=self._only_assistant
-            )
+            chats = [one for one in some if isinstance(one, list)]
+            rendered = iter(self._template.pieces(chats, only_assistant=self._only_assistant))
             for one in some:
                 pieces = next(rendered) if isinstance(one, list) else one
                 yield pieces if isinstance(pieces, list) else MalformedRecord(str(pieces))
@@ -223,50 +204,55 @@ class ParquetFiles(RecordFiles):
         super().__init__(files, config)
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
-        import pyarrow as pa
+        with (
+            library_errors(f"{file.path}: not a whole Parquet file", "use an intact copy"),
+            open_file(file.path) as raw,
+        ):
+            yield from self._rows(file, raw)
+
+    def _rows(self, file: SourceFile, raw: Any) -> Iterator[tuple[str, Any, int]]:
         from pyarrow import parquet
 
-        before, size = self.bytes_read, self._files[file]
-        corrupt = f"{file.path}: not a whole Parquet file", "replace it by an intact copy"
-        with open_source(file.path) as (_, raw):
-            with library_errors(*corrupt):
-                # Without a pre-buffer, a column is read page by page.
-                table = parquet.ParquetFile(
-                    raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
-                )
-                self._check_column(file.path, table.schema_arrow)
-                groups = map(table.metadata.row_group, range(table.num_row_groups))
-                decompressed = sum(group.total_byte_size for group in groups)
-                self._check_expansion(file, decompressed)
-                num_rows = table.metadata.num_rows
-                batches = table.iter_batches(_ROWS, columns=[self._field], use_threads=False)
-            number = num_bytes = 0
-            while True:
-                with library_errors(*corrupt):
-                    batch = next(batches, None)
-                    if batch is None:
-                        break
-                    values = batch.column(0).cast(pa.large_binary()).to_pylist()
-                for value in values:
-                    if (length := len(value or b"")) > MAX_RECORD_BYTES:
-                        raise _too_long(f"{file.path}: row {number}: a text")
-                    num_bytes += length
-                    self._check_expansion(file, num_bytes)
-                    self.bytes_read = before + size * number // max(num_rows, number + 1)
-                    yield f": row {number}", value, length
-                    number += 1
-        self.bytes_read = before + size
+        before = self.bytes_read
+        # Without a pre-buffer, a column is read page by page.
+        table = parquet.ParquetFile(
+            raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
+        )
+        metadata, names = table.metadata, table.schema_arrow.names
+        if self._field not in names:
+            raise UserError(f"{file.path}: {missing_field(self._field, names)}")
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        self._check_expansion(file, sum(group.total_byte_size for group in groups))
+        number = num_bytes = 0
+        for batch in table.iter_batches(_ROWS, columns=[self._field], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                length = len(value) if isinstance(value, str | bytes) else 0
+                if length > MAX_RECORD_BYTES:
+                    raise _too_long(f"{file.path}: row {number}: a text")
+                num_bytes += length
+                self._check_expansion(file, num_bytes)
+                number += 1
+                share = number / max(metadata.num_rows, number)
+                self.bytes_read = before + int(self._files[file] * share)
+                yield f": row {number - 1}", value, length
+        self.bytes_read = before + self._files[file]
 
-    def _check_column(self, path: str, schema: Any) -> None:
-        if self._field not in schema.names:
-            raise UserError(f"{path}: {missing_field(self._field, schema.names)}")
-        found = schema.field(self._field).type
-        plain = found.value_type if hasattr(found, "index_type") else found
-        if str(plain).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
-            raise UserError(
-                f"{path}: {_wrong_type(self._field, str(found))}; choose another with "
-                "--config.data.field=NAME"
-            )
+
+def suffix_of(path: str) -> str:
+    """Return the suffix that names the format of a file, in lower case, without compression's."""
+    name, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(name)[1] if suffix in COMPRESSED_SUFFIXES else suffix
+
+
+def _lines(file: SourceFile, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file, without a byte order mark."""
+    for number in itertools.count(1):
+        line = stream.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_RECORD_BYTES:
+            raise _too_long(f"{file.path}:{number}: a record")
+        yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
 def _too_long(what: str) -> UserError:
@@ -279,19 +265,8 @@ def _too_long(what: str) -> UserError:
 
 def missing_field(field: str, fields: Iterable[str]) -> str:
     """Describe a record that has other `fields` than the wanted one."""
-    fields = list(fields)
-    named = [name[:30] for name in fields[:_NAMED_FIELDS]]
-    near = nearest_name(field, named)
-    chat = next((name for name in _CHAT if name in fields), None)
-    if chat and not near:
-        return f"no field {field!r} but {chat!r}; {_NO_TEMPLATE}"
-    return (
-        f"no field {field!r}{near}; it has {', '.join(named) or 'none'}: name "
-        "the one with the text by field=NAME (train.py: --config.data.field=NAME)"
-    )
-
-
-def _wrong_type(field: str, found: str) -> str:
-    """Describe a record whose field is not text but of the type `found`."""
-    hint = f"; {_NO_TEMPLATE}" if field in _CHAT else ""
-    return f"field {field!r} is of type {found}, not text{hint}"
+    some = [name[:30] for name in itertools.islice(fields, 8)]  # there can be millions
+    named = f"no field {field!r}; it has {', '.join(some) or 'none'}"
+    if {*some} & {*_CHAT_FIELDS}:
+        return named + _CHAT_ADVICE
+    return f"{named}: name the one with the text by config.data.field"

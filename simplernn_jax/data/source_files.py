@@ -1,20 +1,32 @@
-"""Files of a corpus, read one at a time: plain, ``.gz`` and ``.zst``, in UTF-8 or UTF-16."""
+"""Files of a corpus: found by path, folder or glob, and read one at a time.
+
+They are plain, ``.gz`` or ``.zst``, in UTF-8 or UTF-16. Only regular files are found and opened.
+"""
 
 import codecs
 import contextlib
-import dataclasses
 import functools
+import glob
 import gzip
 import io
 import os
+import sysconfig
 import zlib
-from collections.abc import Iterator
-from typing import IO, Any, BinaryIO
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NamedTuple
 
-from simplernn_jax.errors import UserError
+from absl import logging
+
+from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.files import open_file
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
+_STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+_BINARY_PROBE = 8192
+"""Leading bytes in which a NUL marks a file as binary, as in git."""
+_BLOCK_SIZE = 1 << 18
+"""Bytes that are read at a time."""
 _ZSTD_BLOCK = 1 << 8
 """Compressed bytes per read. They become at most 32,768 times as many, 8 MiB."""
 _ZSTD_WINDOW = 1 << 31
@@ -22,8 +34,7 @@ _ZSTD_WINDOW = 1 << 31
 memory."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     """A file of a corpus."""
 
     name: str
@@ -31,36 +42,172 @@ class SourceFile:
     path: str
 
 
-class _CorruptArchive(Exception):
-    """Reason why a compressed file cannot be read."""
+def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
+    """Find the files of a path or glob, sorted by name.
+
+    Args:
+      source: a regular file, a folder (searched without hidden and binary files and without
+        workdirs of runs and token stores; links to folders are not followed), or a glob, whose
+        ``**`` does not follow them either.
+      exclude: real paths of folders that are left out below a folder or a glob's folder.
+
+    Raises:
+      UserError: nothing there, a folder in it cannot be read, or `source` is an excluded folder.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        return [SourceFile(os.path.basename(path), path)]
+    if not os.path.lexists(path):
+        return _glob_files(source, path, exclude)
+    if not os.path.isdir(path):
+        raise UserError(f"{source}: not a regular file; write the text to a file first")
+    if os.path.realpath(path) in exclude:
+        raise UserError(
+            f"{source}: the run itself writes into this folder; write into another one, or specify "
+            "the text with a glob such as '*.txt'"
+        )
+    files = _folder_files(path, exclude)
+    if not files:
+        raise UserError(f"{source}: no text file in this folder; put some there")
+    return files
+
+
+def stdlib_files() -> list[SourceFile]:
+    """Find the running Python's own modules, without tests and packages; `UserError` if none."""
+    root = sysconfig.get_path("stdlib")
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(".py") and os.path.isfile(path):
+                files.append(SourceFile(os.path.relpath(path, root), path))
+    if not files:
+        raise UserError(
+            f"stdlib: no Python source in {root}; use your own text with config.data.source=PATH"
+        )
+    return sorted(files)
+
+
+def _glob_files(source: str, pattern: str, exclude: frozenset[str]) -> list[SourceFile]:
+    top = glob_folder(pattern)
+    found = [] if top is None else sorted(map(str, _matching_files(Path(top), pattern, exclude)))
+    if not found:
+        what = "no such file or folder" if top is None else "no file matches this glob"
+        advice = "; download it first, and give its path" if "://" in source else ""
+        shown = one_line(source, 200)  # so that what is wrong with it is not left out
+        raise UserError(f"{shown}: {what} (looked from {os.getcwd()}){advice}")
+    root = os.path.commonpath(found) if len(found) > 1 else os.path.dirname(found[0])
+    return [SourceFile(os.path.relpath(match, root or "."), match) for match in found]
+
+
+def glob_folder(pattern: str) -> str | None:
+    """Folder that a glob searches: all before its first magic component; None if it has none."""
+    parts = Path(pattern).parts
+    magic = [number for number, part in enumerate(parts) if glob.has_magic(part)]
+    return str(Path(*parts[: magic[0]])) if magic else None
+
+
+def _matching_files(top: Path, pattern: str, exclude: frozenset[str]) -> Iterator[Path]:
+    """Yield the regular files of a glob below `top`.
+
+    `pathlib` does not follow links in ``**``; unlike `glob`, it finds hidden files.
+    """
+    parts = Path(pattern).parts[len(top.parts) :]
+    parts += ("*",) if parts[-1] == "**" else ()
+    with_hidden = any(part.startswith(".") for part in parts)
+    inner = [Path(folder) for folder in exclude if top.resolve() in Path(folder).parents]
+    try:
+        for path in top.glob("/".join(parts)):
+            is_hidden = any(part.startswith(".") for part in path.parts[len(top.parts) :])
+            if path.is_file() and (with_hidden or not is_hidden):
+                parents = path.resolve().parents
+                if not any(folder in parents for folder in inner):
+                    yield path
+    except ValueError:  # not a pattern, or no file has such a name
+        return
+
+
+def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
+    files: list[SourceFile] = []
+    left_out: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=_reject_unreadable):
+        is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
+        if folder != root and (is_workdir or {"meta.json", "train.tokens"} <= {*names}):
+            logging.info("%s: left out, %s of a run", folder, "workdir" if is_workdir else "tokens")
+            subfolders.clear()
+            continue
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".")
+            and os.path.realpath(os.path.join(folder, name)) not in exclude
+        ]
+        left_out += filter(os.path.islink, (os.path.join(folder, name) for name in subfolders))
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            if not os.path.isfile(path):
+                continue
+            if _is_binary(path):
+                left_out.append(path)
+            else:
+                files.append(SourceFile(os.path.relpath(path, root), path))
+    if left_out:
+        number = counted(len(left_out), "binary file or linked folder")
+        logging.warning("%s: %s left out, such as %s", root, number, one_line(min(left_out)))
+    return sorted(files)
+
+
+def _reject_unreadable(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename}: {error.strerror}; make this folder readable, or select the text with "
+        "a glob"
+    ) from error
+
+
+def _is_binary(path: str) -> bool:
+    if path.lower().endswith(".parquet"):
+        return False
+    with open_source(path) as stream:
+        return b"\0" in stream.read(_BINARY_PROBE)
 
 
 @contextlib.contextmanager
-def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes], BinaryIO]]:
+def open_source(
+    path: str, errors: str = "replace", on_read: Callable[[int, int], None] = lambda *_: None
+) -> Iterator[IO[bytes]]:
     """Open a regular file of the user's; the block does nothing with files but read this one.
 
-    Yields the decompressed stream and the file itself. Compressed files are decompressed while they
-    are read, a bounded number of bytes at a time. UTF-16, recognized by its byte order mark,
-    becomes UTF-8.
+    Compressed files are decompressed while they are read, a bounded number of bytes at a time.
+    UTF-16, recognized by its byte order mark, becomes UTF-8. `on_read` is called with the bytes
+    that were read of the file, and with their number after decompression.
 
     Raises:
       UserError: it cannot be opened or read, is a corrupted or truncated archive, or is invalid
         UTF-16 and `errors` is ``strict``.
     """
+
+    def counted_blocks() -> Iterator[bytes]:
+        num_bytes = 0
+        for block in _blocks(path, file):
+            num_bytes += len(block)
+            on_read(file.tell(), num_bytes)
+            yield block
+
     try:
         with open_file(path) as file:
-            stream = _decompressed(path, file)
+            stream: Any = io.BufferedReader(_BlockReader(counted_blocks()), _BLOCK_SIZE)
             if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 blocks = iter(functools.partial(stream.read, 1 << 16), b"")
                 texts = codecs.iterdecode(blocks, "utf-16", errors)
-                stream = io.BufferedReader(BlockReader(text.encode("utf-8") for text in texts))
-            yield stream, file
+                utf8_blocks = (text.encode("utf-8") for text in texts)
+                stream = io.BufferedReader(_BlockReader(utf8_blocks), _BLOCK_SIZE)
+            yield stream
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: invalid UTF-16 ({error.reason}); convert the file to UTF-8, or run with "
-            "encoding_errors=replace (train.py: --config.data.encoding_errors=replace)"
+            f"{path}: invalid UTF-16 ({error.reason}); convert the file to UTF-8, or set "
+            "config.data.encoding_errors=replace"
         ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, _CorruptArchive) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{path}: corrupted or truncated ({error}); replace it by an intact copy"
         ) from error
@@ -68,37 +215,28 @@ def open_source(path: str, errors: str = "replace") -> Iterator[tuple[IO[bytes],
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
 
 
-def file_status(path: str) -> os.stat_result:
-    """Return size and times of a file of a corpus; raises `UserError` if it is gone."""
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
-
-
 @contextlib.contextmanager
-def library_errors(
-    problem: str, advice: str, passed: type[Exception] = UserError
-) -> Iterator[None]:
+def library_errors(problem: str, advice: str) -> Iterator[None]:
     """Turn what a library raises for corrupted files, which can be anything, into a `UserError`.
 
-    Its message is ``PROBLEM (error); ADVICE``; `passed` and `MemoryError` are raised unchanged.
+    Its message is ``PROBLEM (error); ADVICE``; `MemoryError` is raised unchanged.
     """
     try:
         yield
-    except (UserError, MemoryError, passed):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         raise UserError(f"{problem} ({type(error).__name__}: {error}); {advice}") from error
 
 
-def _decompressed(path: str, file: BinaryIO) -> Any:
+def _blocks(path: str, file: BinaryIO) -> Iterator[bytes]:
     suffix = os.path.splitext(path)[1].lower()
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
     if suffix == ".zst":
-        return io.BufferedReader(BlockReader(_zstd_blocks(file)))
-    return file
+        yield from _zstd_blocks(file)
+        return
+    stream: Any = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+    while block := stream.read(_BLOCK_SIZE):
+        yield block
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -116,7 +254,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         try:
             yield frame.decompress(block)
         except zstandard.ZstdError as error:
-            raise _CorruptArchive(str(error)) from error
+            raise EOFError(str(error)) from error
         rest = b""
         if frame.eof:
             rest, frame = frame.unused_data, None
@@ -124,7 +262,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("it ends inside a frame")
 
 
-class BlockReader(io.RawIOBase):
+class _BlockReader(io.RawIOBase):
     """A stream of the bytes of blocks of any size."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -132,11 +270,9 @@ class BlockReader(io.RawIOBase):
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
-        """See `io.RawIOBase`."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """See `io.RawIOBase`."""
         while not self._content:
             block = next(self._blocks, None)
             if block is None:

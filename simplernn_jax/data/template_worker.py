@@ -1,7 +1,6 @@
 """Program that renders chat templates in Jinja's sandbox, under limits of the operating system.
 
-It imports nothing of this project. Requests and answers are JSON, each after a line with its
-length in bytes:
+It imports nothing of this project. Each request and each answer is a line of JSON:
 
     [TEMPLATE, [[MESSAGES, add_generation_prompt], ...]]
     {"texts": [TEXT, ...]} or {"error": REASON}
@@ -33,12 +32,10 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    with open(0, "rb") as requests, open(1, "wb") as answers:
-        while line := requests.readline():
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            answer = _answer(requests.read(int(line)))
-            answers.write(b"%d\n%b" % (len(answer), answer))
-            answers.flush()
+    for request in sys.stdin.buffer:
+        sys.stdout.buffer.write(_answer(request) + b"\n")
+        sys.stdout.buffer.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _answer(request: bytes) -> bytes:

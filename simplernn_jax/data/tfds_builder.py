@@ -1,6 +1,5 @@
 """TFDS builder: any corpus as an array_record dataset, without TensorFlow or a network."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,21 +55,11 @@ def build_tfds(source: DataConfig, name: str, data_dir: str) -> Path:
     """Prepare ``data_dir/name/1.0.0``, which the source ``tfds:name`` or that path then names.
 
     Raises:
-      UserError: the name is invalid, the dataset exists, the corpus is unusable or has no text, or
-        `data_dir` is not UTF-8.
+      UserError: the name is invalid, the dataset exists, or the corpus is unusable or has no text.
     """
-    try:
-        data_dir.encode()
-    except UnicodeEncodeError as error:  # which the writer of array_record files rejects
-        raise UserError(f"{data_dir}: the path is not UTF-8; use another folder") from error
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
             f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
-        )
-    path = os.path.realpath(os.path.expanduser(source.source))
-    if source.source != "stdlib" and path == os.path.realpath(data_dir):
-        raise UserError(
-            f"{data_dir}: holds the text too; choose another --data_dir, or a glob as --source"
         )
     # Before anything is written, and without other datasets.
     corpus = open_corpus(source, exclude=[data_dir])

@@ -8,31 +8,28 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import bpe, tokenization
+from simplernn_jax.data import bpe
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.mixture import WeightedSource, parse_mixture
+from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
-from simplernn_jax.data.progress import reading_progress
-from simplernn_jax.data.store_reader import CorruptStore, content_hashes, open_store
-from simplernn_jax.data.store_writer import (
-    SplitPlan,
+from simplernn_jax.data.store_files import (
+    CorruptStore,
+    content_hashes,
     locked,
     new_store,
-    remove_abandoned,
+    open_store,
     split_by_document,
     split_by_position,
     write_store,
 )
 from simplernn_jax.data.token_split import TokenSplit, union
-from simplernn_jax.data.tokenization import SourceTokens, available_cores, tokenize
-from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, check_round_trip
-from simplernn_jax.data.tokenizer_loading import load_tokenizer
+from simplernn_jax.data.tokenization import tokenize
+from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, sha256_hex, write_sealed
 
@@ -72,16 +69,12 @@ class TokenizedCorpus:
         cls, corpora: "Sequence[TokenizedCorpus]", sources: Sequence[str], weights: Sequence[float]
     ) -> "TokenizedCorpus":
         """Create the corpus of a mixture from the corpora of its sources, all of one tokenizer."""
-        validation = [
-            (corpus.validation, source, weight)
-            for corpus, source, weight in zip(corpora, sources, weights, strict=True)
-            if corpus.validation is not None
-        ]
+        held_out = [one.validation for one in corpora if one.validation is not None]
         parts = [[corpus.content_hash for corpus in corpora], list(weights)]
         return cls(
             corpora[0].tokenizer,
             union("train", [corpus.train for corpus in corpora], sources, weights),
-            union("validation", *zip(*validation, strict=True)) if validation else None,
+            union("validation", held_out, sources, weights) if held_out else None,
             sha256_hex(json.dumps(parts)),
         )
 
@@ -99,20 +92,15 @@ class TokenizedCorpus:
 
     def warning(self, validation_fraction: float) -> str:
         """Warn of a validation split that is small, or far larger than asked; empty if neither."""
-        if self.validation is None:
-            return ""
-        if len(self.validation.tokens) < _FEW_TOKENS:
+        size = 0 if self.validation is None else len(self.validation.tokens)
+        share = size / (len(self.train.tokens) + size)
+        if 0 < size < _FEW_TOKENS:
             return (
                 f"fewer than {_FEW_TOKENS:,} validation tokens make the loss noisy; use more text, "
-                "or hold out more with --config.data.validation_fraction"
+                "or hold out more with config.data.validation_fraction"
             )
-        total = len(self.train.tokens) + len(self.validation.tokens)
-        if len(self.validation.tokens) > max(2 * validation_fraction, 0.3) * total:
-            return (
-                f"{len(self.validation.tokens) / total:.0%} of the text is held out for "
-                "validation, since a long document is; --config.data.split=position holds out the "
-                "end of the text instead"
-            )
+        if share > max(2 * validation_fraction, 0.3):
+            return f"{share:.0%} of the text is held out; config.data.split=position holds out less"
         return ""
 
 
@@ -146,9 +134,9 @@ def prepare_corpus(
     Raises:
       UserError: the corpus, the tokenizer or `cache_dir` is unusable, or the disk is full.
     """
-    cache = _cache_path(cache_dir)
+    cache = Path(cache_dir).expanduser()
     mixture = parse_mixture(config.source)
-    sources = mixture or [WeightedSource(config.source, 1.0)]
+    sources = mixture or [(config.source, 1.0)]
     configs = [dataclasses.replace(config, source=source) for source, _ in sources]
     corpora = [open_corpus(one, exclude=(str(cache), *exclude)) for one in configs]
     if tokenizer is None and config.tokenizer.startswith(bpe.PREFIX):
@@ -159,14 +147,14 @@ def prepare_corpus(
         tokenizer = load_tokenizer(config.tokenizer, *corpora)
         for corpus in corpora:
             check_round_trip(tokenizer, config.tokenizer, corpus)
-    stores = []
-    for one, corpus in zip(configs, corpora, strict=True):
-        with _disk_errors(cache, one.source):
-            stores.append(_open_or_write(cache, one, seed, corpus, tokenizer, show_progress))
-    prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
-    if mixture is None:
-        return prepared[0]
     with _disk_errors(cache, config.source):
+        stores = [
+            _open_or_write(cache, one, seed, corpus, tokenizer, show_progress)
+            for one, corpus in zip(configs, corpora, strict=True)
+        ]
+        prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
+        if mixture is None:
+            return prepared[0]
         return _mix(cache, mixture, [name for name, _ in stores], prepared)
 
 
@@ -197,7 +185,7 @@ def train_tokenizer(
         exclude=exclude,
         show_progress=show_progress,
     )
-    cache = _cache_path(cache_dir)
+    cache = Path(cache_dir).expanduser()
     # Hidden, unlike stores. Version 1 had words of any length.
     path = cache / f".bpe-v2-{vocab_size}-{corpus.content_hash}.json"
     with _disk_errors(cache, config.source):
@@ -206,12 +194,6 @@ def train_tokenizer(
             content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
             write_sealed(path, content)
     return PretrainedTokenizer(content)
-
-
-def _cache_path(cache_dir: str) -> Path:
-    if "\0" in os.fspath(cache_dir):
-        raise UserError(f"cache_dir={cache_dir}: no path holds a NUL character; correct it")
-    return Path(os.path.expanduser(cache_dir))
 
 
 def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
@@ -224,48 +206,29 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       CorruptStore: it is corrupted.
       UserError: it cannot be read.
     """
-    cache = _cache_path(cache_dir)
-    corrupt, unreadable = None, None
-    for path in sorted([*cache.glob("[!.]*"), *cache.glob(f"{_MIXTURE}*.json")]):
-        is_mixture = path.name.startswith(_MIXTURE)
+    cache = Path(cache_dir).expanduser()
+    corrupt = None
+    for path in sorted(cache.glob("*")):
         try:
-            if is_mixture:
-                found = _read_mixture(path).get("content_hash")
-            else:
-                found = _hash_splits(tokenizer, content_hashes(path))
-        except CorruptStore:
-            continue  # not a store, or its record is lost
-        except OSError as error:  # perhaps another store
-            if is_mixture or _STORE_NAME.fullmatch(path.name):
-                unreadable = _unreadable(path, error)
-            continue
-        if found != content_hash:
-            continue
-        try:
-            if is_mixture:
-                return _open_mixture(path, tokenizer)
-            return TokenizedCorpus.from_splits(tokenizer, open_store(path))
-        except CorruptStore as error:
+            if path.name.startswith(_MIXTURE):
+                if mixture := _open_mixture(path, content_hash, tokenizer):
+                    return mixture
+            elif not _STORE_NAME.fullmatch(path.name):
+                continue
+            elif _hash_splits(tokenizer, content_hashes(path)) == content_hash:
+                return TokenizedCorpus.from_splits(tokenizer, open_store(path))
+        except CorruptStore as error:  # perhaps another one
             corrupt = error
         except OSError as error:
-            raise _unreadable(path, error) from error
-    problem = corrupt or unreadable
-    if problem is not None:
-        raise problem
+            raise UserError(f"{path}: {error.strerror}; make it readable") from error
+    if corrupt is not None:
+        raise corrupt
     return None
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: {error.strerror}; make it readable")
 
 
 def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
     """Hash a tokenizer and the content hashes of the splits of one source."""
-    return sha256_hex("".join([_tokenizer_hash(tokenizer), *splits]))
-
-
-def _tokenizer_hash(tokenizer: Tokenizer) -> str:
-    return sha256_hex(tokenizer.to_json())
+    return sha256_hex("".join([sha256_hex(tokenizer.to_json()), *splits]))
 
 
 def _open_or_write(
@@ -284,7 +247,6 @@ def _open_or_write(
     """
     fingerprint = corpus.fingerprint()
     folder = cache / _store_name(config, seed, fingerprint, tokenizer)
-    remove_abandoned(cache)
     with contextlib.suppress(CorruptStore):
         return folder.name, open_store(folder)
     cache.mkdir(parents=True, exist_ok=True)
@@ -298,20 +260,30 @@ def _open_or_write(
                 is_folder = folder.is_dir() and not folder.is_symlink()
                 shutil.rmtree(folder) if is_folder else folder.unlink()
         with new_store(folder) as (temporary, result):
-            tokens = _tokenize(temporary, config, corpus, fingerprint, tokenizer, show_progress)
-            write_store(result, folder.name, _plan(tokens, config, seed, tokenizer), tokens)
-    try:
-        return folder.name, open_store(folder)
-    except CorruptStore as error:
-        problem = f"{error} right after it was written; check this disk"
-        raise UserError(f"{folder}: {problem}") from error
+            tokens = tokenize(
+                temporary / "tokens", corpus, tokenizer, config.source, show_progress=show_progress
+            )
+            if not tokens.num_documents:
+                raise UserError(f"{config.source}: no text in it; choose another source")
+            if corpus.fingerprint() != fingerprint:
+                raise UserError(f"{config.source}: changed while it was being read; run again")
+            by_position = config.split == "position"
+            if not by_position and config.validation_fraction and tokens.num_documents == 1:
+                by_position = True
+                logging.info("%s: a single document, so its end is held out", config.source)
+            if by_position:
+                plans = split_by_position(tokens, config.validation_fraction, tokenizer)
+            else:
+                plans = split_by_document(tokens, config.validation_fraction, seed)
+            write_store(result, folder.name, plans, tokens)
+    return folder.name, open_store(folder)
 
 
 def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Tokenizer) -> str:
     parts = {
         "format": _FORMAT,
         "source": fingerprint,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": sha256_hex(tokenizer.to_json()),
         "split": config.split,
         "validation_fraction": config.validation_fraction,
         "seed": seed if config.split == "document" else None,
@@ -321,47 +293,8 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
 
 
-def _tokenize(
-    folder: Path,
-    config: DataConfig,
-    corpus: Corpus,
-    fingerprint: str,
-    tokenizer: Tokenizer,
-    show_progress: bool,
-) -> SourceTokens:
-    task = f"tokenizing {config.source}"
-    with reading_progress(task, corpus.total_bytes, show=show_progress) as on_progress:
-        # A process takes as long to start as several parts take as bytes or characters.
-        is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
-        num_parts = corpus.total_bytes // tokenization.PART_CHARACTERS
-        num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts)
-        tokens = tokenize(folder, corpus, tokenizer, on_progress, num_workers)
-    if not tokens.num_documents:
-        raise UserError(f"{config.source}: no text in it; choose another --config.data.source")
-    if corpus.fingerprint() != fingerprint:
-        raise UserError(f"{config.source}: changed while it was being read; run again")
-    return tokens
-
-
-def _plan(
-    tokens: SourceTokens, config: DataConfig, seed: int, tokenizer: Tokenizer
-) -> list[SplitPlan]:
-    fraction = config.validation_fraction
-    by_position = config.split == "position"
-    if not by_position and fraction and tokens.num_documents == 1:
-        by_position = True
-        logging.info(
-            "%s: a single document, so its last part is the validation split, as with "
-            "--config.data.split=position",
-            config.source,
-        )
-    if by_position:
-        return split_by_position(tokens, fraction, tokenizer)
-    return split_by_document(tokens, fraction, seed)
-
-
 def _mix(
-    cache: Path, sources: list[WeightedSource], stores: list[str], corpora: list[TokenizedCorpus]
+    cache: Path, sources: list[tuple[str, float]], stores: list[str], corpora: list[TokenizedCorpus]
 ) -> TokenizedCorpus:
     """Create the corpus of a mixture, and record it for `find_corpus`."""
     names, weights = zip(*sources, strict=True)
@@ -382,32 +315,27 @@ def _mix(
     return mixed
 
 
-def _open_mixture(path: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Open a mixture by the file that `_mix` wrote; `CorruptStore` if it or a store is bad."""
-    record = _read_mixture(path)
-    corpora = [
-        TokenizedCorpus.from_splits(tokenizer, open_store(path.parent / name))
-        for name in record["stores"]
-    ]
-    mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
-    if mixed.content_hash != record["content_hash"]:
-        raise CorruptStore(f"{path.name} belongs to other stores")
-    return mixed
+def _open_mixture(path: Path, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
+    """Open a mixture by the file that `_mix` wrote; None if it has another content hash.
 
-
-def _read_mixture(path: Path) -> dict[str, Any]:
+    Raises:
+      CorruptStore: the file or a store is corrupted.
+    """
     body = read_sealed(path)
     if body is None:
         raise CorruptStore(f"{path.name} was changed")
-    try:
-        record: dict[str, Any] = json.loads(body)
-        stores = list(map(_STORE_NAME.fullmatch, record["stores"]))
-        lengths = {len(record[name]) for name in ("sources", "weights", "stores")}
-        if not all(stores) or lengths != {len(stores)} or not stores:
-            raise ValueError
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CorruptStore(f"{path.name} is not a record of a mixture") from error
-    return record
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        record = json.loads(body)
+        if record["content_hash"] != content_hash:
+            return None
+        # The folder may be a stranger's: no path leads out of it.
+        if all(map(_STORE_NAME.fullmatch, record["stores"])):
+            stores = [open_store(path.parent / name) for name in record["stores"]]
+            corpora = [TokenizedCorpus.from_splits(tokenizer, splits) for splits in stores]
+            mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
+            if mixed.content_hash == content_hash:
+                return mixed
+    raise CorruptStore(f"{path.name} belongs to other stores")
 
 
 @contextlib.contextmanager
@@ -418,6 +346,6 @@ def _disk_errors(cache: Path, source: str) -> Iterator[None]:
         advice = DISK_ADVICE.get(error.errno or 0, "check this folder")
         problem = error.strerror or str(error)
         raise UserError(
-            f"{cache}: {problem}; {advice}, or choose another folder with --config.data.cache_dir "
+            f"{cache}: {problem}; {advice}, or choose another folder with config.data.cache_dir "
             f"(it was to hold the tokens of {source})"
         ) from error

@@ -101,7 +101,7 @@ class CharTokenizer(Tokenizer):
             raise UserError(
                 f"{text[position]!r} at character {position} is not among the "
                 f"{counted(len(self._alphabet), 'character')} this model knows; remove it, or "
-                "train with --config.data.tokenizer=byte, which knows all"
+                "train with config.data.tokenizer=byte, which knows all"
             )
         return ids
 
@@ -124,7 +124,54 @@ def _code_points(text: str) -> np.ndarray:
         raise
 
 
-def alphabet_of(corpora: Iterable[Corpus]) -> str:
+def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
+    """Create the tokenizer of a new run.
+
+    Args:
+      spec: ``byte``, ``char``, a path to a ``tokenizer.json``, or a name on the Hugging Face hub.
+        Not ``bpe:SIZE``, which `prepare_corpus` trains.
+      *corpora: read once for the alphabet of ``char``; unused by the others.
+
+    Raises:
+      UserError: an unreadable file, a name that is neither cached here nor within reach, or
+        ``bpe`` without a size.
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    if spec == "char":
+        return CharTokenizer(_alphabet_of(corpus for corpus in corpora if corpus is not None))
+    if spec == "bpe":
+        raise UserError("tokenizer 'bpe' needs a vocabulary size; use bpe:8192, for example")
+    from simplernn_jax.data.pretrained_tokenizer import load_pretrained
+
+    return load_pretrained(spec)
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """Restore a tokenizer from `Tokenizer.to_json`.
+
+    Raises:
+      UserError: corrupted, or of a kind that this version does not know.
+    """
+    try:
+        values = json.loads(text)
+        kind = values["kind"]
+        if kind == "byte":
+            return ByteTokenizer()
+        if kind == "char":
+            return CharTokenizer(values["alphabet"])
+        if kind == "pretrained":
+            from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
+
+            return PretrainedTokenizer(values["tokenizer"], **values["special_ids"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"the saved tokenizer is corrupted ({error}); restore it from another checkpoint"
+        ) from error
+    raise UserError(f"the saved tokenizer is of kind {kind!r}; a newer version wrote it: use that")
+
+
+def _alphabet_of(corpora: Iterable[Corpus]) -> str:
     """Return all characters of corpora, sorted by code point."""
     seen = np.zeros(_CODE_POINTS, np.bool_)
     for corpus in corpora:
@@ -155,7 +202,7 @@ def check_round_trip(tokenizer: Tokenizer, spec: str, corpus: Corpus) -> None:
                 raise UserError(
                     f"tokenizer {spec}: loses text: {_difference(text, found)} in {document.name}; "
                     "use one that gives back what it is given (byte-level, neither lower-casing "
-                    "nor adding a space), or --config.data.tokenizer=byte"
+                    "nor adding a space), or config.data.tokenizer=byte"
                 )
             left -= len(text)
             if not left:

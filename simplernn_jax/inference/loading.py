@@ -16,8 +16,7 @@ from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
 from simplernn_jax.checkpoint.folder import BEST, choose_checkpoint
 from simplernn_jax.config import Config
-from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.data.tokenizer_loading import tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel

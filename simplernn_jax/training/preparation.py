@@ -1,7 +1,6 @@
 """Preparation of a run: its data, the model in ``init_from``, and whether it can resume."""
 
 import dataclasses
-import glob
 import math
 import os
 from typing import Any
@@ -21,12 +20,11 @@ from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
 from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.data.evaluation_batches import check_scorable
-from simplernn_jax.data.file_search import glob_folder
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.store_reader import CorruptStore
+from simplernn_jax.data.source_files import glob_folder
+from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
-from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.data.tokenizer_loading import load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.loading import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
@@ -274,8 +272,7 @@ def _check_source(given: str, saved: str, workdir: str) -> None:
     paths = [path for path, _ in parse_mixture(saved) or ()] or [saved]
     # A glob is not expanded, since it comes from a file: its folder stands for it.
     exists = "stdlib" in (given, saved) or all(
-        path == "stdlib" or os.path.exists(glob_folder(path) if glob.has_magic(path) else path)
-        for path in paths
+        path == "stdlib" or os.path.exists(glob_folder(path) or path) for path in paths
     )
     may_differ = not exists or isinstance(given, config_lib.PythonSource)
     if not may_differ and os.path.realpath(absolute_source(given)) != os.path.realpath(saved):

@@ -19,8 +19,7 @@ from simplernn_jax.checkpoint.checkpointer import Checkpointer
 from simplernn_jax.checkpoint.contents import Quality
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config
-from simplernn_jax.data.batch_iterator import make_batches
-from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError
 from simplernn_jax.models.language_model import check_mesh
 from simplernn_jax.parallel.distributed import (

@@ -12,10 +12,9 @@ from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
-from simplernn_jax.data.batch_iterator import MixedBatchSource, make_batches
-from simplernn_jax.data.batches import BatchSource, steps_per_epoch
+from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.store_reader import CorruptStore
+from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
 from simplernn_jax.errors import UserError
@@ -94,14 +93,13 @@ def test_sources_and_weights(source, expected):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("a:nan,b:1", "the weight 'nan' of a is not a number"),
-        ("a:-1,b:2", "the weight '-1' of a"),
-        ("a:1,b:inf", "the weight 'inf' of b"),
-        ("a:1,b:x", "the weight 'x' of b"),
-        ("a:,b:1", "the weight '' of a"),
+        ("a:nan,b:1", "a weight is negative or not finite"),
+        ("a:-1,b:2", "a weight is negative"),
+        ("a:1,b:x", "no weight for b:x"),
+        ("a:,b:1", "no weight for a:,b:1"),
         ("a:0,b:0.0", "the sum of the weights is 0"),
         ("a:1e308,b:1e308", "the sum of the weights is inf"),
-        ("a:0.7,b", "no weight for 'b'"),
+        ("a:0.7,b", "no weight for b"),
         ("a,b:0.7", "no weight for"),
     ],
 )
@@ -111,7 +109,7 @@ def test_bad_weights_are_rejected(source, problem):
 
 
 def test_a_long_source_is_parsed_in_linear_time():
-    with pytest.raises(UserError, match=r"data.source=a:0\.7,b0\.7,b"):  # would take an hour
+    with pytest.raises(UserError, match=r"data.source=a:0\.7,b0\.7,b"):
         parse_mixture("a:0.7," + "b0.7," * 200_000)
 
 
@@ -120,9 +118,6 @@ def test_a_path_that_exists_is_that_path(folder):
     corpus = prepare("a:0.7,b.jsonl:0.3")
     assert not isinstance(corpus.train, MixedSplit)
     assert corpus.tokenizer.decode(corpus.train.tokens).startswith("one document")
-
-
-def test_only_training_takes_a_mixture(folder):
     with pytest.raises(UserError, match="a mixture, which only training takes; give one source"):
         open_corpus(DataConfig(source="a:1,b.jsonl:1"))
 
@@ -155,28 +150,20 @@ def test_a_mixture_is_found_by_its_content(folder):
     np.testing.assert_array_equal(found.train.tokens, corpus.train.tokens)
     for path in (folder / "cache").glob(".mixture-*"):
         path.write_text(path.read_text().replace("a", "c"))
-    assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
+    with pytest.raises(CorruptStore, match="was changed"):
+        find_corpus("cache", corpus.content_hash, corpus.tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "problem"),
-    [
-        ("weights", [0.5, 0.5], "belongs to other stores"),
-        ("weights", [1.0], "is not a record of a mixture"),
-        ("stores", ["..", "."], "is not a record of a mixture"),
-        ("sources", None, "is not a record of a mixture"),
-    ],
+    ("name", "value"), [("weights", [0.5, 0.5]), ("weights", [1.0]), ("stores", ["..", "."])]
 )
-def test_a_sealed_record_of_something_else_is_rejected(folder, name, value, problem):
+def test_a_sealed_record_of_something_else_is_rejected(folder, name, value):
     corpus = prepare("a:3,b.jsonl:1")
     (path,) = (folder / "cache").glob(".mixture-*")
     record = json.loads(read_sealed(path)) | {name: value}
     write_sealed(path, json.dumps(record) + "\n")
-    if problem.endswith("stores"):
-        with pytest.raises(CorruptStore, match=problem):
-            find_corpus("cache", corpus.content_hash, corpus.tokenizer)
-    else:
-        assert find_corpus("cache", corpus.content_hash, corpus.tokenizer) is None
+    with pytest.raises(CorruptStore, match="belongs to other stores"):
+        find_corpus("cache", corpus.content_hash, corpus.tokenizer)
     assert prepare("a:3,b.jsonl:1").content_hash == corpus.content_hash
     found = find_corpus("cache", corpus.content_hash, corpus.tokenizer)
     assert found.train.weights == (0.75, 0.25)
@@ -224,6 +211,8 @@ def test_sequences_are_drawn_with_the_probabilities(folder):
     chex.assert_trees_all_equal(source[7], MixedBatchSource(split, config_of(), 0, PAD)[7])
     other = MixedBatchSource(split, config_of(), 1, PAD)[7]
     assert (other.tokens != source[7].tokens).any()
+    tokens = sum(len(part.tokens) for part in split.parts)  # of an epoch
+    assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
 
 
 @pytest.mark.parametrize("fields", VARIANTS[1:])
@@ -264,18 +253,11 @@ def test_each_process_makes_its_own_sequences(fields):
         chex.assert_trees_all_equal(list(whole[index]), together)
 
 
-def test_an_epoch_has_the_tokens_of_all_sources():
-    split = mixed((0.9, 0.1))
-    tokens = sum(len(part.tokens) for part in split.parts)
-    assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
-
-
 @pytest.mark.parametrize(
     ("weights", "fields", "problem"),
     [
         ((0.99, 0.01), {"mode": "stream"}, "the b train split has a probability of 0.01, less"),
-        ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, fewer than"),
-        ((0.5, 0.5), {"sequence_length": 60, "stride": 3}, "the b train split has 59 tokens"),
+        ((0.5, 0.5), {"sequence_length": 60}, "the b train split has 59 tokens, and"),
     ],
 )
 def test_a_source_without_a_sequence_is_rejected(weights, fields, problem):

@@ -209,7 +209,7 @@ VARIES = "the template changes messages, or the text around them varies"
         ("m.content[:9]", VARIES),
         ("m.content ~ (loop.index // 4)", VARIES),
         ("m.content ~ ('?' if '>' in m.content else '')", VARIES),
-        ("raise_exception('no')", "chat template: no; correct --config.data.template"),
+        ("raise_exception('no')", "chat template: no; correct config.data.template"),
     ],
 )
 def test_a_template_that_is_more_than_text_around_messages(caplog, question, reason):
