@@ -106,18 +106,3 @@ def test_counts_tokens_of_the_segment_before_a_shard():
     sharded = jax.shard_map(run, mesh=mesh_of(sequence=3), in_specs=(TIME, P()), out_specs=TIME)
     found = jax.jit(sharded)(ids, first)
     np.testing.assert_array_equal(found, [[10, 13, 0], [20, 0, 3]])
-
-
-def test_shards_of_one_token_after_a_state():
-    with jax.enable_x64(True):
-        graph, params = layer_of(13)
-        x, state = inputs(13, earlier=True)
-        x, state = jax.tree.map(jnp.asarray, (x[:, :DEVICES], state))
-
-        def run(params, x, state):
-            return nnx.merge(graph, params)(x, state)[0]
-
-        on_shards = jax.shard_map(
-            run, mesh=mesh_of(sequence=DEVICES), in_specs=(P(), TIME, P()), out_specs=TIME
-        )
-        chex.assert_trees_all_close(on_shards(params, x, state), run(params, x, state), rtol=1e-9)

@@ -52,8 +52,3 @@ def test_a_local_copy_is_unsharded_and_on_one_device(mesh):
     copy = local_copy(spread)
     assert {len(leaf.sharding.device_set) for leaf in copy.values()} == {1}
     chex.assert_trees_all_equal(copy, {"kernel": kernel[:6, :4], "bias": kernel[6]})
-
-
-def test_an_array_on_one_device_is_returned_as_it_is():
-    tree = {"kernel": jax.numpy.ones(3)}
-    assert local_copy(tree)["kernel"] is tree["kernel"]

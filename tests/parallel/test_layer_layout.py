@@ -11,7 +11,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.named_leaves import named_leaves
-from simplernn_jax.training.optimizer import decay_mask, make_optimizer
+from simplernn_jax.training.optimizer import make_optimizer
 
 LAYERS = 3
 
@@ -62,8 +62,3 @@ def test_muon_updates_stacked_layers_as_single_ones():
         same, stacked_state = update(in_layout_of(stacked, gradient), stacked_state, stacked)
         chex.assert_trees_all_close(in_layout_of(updates, same), updates, rtol=2e-5, atol=1e-7)
     chex.assert_trees_all_close(in_layout_of(state, stacked_state), state, rtol=2e-5, atol=1e-7)
-
-
-def test_only_matrices_of_single_layers_are_decayed():
-    for name, is_on in named_leaves(decay_mask(params_of(stacked=True))).items():
-        assert is_on == ("kernel" in name), name

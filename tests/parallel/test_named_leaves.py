@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
 from simplernn_jax.parallel.named_leaves import named_leaves, tuple_with_names
 
@@ -27,12 +26,6 @@ def test_a_leaf_is_named_by_its_path():
     names = {"a/first": 4, "a/second/x": 5, "b/0": 1, "b/1/0": 2, "b/1/1": 3}
     assert named_leaves(tree) == names
     assert list(named_leaves(tree)) == list(names)
-
-
-def test_parameters_of_a_module_have_their_attributes_names():
-    module = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    names = named_leaves({"params": nnx.state(module, nnx.Param)})
-    assert set(names) == {"params/layers/0/bias/value", "params/layers/0/kernel/value"}
 
 
 def test_fields_of_a_tuple_are_named_and_can_be_indexed():

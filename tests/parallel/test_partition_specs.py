@@ -60,15 +60,6 @@ def test_attention_and_its_cache_are_sharded_by_heads():
     assert specs["carried/0/mixer/length"] == P(rows)
 
 
-def test_muon_keeps_its_momentum_beside_the_matrices():
-    specs = specs_by_name(mesh_of(**ALL), name="muon")
-    traces = {name: spec for name, spec in specs.items() if "/trace/" in name}
-    assert len(traces) == 8
-    for name, spec in traces.items():
-        parameter = name.split("/trace/")[1]
-        assert spec == specs[f"params/{parameter}"] in (COLUMNS, ROWS)
-
-
 @pytest.mark.parametrize("block", ["plain", "residual"])
 def test_axes_of_one_device_are_not_named(block):
     specs = specs_by_name(mesh_of(data=2, sequence=2), block)
@@ -76,11 +67,6 @@ def test_axes_of_one_device_are_not_named(block):
     assert all(set(spec) <= {None} for spec in named)
     carried = {spec[0] for name, spec in specs.items() if name.startswith("carried")}
     assert carried == {"data"}
-
-
-def test_the_state_of_a_plain_layer_is_its_heads():
-    specs = specs_by_name(mesh_of(**ALL), "plain")
-    assert specs["carried/0"] == P(("data", "fsdp"), "tensor")
 
 
 def test_an_unknown_logical_axis_is_an_error():

@@ -80,17 +80,6 @@ def test_float32_accuracy_equals_that_of_one_device(gates):
         assert_accurate(actual, expected, {"all": 5e-6, "d_log_gate": 3e-5})  # as in test_ops.py
 
 
-def test_a_state_dtype_of_sharded_sequences_is_an_error():
-    run = jax.shard_map(
-        lambda x: sharded_recurrence(x, x, x, x, state_dtype=jnp.bfloat16),
-        mesh=mesh_of(sequence=2),
-        in_specs=TIME,
-        out_specs=(TIME, P()),
-    )
-    with pytest.raises(ValueError, match=r"^state_dtype="):
-        jax.eval_shape(run, jnp.zeros((1, 2, 1, 1)))
-
-
 def test_shards_number_their_segments_from_the_token_before():
     ids = jnp.asarray([[7, 7, 7, 7, 8, 8, 9, 9, 9], [1, 1, 2, 3, 3, 3, 3, 3, 1]], jnp.int32)
     numbered = jax.shard_map(
@@ -106,17 +95,6 @@ def test_halo_is_zero_where_a_segment_begins():
     ids = jnp.asarray([[0, 0, 1, 0], [0, 1, 0, 0]], jnp.int32)  # one token per shard
     run = jax.shard_map(halo, mesh=mesh_of(sequence=4), in_specs=(TIME, P(), TIME), out_specs=TIME)
     np.testing.assert_array_equal(run(own, first, ids), [[-1, 1, 0, 3], [-2, 0, 6, 7]])
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int32"])
-def test_segments_of_a_shard_are_numbered_in_any_integer_dtype(dtype):
-    ids = (np.arange(1202) // 2 % 2).astype(dtype)[None]
-    numbered = jax.jit(
-        jax.shard_map(shard_segment_ids, mesh=mesh_of(sequence=2), in_specs=TIME, out_specs=TIME)
-    )(ids)
-    changes = np.diff(ids[0].astype(int)) != 0
-    expected = [np.cumsum([0, *changes[:600]]), np.cumsum(changes[600:])]
-    np.testing.assert_array_equal(numbered[0], np.concatenate(expected))
 
 
 def test_shards_shorter_than_the_convolution_are_refused():
