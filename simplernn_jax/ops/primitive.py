@@ -16,7 +16,7 @@ custom VJP have no forward mode, a program exported for CPUs would contain custo
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,9 @@ class Operation:
     """Faster implementation for CPUs, if any."""
     reference: Implementation | None = None
     """Implementation that JAX differentiates; None if it can differentiate `default`."""
-    fwd: Optional["Operation"] = None
+    fwd: "Operation | None" = None
     """``fwd(*inputs)``: outputs and residuals for `bwd`; None if there are no residuals."""
-    bwd: Optional["Operation"] = None
+    bwd: "Operation | None" = None
     """``bwd(*inputs, *residuals, *cotangents)``: the cotangents of the floating inputs. None
     differentiates the reference."""
     partition: Callable[[Implementation], Implementation] | None = None
@@ -56,7 +56,7 @@ class Operation:
     cpu_supports_vmap: bool = True
     """True if `vmap` may map `cpu`; otherwise it maps `differentiable` on CPUs."""
     num_residuals: int = 0
-    transpose: Optional["Operation"] = None
+    transpose: "Operation | None" = None
     """Of a derivative, which is linear in the arguments after the first `num_residuals`: (these,
     cotangents of the outputs) to the cotangents of the linear arguments."""
 

@@ -1,6 +1,5 @@
 """Compilation of the C functions: their cache, and failing compilers."""
 
-import concurrent.futures
 import functools
 import os
 import shutil
@@ -137,12 +136,3 @@ def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load_again()
     assert compilations(cached[0]) == 2
-
-
-def test_threads_compile_once(tmp_path, monkeypatch, registered):
-    empty = " ".join(f"void {name}(void) {{}}" for name in native.FUNCTIONS)
-    calls = compiler(tmp_path, monkeypatch, "sleep 0.2", *instead_of_compiling(empty))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(lambda _: has_native_functions(), range(8)))
-    assert compilations(calls) == 1
-    assert registered == [*native.FUNCTIONS]

@@ -31,8 +31,8 @@ def test_a_mesh_of_some_devices(caplog):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, r"data 3 \* fsdp 1 .* = 3 devices, and there are 8"),
-        ({"pipeline": 16}, r"pipeline 16 = 16 devices, and there are 8"),
+        ({"data": 3}, r"data 3 \* fsdp 1 .* = 3 devices, and this run has 8"),
+        ({"pipeline": 16}, r"pipeline 16 = 16 devices, and this run has 8"),
     ],
 )
 def test_sizes_that_do_not_make_up_the_devices(sizes, message):

@@ -106,21 +106,6 @@ def test_a_pipeline_equals_the_layers_one_after_another():
             chex.assert_trees_all_close(same, gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_idle_ticks_leave_states_unchanged():
-    """A stage is busy in as many ticks as there are chunks, and idle in the others."""
-    ticks = jnp.zeros((ROWS, LAYERS))
-
-    def layer(params, x, state, segment_ids, key):
-        return x + params, state + 1
-
-    x, segment_ids = inputs()
-    y, states = on_stages(layer, 8, data=2, pipeline=4)(
-        jnp.arange(4.0), x, ticks, np.zeros_like(segment_ids)
-    )
-    np.testing.assert_array_equal(states, 8)
-    chex.assert_trees_all_close(y, x + 6, atol=1e-6)
-
-
 def test_chunks_divide_time_and_the_bubble_is_the_idle_share_of_the_schedule():
     for length, stages, chunks in ((256, 4, 16), (24, 4, 12), (14, 2, 2), (7, 1, 1)):
         assert choose_num_chunks(length, stages) == chunks

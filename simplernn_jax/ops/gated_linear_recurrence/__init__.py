@@ -90,7 +90,23 @@ def gated_linear_recurrence(
     if 0 in (*q.shape, v.shape[-1]):
         return jnp.zeros_like(v), initial_state
     reset = None if segment_ids is None else segment_starts(segment_ids)
-    return recurrence(method, chunk_size, RecurrenceInputs(q, k, v, log_gate, initial_state, reset))
+    inputs = RecurrenceInputs(q, k, v, log_gate, initial_state, reset)
+    if method == "scan":
+        return scan(inputs)
+    if q.shape[1] == 1 and method == "chunkwise":
+        # One token: no chunk to fill.
+        if reset is not None:
+            initial_state = reset_state(initial_state, reset[:, 0])
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
+        return output[:, None], state
+    if method == "fused":
+        # The C functions take float32 only.
+        inputs = inputs._replace(q=q.astype(dtype), k=k.astype(dtype), v=v.astype(dtype))
+    # On one device, the gradient of chunks starts from saved states.
+    saves_starts = method == "chunkwise" and is_static(q.shape) and on_one_device()
+    operation = _operation(method == "fused", reset is not None, chunk_size, saves_starts)
+    output, state = operation(*inputs.arrays())
+    return output.astype(v.dtype), state
 
 
 def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
@@ -113,35 +129,6 @@ def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
     return method
 
 
-def recurrence(
-    method: str, chunk_size: int | None, inputs: RecurrenceInputs
-) -> tuple[jax.Array, RecurrentState]:
-    """Run the recurrence with a resolved method.
-
-    Args:
-      method: ``"fused"``, ``"chunkwise"`` or ``"scan"``.
-      chunk_size: tokens per chunk of ``"chunkwise"``; None chooses it.
-      inputs: all axes are non-empty.
-    """
-    q, k, v, log_gate, state, reset = inputs
-    if method == "scan":
-        return scan(inputs)
-    if q.shape[1] == 1 and method == "chunkwise":
-        # One token: no chunk to fill.
-        if reset is not None:
-            state = reset_state(state, reset[:, 0])
-        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
-        return output[:, None], state
-    if method == "fused":
-        # The C functions take float32 only. The state's dtype is the accumulation dtype.
-        q, k, v = (x.astype(state.dtype) for x in (q, k, v))
-    # On one device, the gradient of chunks starts from saved states.
-    saves_starts = method == "chunkwise" and is_static(q.shape) and on_one_device()
-    operation = _operation(method == "fused", reset is not None, chunk_size, saves_starts)
-    output, state = operation(*inputs._replace(q=q, k=k, v=v).arrays())
-    return output.astype(inputs.v.dtype), state
-
-
 @functools.cache
 def _operation(
     has_c: bool, has_reset: bool, chunk_size: int | None, saves_starts: bool
@@ -153,18 +140,12 @@ def _operation(
     def reference(*arrays: Any) -> Any:
         return scan(RecurrenceInputs(*arrays))
 
-    def default_in_c(*arrays: Any) -> Any:
-        return fused(RecurrenceInputs(*arrays))
-
     def gradient(*arrays: Any) -> Any:
         inputs, (d_output, d_final) = RecurrenceInputs(*arrays[:-2]), arrays[-2:]
         if is_static(inputs.q.shape):
             return chunkwise_gradient(inputs, d_output, d_final, chunk_size)
         _, vjp = jax.vjp(lambda *floating: reference(*floating, inputs.reset), *inputs[:5])
         return vjp((d_output, d_final))
-
-    def gradient_in_c(*arrays: Any) -> Any:
-        return fused_gradient(RecurrenceInputs(*arrays[:-2]), *arrays[-2:])
 
     def with_starts(*arrays: Any) -> Any:
         output, final, starts = chunkwise(RecurrenceInputs(*arrays), chunk_size, with_starts=True)
@@ -176,11 +157,13 @@ def _operation(
             RecurrenceInputs(*inputs), d_output, d_final, chunk_size, starts, final
         )
 
-    forward = Operation(default, default_in_c if has_c else None, reference)
+    forward = Operation(default, fused if has_c else None, reference)
     if saves_starts:
         bwd = Operation(gradient_from_starts)
         return dataclasses.replace(forward, fwd=Operation(with_starts), bwd=bwd)
     bwd = Operation(
-        gradient, gradient_in_c if has_c else None, partition=partition_gradient(forward, has_reset)
+        gradient,
+        fused_gradient if has_c else None,
+        partition=partition_gradient(forward, has_reset),
     )
     return dataclasses.replace(forward, bwd=bwd, partition=partition_recurrence(has_reset))
