@@ -54,34 +54,18 @@ def on_devices(devices, inputs, segment_ids, cotangents):
     return value_and_gradients(lambda *inputs: run(*inputs, segment_ids), inputs, cotangents)
 
 
-def draw(length, gates, dtype):
-    def log_gates(rng, shape):
-        return -np.exp(rng.uniform(*np.log(gates), shape))
-
-    return draw_recurrence(10, length, 3, 5, 7, dtype, log_gates)
+def draw_log_gates(rng, shape):
+    return -np.exp(rng.uniform(*np.log((1e-6, 27.0)), shape))
 
 
 @pytest.mark.parametrize(("devices", "has_segments"), [(3, True), (8, False), (8, True)])
 def test_recurrence_equals_one_device(devices, has_segments):
     length = 5 * devices
     with jax.enable_x64(True):
-        inputs, cotangents = draw(length, (1e-6, 27.0), jnp.float64)
+        inputs, cotangents = draw_recurrence(10, length, 3, 5, 7, jnp.float64, draw_log_gates)
         ids = draw_shard_boundaries(length, 5) if has_segments else None
         expected = on_one_device(inputs, ids, cotangents)
         assert_accurate(on_devices(devices, inputs, ids, cotangents), expected, {"all": 1e-12})
-
-
-@pytest.mark.parametrize("gates", [(1e-7, 1e-2), (1e-6, 27.0)])
-def test_float32_accuracy_of_the_recurrence_equals_that_of_one_device(gates):
-    length = 8 * 128
-    ids = np.tile(np.arange(length) // np.array([[length], [length - 1]]), (5, 1))
-    with jax.enable_x64(True):
-        inputs, cotangents = draw(length, gates, jnp.float32)
-        exact = [[x.astype(jnp.float64) for x in tree] for tree in (inputs, cotangents)]
-        expected = on_one_device(exact[0], ids, exact[1])
-        actual = on_devices(8, inputs, ids, cotangents)
-        # As in test_gated_linear_recurrence.py.
-        assert_accurate(actual, expected, {"all": 5e-6, "d_log_gate": 3e-5})
 
 
 def test_shards_number_their_segments_and_count_tokens_before():
