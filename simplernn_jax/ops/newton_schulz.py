@@ -19,7 +19,7 @@ _ITERATIONS = 5
 def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the approximate orthogonal polar factor of each matrix, ``[..., m, n]`` float32.
 
-    Singular values become 0.7 to 1.2, but for those below about a thousandth of the norm. Each step
+    Singular values become 0.7 to 1.2, except those below about a thousandth of the norm. Each step
     of the iteration is ``X <- (a + b X X^T + c (X X^T)^2) X``, in the smaller dimension. On a CPU,
     one C function computes all matrices; with AMX its operands have 16 bits.
     """

@@ -1,7 +1,6 @@
 """No call crashes the process: hundreds with wrong arguments, each an exception or a result.
 
-`WRONG_CALLS=10` makes ten times as many. The calls are in wrong_calls.py, which runs in a process
-of its own.
+`WRONG_CALLS=10` makes ten times as many. wrong_calls.py makes the calls in another process.
 """
 
 import json

@@ -24,21 +24,21 @@ from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
 from simplernn_jax.cli.exit_codes import exit_with
 
-def refuse():
+def fail():
     raise UserError("no text")
 
 def main():
     coordinator, count, number, what = sys.argv[1:]
     with distributed.joined(coordinator, int(count), int(number), 60):
         print("joined", flush=True)
-        if what == "process 1 refuses" and number == "1":
-            refuse()
-        if what == "coordinator refuses":
+        if what == "process 1 fails" and number == "1":
+            fail()
+        if what == "coordinator fails":
             try:
                 distributed.check_same(number, "has another text")
             except UserError as error:
                 print(error, flush=True)
-            distributed.run_on_coordinator_first(refuse)
+            distributed.run_on_coordinator_first(fail)
         while True:
             distributed.broadcast_from_coordinator(1)
             time.sleep(0.02)
@@ -148,8 +148,8 @@ def start_members(run, what, counts=(2, 2)):
 
 @pytest.mark.oldest_python
 def test_an_error_of_one_and_an_error_of_all(run):
-    one = start_members(run, "process 1 refuses")
-    all_ = start_members(run, "coordinator refuses")
+    one = start_members(run, "process 1 fails")
+    all_ = start_members(run, "coordinator fails")
     others = start_members(run, "continue", counts=(2, 3))
     assert end(one[1]) == (2, "joined\n", "error: no text\n")
     code, _, errors = end(one[0])

@@ -211,7 +211,7 @@ def _backward(
         later = jnp.tri(groups.size, dtype=bool).T[None]
         d_total = d_total[:, None]
         if masks is not None:
-            # Not through later segments, whose terms cancel but for rounding.
+            # Not through later segments, whose terms cancel up to rounding.
             later = later & masks.same_segment
             d_total = jnp.where(masks.reaches_end[..., None], d_total, 0)
         # A matmul, since XLA's CPU backend takes longer for a cumulative sum.
