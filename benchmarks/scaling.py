@@ -210,16 +210,19 @@ def state_errors(length: int = ERROR_LENGTH) -> list[Row]:
         rounded = [jnp.float64(np.float32(x)) for x in wide]
         exact = np.asarray(gated_linear_recurrence(*rounded, method="scan")[0])
 
-    def decoder_step(state: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
-        options: Any = {"initial_state": state, "state_dtype": jnp.bfloat16, "method": "scan"}
-        return gated_linear_recurrence(*token, **options)[::-1]
+    def step(state: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
+        output, state = gated_linear_recurrence(*part, initial_state=state, method="scan")
+        return state.astype(jnp.bfloat16), output
 
-    start = jnp.zeros((1, 2, 8, 8), jnp.bfloat16)
-    tokens = [x.reshape(length, 1, 1, 2, 8) for x in arrays]
+    def rounded_every(tokens: int) -> jax.Array:
+        start = jnp.zeros((1, 2, 8, 8), jnp.bfloat16)
+        parts = [x.reshape(-1, 1, tokens, 2, 8) for x in arrays]
+        return jax.lax.scan(step, start, parts)[1].reshape(q.shape)
+
     outputs = {
         "float32": gated_linear_recurrence(*arrays)[0],
-        "bfloat16, each 64 tokens": gated_linear_recurrence(*arrays, state_dtype=jnp.bfloat16)[0],
-        "bfloat16, each token": jax.lax.scan(decoder_step, start, tokens)[1].reshape(q.shape),
+        "bfloat16, each 64 tokens": rounded_every(64),
+        "bfloat16, each token": rounded_every(1),
     }
     rows, end = [], 16
     while end <= length:

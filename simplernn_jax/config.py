@@ -97,7 +97,7 @@ class ModelConfig(_Fields):
     ``context`` (1024): the tokens of its sliding window and KV cache, the current one included. For
     those of gla see docs/gla.md; your own mixers have their own."""
     state_precision: str = _one_of(PRECISIONS, "float32")
-    """Dtype of the recurrent state between chunks or decoded tokens: ``float32``; or ``bfloat16``,
+    """Dtype of the recurrent state between calls or decoded tokens: ``float32``; or ``bfloat16``,
     which halves its memory and rounds away small updates."""
     norm_epsilon: float = _number(1e-6, at_least=1e-12)
     """Added to the mean square by every norm; positive (swiglu block only)."""

@@ -108,9 +108,9 @@ def _programs(equation: Any) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name in _OPAQUE:
         raise ValueError(f"the work of {name} cannot be counted; trace a program without it")
-    if "impls" in params:  # the primitive of `simplernn_jax.ops.primitive`
+    if "op" in params:  # the primitive of `simplernn_jax.ops.primitive`
         shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
-        return [jax.make_jaxpr(as_list(params["impls"].default))(*shapes).jaxpr]
+        return [jax.make_jaxpr(as_list(params["op"].default))(*shapes).jaxpr]
     programs = params.get("branches") or [
         params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params
     ]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.ops.gated_linear_recurrence.chunkwise import choose_chunk_size
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import choose_groups
 from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
 from simplernn_jax.ops.native import supports_native
 
@@ -195,7 +195,7 @@ def numerics(folder: Path, count: int, seed: int) -> Iterator[Case]:
             kind = method if method != "auto" or supports_native(jnp.float32) else "chunkwise"
             chunk_size = METHODS[method].get("chunk_size")
             if kind == "chunkwise":
-                chunk_size = choose_chunk_size(program.length)
+                chunk_size = choose_groups((1, program.length, 1, 1), 1).size
         draw = np.random.default_rng([seed, number, 1])
         gates, segments = draw.choice(GATES), draw.choice(SEGMENTS)
         case = draw_case(draw, program, gates)

@@ -2,7 +2,7 @@
 
 Mixed precision: parameters are float32; matmul operands are cast to `ModelConfig.precision` and
 accumulated in float32, in which gates, norms, softmax and loss are computed too. The recurrent
-state has `ModelConfig.state_precision` between chunks of tokens and between calls.
+state has `ModelConfig.state_precision` between calls.
 """
 
 import math

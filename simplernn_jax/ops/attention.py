@@ -67,24 +67,11 @@ def attend(q: Queries, k: SeenKeys, v: SeenValues, mask: jax.Array) -> jax.Array
     """
     sizes = _check_heads(q, k, v)
     check_array("mask", mask, "B? T S", BOOL, sizes)
-    key_dim, value_dim = k.shape[-1], v.shape[-1]
-    if q.shape[2] == 0:  # `jax.nn.dot_product_attention` divides by H
-        return jnp.zeros((*q.shape[:3], value_dim), q.dtype)
-    if q.dtype == jnp.float64:  # its softmax is always float32
-        scores = jnp.einsum("bthk,bshk->bhts", q, k) * key_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("bhts,bshv->bthv", weights, v)
-
-    def widen(x: jax.Array) -> jax.Array:
-        # `jax.nn.dot_product_attention` requires K = V; channels of zeros do not change the scores.
-        missing = max(key_dim, value_dim) - x.shape[-1]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
-
-    with jax.numpy_dtype_promotion("standard"):  # the library promotes bfloat16 to float32
-        y = jax.nn.dot_product_attention(
-            widen(q), widen(k), widen(v), mask=mask[:, None], scale=key_dim**-0.5
-        )
-    return y[..., :value_dim]
+    dtype, scale = accumulator_dtype(q), max(sizes["K"], 1) ** -0.5
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=dtype) * scale
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights, v)
 
 
 def sliding_attention(

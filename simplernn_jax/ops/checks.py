@@ -48,28 +48,23 @@ def check_array(
       ValueError: wrong rank or shape.
       TypeError: not an array, or of another dtype.
     """
-    names = axes.split()
-    any_leading = names[:1] == ["..."]
+    any_leading, names = axes.startswith("..."), axes.replace("...", "").split()
     sizes = sizes or {}
-    names = names[any_leading:]
-    if not _is_array(x):
-        wanted = _expected(names, any_leading, dtypes, sizes)
-        raise TypeError(f"{name}: expected an array {wanted}; got {type(x).__name__}")
-    found = dict(sizes)
-    shape = tuple(x.shape)
-    fits = len(shape) >= len(names) if any_leading else len(shape) == len(names)
+    found, fits = dict(sizes), _is_array(x)
     if fits:
-        trailing = shape[len(shape) - len(names) :]
-        for axis, size in zip(names, trailing, strict=True):
-            if axis.endswith("?"):
-                fits = fits and bool(size == 1 or size == found[axis[:-1]])
-            else:
-                fits = fits and bool(size == found.setdefault(axis, size))
-    fits_dtype = str(x.dtype) in dtypes
-    if fits and fits_dtype:
-        return found
-    wanted = _expected(names, any_leading, dtypes, sizes)
-    error = TypeError if fits else ValueError
+        fits = x.ndim >= len(names) if any_leading else x.ndim == len(names)
+        for axis, size in zip(reversed(names), reversed(x.shape), strict=False):
+            expected = found.setdefault(axis.rstrip("?"), size)
+            fits = fits and bool(size == expected or (axis.endswith("?") and size == 1))
+        if fits and str(x.dtype) in dtypes:
+            return found
+    shown = [f"{axis[:-1]} or 1" if axis.endswith("?") else axis for axis in names]
+    wanted = f"[{', '.join(['...'] * any_leading + shown)}]"
+    known = {axis: sizes[axis] for axis in (axis.rstrip("?") for axis in names) if axis in sizes}
+    if known:
+        wanted += " with " + ", ".join(f"{axis} = {size}" for axis, size in known.items())
+    wanted += f", {_NAMES.get(dtypes) or ' or '.join(dtypes)}"
+    error = TypeError if fits or not _is_array(x) else ValueError
     raise error(f"{name}: expected {wanted}; got {_describe(x)}")
 
 
@@ -90,7 +85,7 @@ def check_batch(name: str, tree: Any, batch: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = f"{name}{jax.tree_util.keystr(path)}"
         if not _is_array(leaf):
-            raise TypeError(f"{where}: expected an array; got {type(leaf).__name__}")
+            raise TypeError(f"{where}: expected an array; got {_describe(leaf)}")
         if leaf.ndim == 0 or leaf.shape[0] != batch:
             raise ValueError(f"{where}: expected [B, ...] with B = {batch}; got {_describe(leaf)}")
 
@@ -99,16 +94,7 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic) or hasattr(x, "__jax_array__")
 
 
-def _expected(names: list[str], any_leading: bool, dtypes: tuple[str, ...], sizes: Sizes) -> str:
-    shown = ["..."] * any_leading + [
-        f"{name[:-1]} or 1" if name.endswith("?") else name for name in names
-    ]
-    known = [name.rstrip("?") for name in names if name.rstrip("?") in sizes]
-    text = f"[{', '.join(shown)}]"
-    if known:
-        text += " with " + ", ".join(f"{name} = {sizes[name]}" for name in dict.fromkeys(known))
-    return f"{text}, {_NAMES.get(dtypes) or ' or '.join(dtypes)}"
-
-
 def _describe(x: Any) -> str:
+    if not _is_array(x):
+        return type(x).__name__
     return f"{x.dtype}[{', '.join(map(str, x.shape))}]"

@@ -1,16 +1,13 @@
 """Tokens of a model of residual SimpleRNN blocks, as one C function; see `cpu/decode.c`."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.ops.checks import check_array
 from simplernn_jax.ops.native import DECODE, supports_native
 from simplernn_jax.ops.quantization import PANEL, PackedMatrix
-
-FLOAT32 = ("float32",)
 
 
 class DecoderWeights(NamedTuple):
@@ -44,9 +41,8 @@ class DecoderWeights(NamedTuple):
 
     @property
     def mlp_dim(self) -> int:
-        """M; 0 if `mlp_in` has the wrong rank."""
-        shape = self.mlp_in.values.shape
-        return PANEL * shape[1] if len(shape) == 4 else 0
+        """M."""
+        return PANEL * self.mlp_in.values.shape[1]
 
 
 def decode_tokens(
@@ -76,21 +72,13 @@ def decode_tokens(
     """
     if not supports_native(jnp.float32):
         raise ValueError("decode_tokens requires a CPU and a C compiler")
+    # The C function checks the shapes and dtypes of all its arguments.
     leaves, structure = jax.tree.flatten(states)
-    sizes = check_array("tokens", tokens, "N T", ("int32",))
-    if not sizes["T"]:
-        raise ValueError("tokens: expected at least one of each sequence; got none")
-    sizes = check_array("num_tokens", num_tokens, "N", ("int32",), sizes)
-    sizes = check_array("logits", logits, "N vocab", FLOAT32, sizes)
-    sizes["L"] = len(leaves) // 2
-    for name, leaf in zip(("state", "recent") * sizes["L"], leaves, strict=True):
-        axes = "N H K V" if name == "state" else "N P D"
-        sizes = check_array(name, leaf, axes, FLOAT32, sizes | {"P": 3})
-    _check_weights(weights, sizes)
-    width, mlp_dim = weights.bias.shape[-1], weights.mlp_dim
-    per_row = 2 * sizes["D"] + width + sizes["H"] * sizes["V"] + mlp_dim + 2
-    of_head = jax.ShapeDtypeStruct((*tokens.shape, sizes["D"]), jnp.float32)
-    workspace = jax.ShapeDtypeStruct((sizes["N"], sizes["T"] * per_row), jnp.float32)
+    (num_sequences, length), (_, heads, _, value_dim) = tokens.shape, leaves[0].shape
+    dim, width = weights.final_scale.shape[0], weights.bias.shape[-1]
+    per_row = 2 * dim + width + heads * value_dim + weights.mlp_dim + 2
+    of_head = jax.ShapeDtypeStruct((*tokens.shape, dim), jnp.float32)
+    workspace = jax.ShapeDtypeStruct((num_sequences, length * per_row), jnp.float32)
     arguments = [tokens, num_tokens, logits, *jax.tree.leaves(weights), *leaves]
     first = len(arguments) - len(leaves)
     results = [jax.typeof(logits), of_head, workspace, *map(jax.typeof, leaves)]
@@ -98,29 +86,3 @@ def decode_tokens(
     called = jax.ffi.ffi_call(DECODE, results, input_output_aliases=aliases)(*arguments)
     logits, final, _, *leaves = called
     return logits, final, jax.tree.unflatten(structure, leaves)
-
-
-def _check_weights(weights: DecoderWeights, sizes: dict[str, Any]) -> None:
-    """Check shapes and dtypes against the sizes of the states, which `sizes` has."""
-    D, heads, vocab = (sizes[axis] for axis in ("D", "H", "vocab"))
-    keys, outputs = heads * sizes["K"], heads * sizes["V"]
-    width = -(-(3 * keys + 2 * outputs) // PANEL) * PANEL
-    layers = (sizes["L"],)
-    kind = weights.embedding.values.dtype
-    for name, leading, shape in (
-        ("embedding", (), (D, vocab)),
-        ("in_proj", layers, (D, width)),
-        ("out_proj", layers, (outputs, D)),
-        ("mlp_in", layers, (D, weights.mlp_dim)),
-        ("mlp_out", layers, (weights.mlp_dim, D)),
-        ("head", (), (D, vocab)),
-    ):
-        getattr(weights, name).check(name, leading, shape, kind)
-    sizes = {**sizes, "W": 4, "width": width}
-    for name, axes in (
-        ("convolution", "L W D"),
-        ("bias", "L width"),
-        ("final_scale", "D"),
-        ("head_bias", "vocab"),
-    ):
-        check_array(name, getattr(weights, name), axes, FLOAT32, sizes)

@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from absl import logging
 
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import cache_folder, check_owner, read_file, sha256_hex
-from simplernn_jax.ops.primitive import is_static, vary_like
+from simplernn_jax.ops.primitive import is_static, on_one_device, vary_like
 
 
 def processor_lines() -> list[str]:
@@ -73,8 +72,6 @@ FUNCTIONS = (
     DECODE,
 )
 _FOLDER = Path(__file__).with_name("cpu")
-_SOURCES = [_FOLDER / name for name in ("decode.c", "fused.c", "newton_schulz.c", "rms_norm.c")]
-_HEADERS = [_FOLDER / name for name in ("call.h", "buffers.h", "panels.h", "vectors.h")]
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")
 """Without ``-fno-trapping-math``, gcc does not vectorize loops with comparisons of floats."""
 _MACHINE_OPTIONS = (("-march=native",), ("-mcpu=native",), ())
@@ -109,7 +106,8 @@ def use_native(x: jax.Array, native: bool | None) -> bool:
 
     Args:
       x: the array.
-      native: True or False forces the choice; None decides by size (`MIN_ELEMENTS`).
+      native: True or False forces the choice. None decides by size (`MIN_ELEMENTS`), and leaves
+        the array to XLA where it may be sharded.
 
     Raises:
       ValueError: `native` is True and the C functions do not support `x` here.
@@ -118,9 +116,9 @@ def use_native(x: jax.Array, native: bool | None) -> bool:
         raise ValueError(f"native=True: requires float32 (got {x.dtype}), a CPU and a C compiler")
     if not is_static(x.shape) or 0 in x.shape:
         return False
-    return (
-        bool(native) if native is not None else x.size >= MIN_ELEMENTS and supports_native(x.dtype)
-    )
+    if native is not None:
+        return native
+    return x.size >= MIN_ELEMENTS and on_one_device() and supports_native(x.dtype)
 
 
 def has_native_functions() -> bool:
@@ -137,19 +135,15 @@ def has_native_functions() -> bool:
 def _register_functions() -> bool:
     try:
         command = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    except ValueError as error:
-        logging.warning("the C kernels could not be compiled: CC: %s", error)
-        return False
-    if shutil.which(command[0]) is None:
-        logging.warning(
-            "no C compiler (%s): training on a CPU is about 2x slower; install one "
-            "(Debian: apt install gcc; macOS: xcode-select --install) or set CC",
-            command[0],
-        )
-        return False
-    try:
+        if shutil.which(command[0]) is None:
+            logging.warning(
+                "no C compiler (%s): training on a CPU is about 2x slower; install one "
+                "(Debian: apt install gcc; macOS: xcode-select --install) or set CC",
+                command[0],
+            )
+            return False
         library = _load(command)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         printed = getattr(error, "output", None) or b""
         reason = printed.decode(errors="replace").strip() or str(error)
         logging.warning("the C kernels could not be compiled: %s", one_line(reason))
@@ -165,23 +159,28 @@ def _load(command: list[str]) -> ctypes.CDLL:
         folder = cache_folder("native")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files will be executed
         check_owner(os.stat(folder), folder)
-        cached, seal = folder / f"{name}.so", folder / f"{name}.sha256"
-        if _is_intact(cached, seal):
-            return _open(cached)
+        for cached in folder.glob(f"{name}-*.so"):
+            if _is_intact(cached):
+                return _open(cached)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             compiled = _compile(command, Path(work))
             library = _open(compiled)
-            Path(work, "seal").write_text(sha256_hex(read_file(compiled)))
-            for file, mode in ((compiled, 0o700), (Path(work, "seal"), 0o600)):
-                file.chmod(mode)  # independent of the umask
-            os.replace(compiled, cached)
-            os.replace(Path(work, "seal"), seal)
+            compiled.chmod(0o700)  # independent of the umask
+            os.replace(compiled, folder / f"{name}-{sha256_hex(read_file(compiled))}.so")
             return library
     except (OSError, RuntimeError) as error:
         logging.info("compiled code is not cached: %s", error)
     # A loaded library does not need its file.
     with tempfile.TemporaryDirectory() as work:
         return _open(_compile(command, Path(work)))
+
+
+def _is_intact(file: Path) -> bool:
+    """Return whether the file has the hash of its name, and only this user can have written it."""
+    try:
+        return file.stem.endswith(sha256_hex(read_file(file, only_own=True)))
+    except OSError:
+        return False
 
 
 def _open(file: Path) -> ctypes.CDLL:
@@ -193,64 +192,41 @@ def _open(file: Path) -> ctypes.CDLL:
 
 
 def _compile(command: list[str], folder: Path) -> Path:
-    target = folder / "native.so"
-    sources = [str(source) for source in _SOURCES]
-    failure = None
+    target, failures = folder / "native.so", []
     for machine in _MACHINE_OPTIONS:
-        arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", *sources, "-lm"]
+        arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", *_files("c"), "-lm"]
         try:
-            _run([*command, *arguments, "-o", str(target)])
+            _run([*command, *map(str, arguments), "-o", str(target)])
             return target
         except subprocess.CalledProcessError as error:
-            failure = failure or error
+            failures.append(error)
             logging.info("the C kernels could not be compiled with %s", machine)
-    assert failure is not None
-    raise failure
+    raise failures[0]
+
+
+def _files(suffix: str) -> list[Path]:
+    return sorted(_FOLDER.glob(f"*.{suffix}"))
 
 
 def _run(arguments: list[str]) -> bytes:
     """Run a compiler and return its output, which may be of any encoding."""
-    # A file, not a pipe: orphaned child processes of a compiler would keep a pipe open.
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(COMPILER_SECONDS)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        printed.seek(0)
-        output = printed.read(1 << 20)
-    if code:
-        raise subprocess.CalledProcessError(code, arguments, output)
-    return output
+    return subprocess.run(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=COMPILER_SECONDS,
+        check=True,
+    ).stdout
 
 
 def _fingerprint(command: list[str]) -> str:
     """Hash all that the compiled code depends on."""
-    version = _run([*command, "--version"])
-    digest = hashlib.sha256()
-    for source in (*_SOURCES, *_HEADERS):
-        digest.update(source.read_bytes())
-    for header in sorted(Path(jax.ffi.include_dir()).rglob("*.h")):
-        digest.update(header.read_bytes())
+    digest = hashlib.sha256(_run([*command, "--version"]))
+    headers = sorted(Path(jax.ffi.include_dir()).rglob("*.h"))
+    for file in (*_files("c"), *_files("h"), *headers):
+        digest.update(file.read_bytes())
     options = (*_OPTIONS, *map(str, _MACHINE_OPTIONS))
     for text in (*command, *options, platform.machine(), platform.processor(), *processor_lines()):
         digest.update(os.fsencode(text) + b"\n")
-    digest.update(version)
     return digest.hexdigest()[:32]
-
-
-def _is_intact(file: Path, seal: Path) -> bool:
-    """Return whether the file is intact, and only this user can have written it."""
-    try:
-        content = read_file(file, only_own=True)
-        return read_file(seal, 1 << 10, only_own=True) == sha256_hex(content).encode()
-    except OSError:
-        return False

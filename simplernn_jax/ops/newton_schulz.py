@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.ops.checks import accumulator_dtype, check_array
 from simplernn_jax.ops.native import NEWTON_SCHULZ, call_native, supports_native
-from simplernn_jax.ops.primitive import Implementations, apply, is_static
+from simplernn_jax.ops.primitive import Operation, is_static
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Factors of x, x x^T x and (x x^T)^2 x, as published with Muon (github.com/KellerJordan/Muon)."""
@@ -19,7 +19,7 @@ _ITERATIONS = 5
 def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the approximate orthogonal polar factor of each matrix, ``[..., m, n]`` float32.
 
-    Singular values become 0.7 to 1.2, but for those below about a thousandth of the norm. Each step
+    Singular values become 0.7 to 1.2, except those below about a thousandth of the norm. Each step
     of the iteration is ``X <- (a + b X X^T + c (X X^T)^2) X``, in the smaller dimension. On a CPU,
     one C function computes all matrices; with AMX its operands have 16 bits.
     """
@@ -30,8 +30,7 @@ def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         supports_native(matrix.dtype) and is_static(matrix.shape) and matrix.size
         for matrix in matrices
     )
-    implementations = Implementations(_all, _all_in_c if has_c else None)
-    return apply(implementations, matrices, matrices) if matrices else []
+    return Operation(_all, _all_in_c if has_c else None)(*matrices) if matrices else []
 
 
 def _all(*matrices: jax.Array) -> list[jax.Array]:

@@ -5,12 +5,10 @@ int4, activations are rounded to 16 bits, with a scale for each 512 or 64 of the
 those of integers.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from simplernn_jax.ops.checks import check_array
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 """int8 has a float32 scale for each output, int4 one for each output and `GROUP` inputs."""
@@ -23,8 +21,7 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int32, 
 _LOWEST = {"int8": -128, "int4": -8}
 _CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of the largest magnitude of an int4 group to which `rounded` may clip it."""
-_TOGETHER = {"int32": 4, "uint32": 8}
-"""Inputs of a word of each dtype."""
+_VALUES_PER_WORD = {"int8": 4, "int4": 8}
 
 
 class PackedMatrix(NamedTuple):
@@ -35,22 +32,6 @@ class PackedMatrix(NamedTuple):
     four int8, or [..., panels, in / 8, PANEL] uint32 of eight int4."""
     scales: jax.Array
     """[..., panels, groups, PANEL] float32, by which the values are multiplied."""
-
-    def check(
-        self, name: str, leading: tuple[int, ...], shape: tuple[int, int], dtype: Any
-    ) -> None:
-        """Check that this is ``[*leading, *shape]`` of `dtype`; raises ValueError or TypeError."""
-        inputs, outputs = shape
-        together = _TOGETHER.get(str(dtype), 1)
-        sizes = {f"leading{i}": size for i, size in enumerate(leading)}
-        sizes |= {"panels": -(-outputs // PANEL), "PANEL": PANEL}
-        sizes["in"] = -(-inputs // together)
-        sizes["groups"] = -(-inputs // GROUP) if together == 8 else 1
-        axes = " ".join(f"leading{i}" for i in range(len(leading)))
-        dtypes = [str(jnp.dtype(each)) for each in _DTYPES.values()]
-        wanted = (str(dtype),) if str(dtype) in dtypes else tuple(dtypes)
-        check_array(name, self.values, f"{axes} panels in PANEL", wanted, sizes)
-        check_array(name, self.scales, f"{axes} panels groups PANEL", ("float32",), sizes)
 
 
 def quantize(matrix: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
@@ -128,21 +109,21 @@ def pack(matrix: jax.Array, kind: str, output_scale: jax.Array | None = None) ->
         scales = scales * jnp.expand_dims(output_scale, range(scales.ndim - 1))
     values, scales = _panels(values), _panels(scales)
     if kind in _LOWEST:
-        values = _words(values, _TOGETHER[jnp.dtype(_DTYPES[kind]).name]).astype(_DTYPES[kind])
+        values = _words(values, _VALUES_PER_WORD[kind]).astype(_DTYPES[kind])
     if kind == "bfloat16":  # two columns of a half panel each share 32 bits
         halves = values.reshape(*values.shape[:-1], 2, PANEL // 2)
         values = jnp.swapaxes(halves, -1, -2).reshape(values.shape)
     return PackedMatrix(values, scales)
 
 
-def _words(values: jax.Array, together: int) -> jax.Array:
-    """Join `together` inputs of ``[..., in, PANEL]`` int8 to one uint32: see `panels.h`."""
+def _words(values: jax.Array, values_per_word: int) -> jax.Array:
+    """Join `values_per_word` inputs of ``[..., in, PANEL]`` int8 to one uint32: see `panels.h`."""
     *leading, inputs, _ = values.shape
-    padding = [(0, 0)] * len(leading) + [(0, -inputs % together), (0, 0)]
-    bits = 32 // together
+    padding = [(0, 0)] * len(leading) + [(0, -inputs % values_per_word), (0, 0)]
+    bits = 32 // values_per_word
     stored = (values.astype(jnp.int32) + (1 << (bits - 1))).astype(jnp.uint32)
-    parts = jnp.pad(stored, padding).reshape(*leading, -1, together, PANEL)
-    place = jnp.arange(together, dtype=jnp.uint32)[:, None]
+    parts = jnp.pad(stored, padding).reshape(*leading, -1, values_per_word, PANEL)
+    place = jnp.arange(values_per_word, dtype=jnp.uint32)[:, None]
     shifts = place // 2 * bits + place % 2 * 16
     return jnp.sum(parts << jnp.broadcast_to(shifts, parts.shape), axis=-2, dtype=jnp.uint32)
 

@@ -67,14 +67,9 @@ def joined(
         "a peer process failed (died, was suspended, or became unreachable): restart all with the "
         "same commands, and the run resumes from its last checkpoint",
     )
-    try:
-        check_devices()
-    except UserError as error:
-        if isinstance(error.__cause__, RuntimeError):  # if a peer failed, the abort comes
-            time.sleep(supervisor.HEARTBEAT_SECONDS + 5)
-        raise
     versions = f"simplernn_jax {__version__}, jax {jax.__version__}, {num_processes} processes"
     try:
+        check_devices()
         check_same(versions, f"has different settings from process 0 ({versions}); use the same")
         yield
         barrier("shutdown")

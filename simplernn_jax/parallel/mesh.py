@@ -74,11 +74,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     processes = {device.process_index for device in devices}
     if len(devices) % needed or (len(processes) > 1 and needed != len(devices)):
         product = " * ".join(f"{name} {size}" for name, size in sizes.items())
-        together = f", all of which {len(processes)} processes use" if len(processes) > 1 else ""
         raise UserError(
-            f"config.mesh: {product} = {needed} devices, and there are "
-            f"{len(devices)}{together}; change the sizes, or set data to none, which takes the "
-            "devices that remain"
+            f"config.mesh: {product} = {needed} devices, and this run has {len(devices)}; change "
+            "the sizes, or set data to none, which takes the devices that remain"
         )
     if needed < len(devices):
         logging.warning("config.mesh uses %d of %d devices", needed, len(devices))

@@ -134,13 +134,10 @@ def run_pipeline(
 def _zero_states(layer: Layer, params: Any, x: Activations, segment_ids: SegmentIds) -> Any:
     """Zeros ``[B, layers per stage, ...]`` of the shapes of the layers' states."""
 
-    def states(params: Any) -> Any:
-        def state(params: Any) -> Any:
-            return layer(params, x, None, segment_ids, None)[1]
+    def state(params: Any) -> Any:
+        return layer(params, x, None, segment_ids, None)[1]
 
-        return jax.lax.map(state, params)
-
-    shapes = jax.eval_shape(states, params)
+    shapes = jax.eval_shape(partial(jax.lax.map, state), params)
     zeros = jax.tree.map(lambda leaf: vary_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), shapes)
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), zeros)
 

@@ -17,8 +17,6 @@ the segment of the token before the shard, else from 1. Only tokens with id 0 re
 the shard, so nothing else about boundaries is exchanged.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -81,7 +79,6 @@ def sharded_recurrence(
     *,
     initial_state: RecurrentState | None = None,
     segment_ids: SegmentIds | None = None,
-    state_dtype: Any = None,
     method: str = "auto",
 ) -> tuple[Values, RecurrentState]:
     """Compute `gated_linear_recurrence` of sequences that may be sharded.
@@ -93,27 +90,16 @@ def sharded_recurrence(
       log_gate: ``[B, T / sequence, H, K]``.
       initial_state: ``[B, H, K, V]`` before the sequence's first token; None starts from zero.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
-      state_dtype: as in `gated_linear_recurrence`; must be None if the sequences are sharded.
       method: as in `gated_linear_recurrence`.
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, on all
-      devices. Raises what `gated_linear_recurrence` does, and ValueError for a `state_dtype` of
-      sharded ones.
+      devices. Raises what `gated_linear_recurrence` does.
     """
     if axis_size(AXIS) == 1:
         return gated_linear_recurrence(
-            q,
-            k,
-            v,
-            log_gate,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-            state_dtype=state_dtype,
-            method=method,
+            q, k, v, log_gate, initial_state=initial_state, segment_ids=segment_ids, method=method
         )
-    if state_dtype is not None:
-        raise ValueError(f"{state_dtype=}: sharded sequences need a float32 state (None)")
     from_zero, state = gated_linear_recurrence(
         q, k, v, log_gate, segment_ids=segment_ids, method=method
     )

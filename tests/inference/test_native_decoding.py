@@ -224,20 +224,3 @@ def test_quantizing_changes_a_copy():
     assert (other.head.kernel[...] != model.head.kernel[...]).any()
     assert packed(other).in_proj.values.dtype == jnp.uint32
     assert quantize_model(model, "none") is model
-
-
-def test_wrong_arguments_are_refused():
-    model = make_model()
-    weights, states = packed(model), model.initial_state(2)
-    tokens, counts = jnp.zeros((2, 3), jnp.int32), jnp.ones(2, jnp.int32)
-    logits = jnp.zeros((2, VOCAB))
-    other = packed(make_model("wide"))
-    int8 = packed(make_model("small", "int8"))
-    for call, error in (
-        ((weights, tokens[:1], counts, logits, states), "num_tokens"),
-        ((weights, tokens, counts, logits, states[:1]), "in_proj"),
-        ((other, tokens, counts, logits, states), "embedding"),
-        ((weights._replace(mlp_out=int8.mlp_out), tokens, counts, logits, states), "mlp_out"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=error):
-            decode_tokens(*call)

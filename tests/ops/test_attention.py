@@ -1,7 +1,5 @@
 """Attention against its definition in float64, its cache, its segments and its memory."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -139,13 +137,6 @@ def test_equals_the_definition(sizes, context, options, dtype, limit):
         chex.assert_trees_all_close(found, expected, rtol=limit, atol=limit)
 
 
-def test_without_segment_ids_it_is_one_segment():
-    layer = make()
-    one = jnp.asarray(SEGMENTS["one"])
-    expected = call(layer, inputs(), None, one)
-    chex.assert_trees_all_close(call(layer, inputs()), expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.oldest_python
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_equal_full_attention():
@@ -232,38 +223,3 @@ def test_memory_of_the_gradient_is_linear_in_tokens():
     sizes = [temporary_bytes(jax.grad(total), (1, length, 5)) for length in (16_384, 65_536)]
     assert sizes[1] < 6 * sizes[0]
     assert sizes[1] < 65_536**2 / 25  # one percent of the scores of one head
-
-
-def test_without_a_state_no_cache_is_read():
-    layer = make(context=1009)
-    compiled = jax.jit(lambda x: layer(x)[0]).lower(inputs()).compile().as_text()
-    assert re.search(r"\[[\d,]*29[\d,]*\]", compiled)  # how shapes are written
-    assert not re.search(r"\[[\d,]*1009[\d,]*\]", compiled)
-
-
-def test_bfloat16_cache_and_accuracy():
-    x = inputs()
-    y, _ = call(make(), x)
-    low = make(dtype=jnp.bfloat16)
-    low_y, state = call(low, x)
-    assert (state.keys.dtype, state.values.dtype) == (jnp.bfloat16, jnp.bfloat16)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, low.initial_state(BATCH))
-    assert 0 < jnp.sqrt(jnp.mean((low_y - y) ** 2)) < 0.03 * jnp.std(y)
-
-
-def test_rejects_invalid_sizes():
-    with pytest.raises(ValueError, match="num_heads=3 must divide"):
-        make(WIDE_KEYS | {"value_dim": 13})
-    with pytest.raises(ValueError, match="must be even"):
-        make(WIDE_KEYS | {"key_dim": 15})
-
-
-def test_an_empty_batch_of_long_sequences():
-    layer = Attention(7, 12, 10, 11, 2, context=13, rngs=nnx.Rngs(0))
-    y, _ = layer(jnp.zeros((0, 600, 7)))
-    chex.assert_shape(y, (0, 600, 11))
-
-
-def test_no_heads():
-    q, k, v = (jnp.zeros(shape) for shape in ((2, 3, 0, 4), (2, 7, 0, 4), (2, 7, 0, 5)))
-    chex.assert_shape(operator.attend(q, k, v, jnp.ones((1, 3, 7), bool)), (2, 3, 0, 5))

@@ -54,7 +54,7 @@ def test_rounds_operands_and_sums_in_float32_or_more(shape, dtype, limit):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 2, 2048])
+@pytest.mark.parametrize("tokens", [1, 2048])
 def test_transposed_operands(dtype, tokens):
     """XLA's CPU backend has no matmul of transposed bfloat16 operands."""
 
@@ -69,24 +69,21 @@ def test_transposed_operands(dtype, tokens):
     chex.assert_tree_all_finite(gradients)
 
 
-def test_gradients_have_the_dtypes_of_the_operands():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_second_derivatives(dtype):
     x, kernel, _ = draw((5, 13))
 
-    def total(x, kernel):
-        return jnp.sum(fused_matmul(x, (kernel,), jnp.bfloat16)[0])
+    def products(multiply):
+        def along(x, kernel):
+            gradients = jax.grad(lambda *a: jnp.sum(jnp.sin(multiply(*a))), (0, 1))(x, kernel)
+            return sum(jnp.sum(jnp.cos(gradient)) for gradient in gradients)
 
-    gradients = jax.grad(total, (0, 1))(x.astype(jnp.bfloat16), kernel)
-    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+        reverse = jax.grad(along, (0, 1))(x, kernel)
+        return reverse, jax.jvp(along, (x, kernel), (x, kernel))[1]
 
-
-def test_merges_leading_axes():
-    x, kernel, _ = draw((5, 13))
-    x = x[:36].reshape(4, 9, 5)
-    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(fused_matmul(x, (w,), jnp.float32)[0])), (0, 1))(
-        x, kernel
-    )
-    expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.dot(x, w))), (0, 1))(x, kernel)
-    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
+    ours = products(lambda x, kernel: fused_matmul(x, (kernel,), dtype)[0])
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.2
+    chex.assert_trees_all_close(ours, products(jnp.dot), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,15 +1,13 @@
 """Compilation of the C functions: their cache, and failing compilers."""
 
-import concurrent.futures
 import functools
 import os
 import shutil
 import stat
-from pathlib import Path
 
 import jax
 import pytest
-from damages import cut_off, flip_bit, give_away, make_writable
+from damages import flip_bit, give_away, make_writable
 from odd_files import put_odd_file
 from references import needs_compiler
 
@@ -64,29 +62,23 @@ def instead_of_compiling(source):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch, registered):
-    """The functions, compiled once: compilations, the library and its seal."""
+    """The functions, compiled once: the file that counts compilations, and the library."""
     empty = " ".join(f"void {name}(void) {{}}" for name in native.FUNCTIONS)
     calls = compiler(tmp_path, monkeypatch, *instead_of_compiling(empty))
     assert load_again()
-    (library,), (seal,) = (cache_folder("native").glob(f"*.{end}") for end in ("so", "sha256"))
+    (library,) = cache_folder("native").glob("*.so")
     assert compilations(calls) == 1
-    return calls, library, seal
+    return calls, library
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        *(flip_bit, cut_off, make_writable, give_away),
-        *(functools.partial(put_odd_file, kind) for kind in ("endless", "fifo")),
-    ],
+    "damage", [flip_bit, make_writable, give_away, functools.partial(put_odd_file, "fifo")]
 )
-@pytest.mark.parametrize("file", ["library", "seal"])
-def test_untrusted_files_are_compiled_again(file, damage, cached, registered):
-    calls, library, seal = cached
-    path = {"library": library, "seal": seal}[file]
-    shutil.copy(path, path.with_suffix(".copy"))
-    os.replace(path.with_suffix(".copy"), path)  # this process maps the old file
-    damage(path)
+def test_untrusted_files_are_compiled_again(damage, cached, registered):
+    calls, library = cached
+    shutil.copy(library, library.with_suffix(".copy"))
+    os.replace(library.with_suffix(".copy"), library)  # this process maps the old file
+    damage(library)
     assert load_again()
     assert compilations(calls) == 2
     assert (library.stat().st_uid, stat.S_IMODE(library.stat().st_mode)) == (os.geteuid(), 0o700)
@@ -97,7 +89,7 @@ def test_untrusted_files_are_compiled_again(file, damage, cached, registered):
 
 @pytest.mark.parametrize("damage", [make_writable, give_away])
 def test_untrusted_folder_is_not_used(damage, cached, registered):
-    calls, library, _ = cached
+    calls, library = cached
     inode = library.stat().st_ino
     damage(library.parent)
     assert load_again()
@@ -109,17 +101,11 @@ def test_untrusted_folder_is_not_used(damage, cached, registered):
     ("lines", "reason"),
     [
         (["exit 0"], "native.so"),
-        (
-            ['case "$1" in --version) exit 0 ;; esac', "for last; do :; done", ': >"$last"'],
-            "native.so",
-        ),
         (["printf 'erreur: d\\351j\\340\\n' >&2", "exit 1"], "erreur: d\ufffdj\ufffd"),
-        (['case "$1" in --version) exit 0 ;; esac', "exec sleep 100"], "timed out"),
-        (["sleep 100 & exec sleep 100"], "timed out"),
-        (["kill -SEGV $$"], "SIGSEGV"),
+        (["exec sleep 100"], "timed out"),
         (instead_of_compiling("int other;"), "a library without simplernn_forward"),
     ],
-    ids=["nothing", "empty", "latin-1", "hangs", "hangs-at-once", "dies", "other-library"],
+    ids=["nothing", "latin-1", "hangs", "other-library"],
 )
 def test_failing_compiler(lines, reason, tmp_path, monkeypatch, registered, caplog):
     compiler(tmp_path, monkeypatch, *lines)
@@ -134,10 +120,7 @@ def test_failing_compiler(lines, reason, tmp_path, monkeypatch, registered, capl
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ('"x', "CC: No closing quotation"),
-        ("\\", "CC: No escaped character"),
-        ("''", "no C compiler ()"),
-        ("/", "no C compiler (/)"),
+        ('"x', "could not be compiled: No closing quotation"),
         ("no-such-compiler", "no C compiler (no-such-compiler)"),
     ],
 )
@@ -148,28 +131,8 @@ def test_invalid_command(command, reason, monkeypatch, registered, caplog):
     assert reason in warning.getMessage()
 
 
-def test_a_command_that_is_not_utf8_has_a_library_of_its_own():
-    found = {native._fingerprint(["cc", f"-I/us{byte}r"]) for byte in ("\udce9", "\udcea", "e")}
-    assert len(found) == 3
-
-
 def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load_again()
     assert compilations(cached[0]) == 2
-
-
-def test_threads_compile_once(tmp_path, monkeypatch, registered):
-    empty = " ".join(f"void {name}(void) {{}}" for name in native.FUNCTIONS)
-    calls = compiler(tmp_path, monkeypatch, "sleep 0.2", *instead_of_compiling(empty))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(lambda _: has_native_functions(), range(8)))
-    assert compilations(calls) == 1
-    assert registered == [*native.FUNCTIONS]
-
-
-def test_lists_all_sources():
-    folder = Path(native.__file__).with_name("cpu")
-    found = {path.name for path in folder.iterdir() if path.suffix in (".c", ".h")}
-    assert found == {path.name for path in (*native._SOURCES, *native._HEADERS)}

@@ -50,16 +50,6 @@ def test_c_function_and_xla_agree_with_float64():
             np.testing.assert_allclose(result, expected, atol=atol)
 
 
-def test_directions_stay_and_strengths_become_alike():
-    left, _, right = np.linalg.svd(matrices_of([(17, 29)])[0], full_matrices=False)
-    matrix = jnp.asarray((left * np.logspace(0, -1.5, 17)) @ right, jnp.float32)
-    (result,) = newton_schulz([matrix])
-    core = left.T @ result @ right.T
-    np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=2e-4 if HAS_AMX else 2e-5)
-    assert np.diag(core).min() > 0.6
-    assert np.diag(core).max() < 1.3
-
-
 @pytest.mark.parametrize("shape", [(37, 41), (37, 131), (131, 37)])
 def test_weak_directions_are_those_of_float64(shape):
     """Where A alone is iterated, rounding limits the accuracy of directions below 1e-3."""
@@ -76,22 +66,10 @@ def test_a_result_does_not_depend_on_the_other_matrices():
     np.testing.assert_array_equal(newton_schulz([second[1]])[0], alone[0][1])
 
 
-@pytest.mark.parametrize("value", [0.0, 1e30, np.nan, np.inf])
-def test_extreme_matrices(value):
-    (result,) = newton_schulz([jnp.full((5, 3), value, jnp.float32)])
-    chex.assert_shape(result, (5, 3))
-    assert np.isfinite(result).all() == np.isfinite(value)
-
-
-def test_empty_matrices_and_no_matrix():
+def test_extreme_and_empty_matrices():
+    for value in (0.0, 1e30, np.nan):
+        (result,) = newton_schulz([jnp.full((5, 3), value, jnp.float32)])
+        assert np.isfinite(result).all() == np.isfinite(value)
     assert newton_schulz([]) == []
-    for shape in ((0, 3), (0, 3, 5), (2, 3, 0)):
-        (result,) = newton_schulz([jnp.zeros(shape)])
-        chex.assert_shape(result, shape)
-
-
-def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="matrix"):
-        newton_schulz([jnp.zeros(3)])
-    with pytest.raises(TypeError, match="matrix"):
-        newton_schulz([jnp.zeros((3, 2), jnp.int32)])
+    for shape in ((0, 3), (2, 3, 0)):
+        chex.assert_shape(newton_schulz([jnp.zeros(shape)]), [shape])

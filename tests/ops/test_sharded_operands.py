@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from references import (
-    FAST_METHODS,
-    draw_model,
-    draw_recurrence,
-    first_id_loss,
-    needs_compiler,
-    recurrence_loss,
-)
+from references import FAST_METHODS, draw_model, draw_recurrence, first_id_loss, recurrence_loss
 
 from benchmarks.train_steps import collectives
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.convolution import rms_norm_convolution
 
 B, T, H, K, V = 4, 24, 4, 3, 5
 STATE_BYTES = B * H * K * V * 4
@@ -93,42 +85,6 @@ def test_the_recurrence_stays_sharded(batch, time, heads, method, segments):
         assert not any(kind == "all-gather" and size >= output.nbytes for kind, size in moved)
 
 
-@needs_compiler
-@pytest.mark.parametrize(
-    ("batch", "time", "segments"),
-    [("x", None, True), (None, "z", False), ("x", ("y", "z"), True), (None, ("x", "y", "z"), True)],
-    ids=str,
-)
-def test_the_convolution_stays_sharded(batch, time, segments):
-    rng = np.random.default_rng(0)
-    width, dim = 4, 5
-    x = jnp.asarray(rng.normal(size=(B, T, dim)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(width, dim)), jnp.float32)
-    recent = jnp.asarray(rng.normal(size=(B, width - 1, dim)), jnp.float32)
-    starts = jnp.asarray(rng.random((B, T)) < 0.3)
-
-    def gradients(native):
-        def total(x, weights, recent, starts):
-            starts = starts if segments else None
-            y, final = rms_norm_convolution(x, weights, recent, starts, native=native)
-            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(final)), (y, final)
-
-        return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
-
-    inputs = x, weights, recent, starts
-    specs = P(batch, time), P(), P(batch), P(batch, time)
-    sharded = shard(inputs, specs)
-    program = gradients(True).lower(*sharded).compile()
-    ours = program(*sharded)
-    chex.assert_trees_all_close(ours, gradients(False)(*inputs), rtol=2e-4, atol=2e-5)
-    assert ours[1][0].sharding.is_equivalent_to(sharded[0].sharding, 3)
-    # Sums of gradients, and inputs between sequence shards of at least three tokens.
-    largest = max((size for _, size in collectives(program.as_text())), default=0)
-    assert largest <= max(recent.nbytes, weights.nbytes)
-    kinds = {kind for kind, _ in collectives(program.as_text())}
-    assert ("collective-permute" in kinds) == (time is not None)
-
-
 @pytest.mark.parametrize("method", FAST_METHODS)
 def test_differently_sharded_operands(method):
     # "x" shards the batch of q and the time of k: XLA reshards one of them.
@@ -164,16 +120,15 @@ def test_shards_of_unequal_length(method):
 
 @pytest.mark.fewer_cases
 @pytest.mark.parametrize(
-    ("precision", "spec", "kinds"),
+    ("precision", "spec"),
     [
-        # Sums of the gradients only.
-        ("float32", P(("x", "y", "z")), {"all-reduce"}),
-        ("bfloat16", P(("x", "y", "z")), {"all-reduce"}),
-        ("float32", P("x", ("y", "z")), {"all-reduce", "collective-permute"}),
+        ("float32", P(("x", "y", "z"))),
+        ("bfloat16", P(("x", "y", "z"))),
+        ("float32", P("x", ("y", "z"))),
     ],
     ids=["batch", "batch-bfloat16", "time"],
 )
-def test_the_model_stays_sharded(precision, spec, kinds):
+def test_the_model_stays_sharded(precision, spec):
     run, params, tokens = draw_model(precision, 8, 128)
 
     @jax.jit
@@ -185,7 +140,8 @@ def test_the_model_stays_sharded(precision, spec, kinds):
     inputs = jax.device_put(params, sharding(P())), jax.device_put(tokens, sharding(spec))
     program = gradient.lower(*inputs).compile()
     found = collectives(program.as_text())
-    assert {kind for kind, _ in found} == kinds
+    if len(spec) == 1:  # sums of the gradients only
+        assert {kind for kind, _ in found} == {"all-reduce"}
     # Less than a device's activations of one layer.
     assert all(kind == "all-reduce" or size < 4 * 128 * 32 * 4 for kind, size in found)
     # Partitioned sums round in another order; in bfloat16, results may differ in the last bit.

@@ -7,7 +7,6 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from simplernn_jax.ops.primitive import vary_like
 from simplernn_jax.parallel.collectives import (
     all_gather,
     axis_index,
@@ -18,57 +17,44 @@ from simplernn_jax.parallel.collectives import (
     shift,
 )
 
-SHARDED = P("sequence")
 
-
-def on_four(function, *arguments, out=SHARDED):
-    run = jax.shard_map(function, mesh=mesh_of(sequence=4), in_specs=SHARDED, out_specs=out)
-    return jax.jit(run)(*arguments)
-
-
-def everything(x):
-    assert axis_size("data") == axis_size("no such axis") == 1
-    return {
-        "sum": psum(x, "data", "sequence"),
-        "last": broadcast_from_last(x, "sequence"),
-        "sum of copies": psum(jnp.ones(()), "sequence"),
-        "index": x + jnp.asarray(axis_index("sequence"), x.dtype),
-        "varying": vary_like(jnp.ones(x.shape), x) * x,
-    }
-
-
-def test_without_a_mesh():
+def test_without_a_mesh_they_do_nothing():
     x = jnp.arange(8.0)
-    result = everything(x)
-    expected = {"sum": x, "last": x, "sum of copies": jnp.ones(()), "index": x, "varying": x}
-    chex.assert_trees_all_equal(result, expected)
+    assert (axis_size("sequence"), axis_index("sequence")) == (1, 0)
+    assert psum(x, "data", "sequence") is broadcast_from_last(x, "sequence") is x
     assert all_gather(x, "fsdp", 0, after=x) is x
-    assert remat_if_fsdp(everything) is everything
+    assert remat_if_fsdp(jnp.sin) is jnp.sin
 
 
 def test_on_a_mesh():
-    x = jnp.arange(8.0)
-    out = {"sum": P(), "last": P(), "sum of copies": P(), "index": SHARDED, "varying": SHARDED}
-    result = on_four(everything, x, out=out)
-    np.testing.assert_array_equal(result["sum"], [0 + 2 + 4 + 6, 1 + 3 + 5 + 7])
-    np.testing.assert_array_equal(result["last"], [6, 7])
-    assert float(result["sum of copies"]) == 4
-    np.testing.assert_array_equal(result["index"], np.asarray(x) + np.repeat(np.arange(4), 2))
-    np.testing.assert_array_equal(result["varying"], x)
+    def everything(x):
+        assert axis_size("data") == axis_size("no such axis") == 1
+        return {
+            "sum": psum(x, "data", "sequence"),
+            "last": broadcast_from_last(x, "sequence"),
+            "sum of copies": psum(jnp.ones(()), "sequence"),
+            "index": x + jnp.asarray(axis_index("sequence"), x.dtype),
+            "shifted": shift(x, "sequence"),
+            "shifted by 3": shift(x, "sequence", 3),
+        }
 
-
-def test_shift_fills_with_zeros():
-    x = jnp.arange(1, 9)
-    np.testing.assert_array_equal(
-        on_four(lambda x: shift(x, "sequence"), x), [0, 0, 1, 2, 3, 4, 5, 6]
-    )
-    np.testing.assert_array_equal(
-        on_four(lambda x: shift(x, "sequence", 3), x), [0, 0, 0, 0, 0, 0, 1, 2]
-    )
+    x, sharded = jnp.arange(1, 9.0), P("sequence")
+    out = dict.fromkeys(("sum", "last", "sum of copies"), P())
+    out |= dict.fromkeys(("index", "shifted", "shifted by 3"), sharded)
+    run = jax.shard_map(everything, mesh=mesh_of(sequence=4), in_specs=sharded, out_specs=out)
+    expected = {
+        "sum": [1 + 3 + 5 + 7, 2 + 4 + 6 + 8],
+        "last": [7, 8],
+        "sum of copies": 4,
+        "index": [1, 2, 4, 5, 7, 8, 10, 11],
+        "shifted": [0, 0, 1, 2, 3, 4, 5, 6],
+        "shifted by 3": [0, 0, 0, 0, 0, 0, 1, 2],
+    }
+    for name, result in jax.jit(run)(x).items():
+        np.testing.assert_array_equal(result, expected[name], err_msg=name)
 
 
 def test_all_gather_and_its_gradient():
-    mesh = mesh_of(fsdp=4)
     columns = P(None, "fsdp")
 
     def total(shard, x):
@@ -78,7 +64,8 @@ def test_all_gather_and_its_gradient():
         return psum(jnp.sum(remat_if_fsdp(squares)(shard, x)), "fsdp")
 
     weights, x = jnp.arange(24.0).reshape(3, 8) / 10, jnp.arange(12.0).reshape(4, 3)
-    run = jax.shard_map(total, mesh=mesh, in_specs=(columns, P("fsdp")), out_specs=P())
+    specs = (columns, P("fsdp"))
+    run = jax.shard_map(total, mesh=mesh_of(fsdp=4), in_specs=specs, out_specs=P())
     ours = jax.jit(jax.value_and_grad(run))(weights, x)
     expected = jax.value_and_grad(lambda weights: jnp.sum((x @ weights) ** 2))(weights)
     chex.assert_trees_all_close(ours, expected, rtol=1e-6)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 from unittest import mock
 
 import jax
@@ -17,7 +16,7 @@ from simplernn_jax.parallel import distributed
 PEER_FAILURE = "error: a peer process failed"
 
 MEMBER = """
-import itertools, os, sys, time
+import os, sys, time
 from simplernn_jax.parallel import supervisor
 supervisor.supervise()
 supervisor.HEARTBEAT_SECONDS = 4
@@ -25,26 +24,24 @@ from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
 from simplernn_jax.cli.exit_codes import exit_with
 
-def refuse():
+def fail():
     raise UserError("no text")
 
 def main():
     coordinator, count, number, what = sys.argv[1:]
     with distributed.joined(coordinator, int(count), int(number), 60):
         print("joined", flush=True)
-        if what == "process 1 refuses" and number == "1":
-            refuse()
-        if what == "coordinator refuses":
+        if what == "process 1 fails" and number == "1":
+            fail()
+        if what == "coordinator fails":
             try:
                 distributed.check_same(number, "has another text")
             except UserError as error:
                 print(error, flush=True)
-            distributed.run_on_coordinator_first(refuse)
-        for step in itertools.count():
+            distributed.run_on_coordinator_first(fail)
+        while True:
             distributed.broadcast_from_coordinator(1)
             time.sleep(0.02)
-            if step == 50:
-                print("still here", flush=True)
 exit_with(main, leave=os._exit)
 """
 
@@ -75,22 +72,13 @@ def end(process):
 @pytest.mark.parametrize(
     ("code", "expected", "line"),
     [
-        ("os._exit(0)", 0, ""),
         ("os._exit(75)", 75, ""),
         ("os.kill(os.getpid(), 9)", 128 + 9, ""),
-        ("os.abort()", 128 + 6, ""),
         ("supervisor.set_abort_reason(2, 'nobody came'); os.abort()", 2, "error: nobody came\n"),
-        ("supervisor.set_abort_reason(76, 'lost'); os._exit(76)", 76, "error: lost\n"),
         (
             "os.kill(os.getppid(), 15); time.sleep(30)",
             75,
             "SIGTERM: stopped; run the same command to start it\n",
-        ),
-        (  # the first is forwarded, the second kills
-            "signal.signal(15, lambda *_: os.kill(os.getppid(), 2)); os.kill(os.getppid(), 2); "
-            "time.sleep(30)",
-            128 + 9,
-            "",
         ),
     ],
 )
@@ -98,17 +86,6 @@ def test_the_supervisor_ends_as_its_child(run, code, expected, line):
     prefix = "import os, signal, time; from simplernn_jax.parallel import supervisor; "
     process = run(f"{prefix}supervisor.supervise(); {code}")
     assert end(process) == (expected, "", line)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
-def test_a_child_does_not_outlive_its_supervisor(run):
-    process = run(
-        "import os, time; from simplernn_jax.parallel import supervisor; supervisor.supervise(); "
-        "print(os.getpid(), flush=True); time.sleep(30)"
-    )
-    process.stdout.readline()
-    process.kill()
-    assert process.communicate(timeout=20) == ("", "")  # nobody holds its streams any more
 
 
 class Joining(Exception):
@@ -132,7 +109,6 @@ def initialize(monkeypatch):
     [
         ("127.0.0.1", 0, "127.0.0.1:PORT"),
         ("127.0.0.1", 1, None),
-        ("[::1]", 0, "[::1]:PORT"),
         ("192.0.2.7", 0, None),  # not of this machine: perhaps behind a proxy
         ("no-such-host.invalid", 0, None),
     ],
@@ -149,14 +125,6 @@ def test_process_0_listens_at_the_given_address(initialize, host, number, expect
     assert options["initialization_timeout"] == 7
 
 
-def test_without_flags_jax_asks_the_cluster(initialize):
-    with pytest.raises(Joining), distributed.joined(None, None, None, 7):
-        pass
-    ((arguments, options),) = initialize
-    assert arguments == (None, None, None)
-    assert options["coordinator_bind_address"] is options["cluster_detection_method"] is None
-
-
 def test_a_port_in_use(initialize):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -165,76 +133,24 @@ def test_a_port_in_use(initialize):
             pass
 
 
-@pytest.mark.parametrize("coordinator", ["node1", "node1:", "node1:http", "node1:99999", ":80"])
+@pytest.mark.parametrize("coordinator", ["node1", "node1:99999"])
 def test_an_invalid_address(initialize, coordinator):
     message = f"--coordinator={coordinator}: not HOST:PORT"
     with pytest.raises(UserError, match=message), distributed.joined(coordinator, 2, 0, 7):
         pass
 
 
-def test_arguments_that_jax_refuses_are_one_line(run):
-    program = """
-import sys
-from simplernn_jax import errors
-from simplernn_jax.parallel import distributed
-for place in (("127.0.0.1:1234", 2, None), (None, 2, 1), ("127.0.0.1:1234", 2, 2)):
-    try:
-        with distributed.joined(*place, 7):
-            pass
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-"""
-    code, _, printed = end(run(program))
-    lines = printed.splitlines()
-    assert (code, len(lines)) == (0, 3)
-    reasons = ("process id of the current", "coordinator_address should be", "process_id < num_")
-    for line, reason in zip(lines, reasons, strict=True):
-        assert line.startswith("--distributed: ")
-        assert reason in line
-        assert "Pass --coordinator HOST:PORT, --num_processes N and --process_id I" in line
-
-
-def test_one_process_agrees_with_itself():
-    assert distributed.is_coordinator()
-    distributed.barrier("a test")
-    distributed.check_same("text", "nothing to compare")
-    assert distributed.broadcast_from_coordinator(17) == 17
-    assert distributed.run_on_coordinator_first(lambda: "result") == "result"
-
-
 def start_members(run, what, counts=(2, 2)):
-    """Start two processes of one run, each given its own count; return them and its address."""
+    """Start two processes of one run, each given its own count."""
     address = free_address()
-    members = [run(MEMBER, address, count, number, what) for number, count in enumerate(counts)]
-    return members, address
-
-
-@pytest.mark.oldest_python
-def test_a_hanging_process_ends_the_others_and_a_foreign_connection_does_not(run):
-    groups = [start_members(run, "continue") for _ in range(2)]
-    with contextlib.ExitStack() as stack:
-        for members, address in groups:
-            for member in members:
-                assert member.stdout.readline() == "joined\n"
-            host, port = address.split(":")
-            for garbage in (b'{"number": 1}\n', b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b""):
-                foreign = socket.create_connection((host, int(port)), 20)
-                stack.enter_context(foreign).sendall(garbage)
-        for victim, (members, _) in enumerate(groups):
-            # After the foreign connections, all continue.
-            assert [member.stdout.readline() for member in members] == ["still here\n"] * 2
-            os.killpg(members[victim].pid, signal.SIGSTOP)
-        for victim, (members, _) in enumerate(groups):
-            code, _, errors = end(members[1 - victim])
-            assert (code, errors.count("error: ")) == (76, 1), errors
-            assert PEER_FAILURE in errors
+    return [run(MEMBER, address, count, number, what) for number, count in enumerate(counts)]
 
 
 @pytest.mark.oldest_python
 def test_an_error_of_one_and_an_error_of_all(run):
-    one, _ = start_members(run, "process 1 refuses")
-    all_, _ = start_members(run, "coordinator refuses")
-    others, _ = start_members(run, "continue", counts=(2, 3))
+    one = start_members(run, "process 1 fails")
+    all_ = start_members(run, "coordinator fails")
+    others = start_members(run, "continue", counts=(2, 3))
     assert end(one[1]) == (2, "joined\n", "error: no text\n")
     code, _, errors = end(one[0])
     assert (code, PEER_FAILURE in errors) == (76, True)

@@ -247,12 +247,10 @@ class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
             sizes["V"] = inputs[2].shape[3]
             check_array("state.recurrent", state.recurrent, "B H K V", FLOATING, sizes)
         y, recurrent = sharded_recurrence(
-            *inputs,
-            initial_state=recurrent,
-            segment_ids=segment_ids,
-            state_dtype=self.state_dtype,
-            method=self.method,
+            *inputs, initial_state=recurrent, segment_ids=segment_ids, method=self.method
         )
+        if self.state_dtype is not None:
+            recurrent = recurrent.astype(self.state_dtype)
         return self.project_outputs(y, output_gate), GLAState(recurrent, conv_states)
 
     def _check_structure(self, state: Any) -> None:

@@ -53,8 +53,7 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see the base class.
           query_scale: factor on the queries.
-          state_dtype: dtype of the state. A lower precision than float32 rounds it after every
-            token (decoding) or 64 tokens (sequences); see `ops.low_precision_state`.
+          state_dtype: dtype of the state between calls; inside a call it is float32.
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
             ``use_bias`` and ``dtype`` of the base class.
 
@@ -185,12 +184,10 @@ class SimpleRNN(ZeroStateMixer):
         if state is not None:
             self.cell.check_state("state", state, inputs[0])
         y, state = sharded_recurrence(
-            *inputs,
-            initial_state=state,
-            segment_ids=segment_ids,
-            state_dtype=self.cell.state_dtype,
-            method=self.method,
+            *inputs, initial_state=state, segment_ids=segment_ids, method=self.method
         )
+        if self.cell.state_dtype is not None:
+            state = state.astype(self.cell.state_dtype)
         return self.cell.project_outputs(y, output_gate), state
 
 

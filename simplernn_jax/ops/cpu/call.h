@@ -1,15 +1,169 @@
-/* XLA's calling convention, and work sharing among its threads. */
+/* XLA's calling convention: buffers of a call, validated before use, so that a wrong call cannot access
+   foreign memory; and work sharing among XLA's threads. */
 
 #ifndef SIMPLERNN_CALL_H
 #define SIMPLERNN_CALL_H
 
 #include <sched.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
-#include "buffers.h"
+#include "xla/ffi/api/c_api.h"
+
+#define SIZE_OVERFLOW INT64_MAX
+
+/* Sums, products and quotients (rounded up) of sizes; SIZE_OVERFLOW if they overflow, which a later
+   check rejects. */
+static inline int64_t plus(int64_t a, int64_t b) {
+  int64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? SIZE_OVERFLOW : sum;
+}
+
+static inline int64_t times(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? SIZE_OVERFLOW : product;
+}
+
+static inline int64_t divided(int64_t n, int64_t by) { return n / by + (n % by > 0); }
+
+typedef struct {
+  XLA_FFI_CallFrame *frame;
+  const char *function;
+  const int64_t *leading; /* sizes of the batch axes, which all buffers share */
+  int64_t num_leading, batch;
+  int has_results; /* whether any result has entries */
+  char error[512]; /* the first one; empty if none */
+} Call;
+
+typedef struct {
+  int64_t rank;
+  const int64_t *dims;
+} Shape;
+
+#define SHAPE(...)                                                 \
+  ((Shape){sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t), \
+           (const int64_t[]){__VA_ARGS__}})
+
+static inline int is_valid(const Call *call) { return call->error[0] == 0; }
+
+__attribute__((format(printf, 2, 3))) static inline void reject(Call *call, const char *format,
+                                                                ...) {
+  if (!is_valid(call)) return;
+  va_list values;
+  va_start(values, format);
+  vsnprintf(call->error, sizeof call->error, format, values);
+  va_end(values);
+}
+
+/* Argument or result i; NULL, and an error, if it is not a valid buffer. */
+static inline const XLA_FFI_Buffer *buffer_at(Call *call, int is_result, int64_t i,
+                                              const char *name) {
+  if (!is_valid(call)) return NULL;
+  const XLA_FFI_Args *args = &call->frame->args;
+  const XLA_FFI_Rets *rets = &call->frame->rets;
+  void **buffers = is_result ? rets->rets : args->args;
+  const int64_t count = is_result ? rets->size : args->size;
+  const XLA_FFI_Buffer *buffer = i < count && buffers != NULL ? buffers[i] : NULL;
+  if (buffer == NULL || (is_result ? rets->types[i] != XLA_FFI_RetType_BUFFER
+                                   : args->types[i] != XLA_FFI_ArgType_BUFFER)) {
+    reject(call, "%s: %s: not an array", call->function, name);
+    return NULL;
+  }
+  int64_t entries = 1;
+  for (int64_t axis = 0; axis < buffer->rank; axis++) {
+    if (buffer->dims[axis] < 0) entries = SIZE_OVERFLOW;
+    if (entries != SIZE_OVERFLOW) entries = times(entries, buffer->dims[axis]);
+  }
+  if (buffer->rank < 0 || times(entries, sizeof(float)) == SIZE_OVERFLOW ||
+      (entries > 0 && buffer->data == NULL))
+    reject(call, "%s: %s: too large, or without memory", call->function, name);
+  return is_valid(call) ? buffer : NULL;
+}
+
+static inline int64_t entries_of(const XLA_FFI_Buffer *buffer) {
+  int64_t entries = 1;
+  for (int64_t i = 0; i < buffer->rank; i++) entries *= buffer->dims[i];
+  return entries;
+}
+
+/* Data of a buffer; an error unless it has `dtype`, and as its shape the first `num_leading` batch
+   axes of the call, then `tail`. */
+static inline void *checked(Call *call, const XLA_FFI_Buffer *buffer, const char *name,
+                            XLA_FFI_DataType dtype, int64_t num_leading, Shape tail) {
+  if (!is_valid(call) || buffer == NULL) return NULL;
+  int fits = buffer->dtype == dtype && buffer->rank == num_leading + tail.rank;
+  for (int64_t i = 0; fits && i < num_leading; i++) fits = buffer->dims[i] == call->leading[i];
+  for (int64_t i = 0; fits && i < tail.rank; i++)
+    fits = buffer->dims[num_leading + i] == tail.dims[i];
+  if (!fits) reject(call, "%s: %s: wrong shape or dtype", call->function, name);
+  return fits ? buffer->data : NULL;
+}
+
+/* Float32 argument ``[batch axes, tail]``. */
+static inline const float *argument(Call *call, int64_t i, const char *name, Shape tail) {
+  return checked(call, buffer_at(call, 0, i, name), name, XLA_FFI_DataType_F32, call->num_leading,
+                 tail);
+}
+
+/* Float32 argument ``[shape]`` without batch axes. */
+static inline const float *shared_argument(Call *call, int64_t i, const char *name, Shape shape) {
+  return checked(call, buffer_at(call, 0, i, name), name, XLA_FFI_DataType_F32, 0, shape);
+}
+
+/* Float32 result ``[batch axes, tail]``. */
+static inline float *result(Call *call, int64_t i, const char *name, Shape tail) {
+  const XLA_FFI_Buffer *buffer = buffer_at(call, 1, i, name);
+  if (buffer != NULL && entries_of(buffer) > 0) call->has_results = 1;
+  return checked(call, buffer, name, XLA_FFI_DataType_F32, call->num_leading, tail);
+}
+
+/* A result that begins as an argument, which may have the same memory. */
+static inline float *updated(Call *call, int64_t i, int64_t i_result, const char *name, Shape tail) {
+  const float *from = argument(call, i, name, tail);
+  float *to = result(call, i_result, name, tail);
+  if (is_valid(call) && from != to && call->has_results) {
+    int64_t count = call->batch;
+    for (int64_t axis = 0; axis < tail.rank; axis++) count *= tail.dims[axis];
+    memcpy(to, from, sizeof(float) * count);
+  }
+  return to;
+}
+
+/* Bool argument ``[batch axes, length]``; NULL if it is empty. */
+static inline const uint8_t *flags(Call *call, int64_t i, const char *name, int64_t length) {
+  const XLA_FFI_Buffer *buffer = buffer_at(call, 0, i, name);
+  if (buffer == NULL) return NULL;
+  if (buffer->dtype == XLA_FFI_DataType_PRED && entries_of(buffer) == 0) return NULL;
+  return checked(call, buffer, name, XLA_FFI_DataType_PRED, call->num_leading, SHAPE(length));
+}
+
+/* Start a call whose first argument has `tail` axes after the batch axes. */
+static inline Call begin(XLA_FFI_CallFrame *frame, const char *function, const char *first,
+                         int64_t tail, int64_t args, int64_t results) {
+  Call call = {.frame = frame, .function = function};
+  if (frame->args.size != args || frame->rets.size != results)
+    reject(&call, "%s: wrong number of arguments or results", function);
+  const XLA_FFI_Buffer *buffer = buffer_at(&call, 0, 0, first);
+  if (buffer != NULL && buffer->rank < tail) reject(&call, "%s: %s: too few axes", function, first);
+  if (!is_valid(&call)) return call;
+  call.leading = buffer->dims;
+  call.num_leading = buffer->rank - tail;
+  call.batch = 1;
+  for (int64_t i = 0; i < call.num_leading; i++) call.batch = times(call.batch, buffer->dims[i]);
+  if (call.batch == SIZE_OVERFLOW) reject(&call, "%s: %s: too large", function, first);
+  return call;
+}
+
+/* Size of an axis, counted from 1 for the last; 0 if there is none. */
+static inline int64_t axis_of(Call *call, int is_result, int64_t i, int64_t axis) {
+  const XLA_FFI_Buffer *buffer = buffer_at(call, is_result, i, "an array");
+  return buffer == NULL || buffer->rank < axis ? 0 : buffer->dims[buffer->rank - axis];
+}
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -93,10 +247,10 @@ static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
   frame->api->XLA_FFI_Error_Destroy(&args);
 }
 
-/* Bytes of scratch memory for aligned_alloc: a positive multiple of 64, or TOO_MANY. */
+/* Bytes of scratch memory for aligned_alloc: a positive multiple of 64, or SIZE_OVERFLOW. */
 static inline int64_t scratch_for(int64_t entries, int64_t size) {
   const int64_t bytes = plus(times(entries, size), 64);
-  return bytes == TOO_MANY ? TOO_MANY : bytes / 64 * 64;
+  return bytes == SIZE_OVERFLOW ? SIZE_OVERFLOW : bytes / 64 * 64;
 }
 
 /* Number of XLA's threads. */
@@ -114,7 +268,7 @@ static int64_t pool_size(XLA_FFI_CallFrame *frame) {
 static XLA_FFI_Error *share(Call *call, const Work *description) {
   XLA_FFI_CallFrame *frame = call->frame;
   if (is_valid(call) &&
-      (description->items == TOO_MANY || description->scratch_bytes == TOO_MANY))
+      (description->items == SIZE_OVERFLOW || description->scratch_bytes == SIZE_OVERFLOW))
     reject(call, "%s: too large", call->function);
   if (!is_valid(call)) return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, call->error);
   if (!call->has_results) return NULL;

@@ -268,7 +268,7 @@ static void multiply(float *to, const float *old, float by_old, float by_product
           to[start + j] = by_old * old[start + j] + by_product * sums[i * COLUMNS + j];
       }
     }
-  if (is_mirrored) /* but for the blocks of the diagonal, which are complete */
+  if (is_mirrored) /* except the blocks of the diagonal, which are complete */
     for (int64_t row = 0; row < m; row += COLUMNS)
       for (int64_t column = row + COLUMNS; column < n; column += COLUMNS)
         transpose(to + column * n + row, n, to + row * n + column, n, COLUMNS, least(COLUMNS, n - column));

@@ -54,11 +54,13 @@ typedef struct {
 } Matrix;
 
 /* Inputs of a word; floats are apart. */
-INLINE int64_t together(const int format) { return format == INT8 ? 4 : format == INT4 ? 8 : 1; }
+INLINE int64_t values_per_word(const int format) {
+  return format == INT8 ? 4 : format == INT4 ? 8 : 1;
+}
 
 /* Bytes of a panel of `inputs`. */
 INLINE int64_t panel_bytes(const int format, int64_t inputs) {
-  return divided(inputs, together(format)) * PANEL * (format == BFLOAT16 ? 2 : 4);
+  return divided(inputs, values_per_word(format)) * PANEL * (format == BFLOAT16 ? 2 : 4);
 }
 
 /* Values of LANES outputs from `column` of a panel, for input i. */
@@ -70,7 +72,8 @@ INLINE Lanes values_at(const char *panel, const int format, int64_t i, int64_t c
 
 /* Value of one output of a panel for input i. */
 INLINE float value_at(const char *panel, const int format, int64_t i, int64_t column) {
-  const int64_t n = together(format), bits = 32 / n, place = i % n, first = column / LANES * LANES;
+  const int64_t n = values_per_word(format), bits = 32 / n, place = i % n;
+  const int64_t first = column / LANES * LANES;
   if (n == 1) return values_at(panel, format, i, first)[column - first];
   const uint32_t word = ((const uint32_t *)panel)[i / n * PANEL + column];
   const int32_t stored = word >> (place / 2 * bits + place % 2 * 16) & ((1 << bits) - 1);
@@ -144,7 +147,7 @@ INLINE Integers add_products(Integers sum, Words a, Words b) {
 INLINE void multiply_words(const uint32_t *words, const float *scales, const int format,
                            const int rows, const int w, int64_t count, int16_t (*fixed)[INPUT_BLOCK],
                            const int32_t *offsets, const float *steps, float *to) {
-  const int pairs = together(format) / 2, bits = 16 / pairs;
+  const int pairs = values_per_word(format) / 2, bits = 16 / pairs;
   Integers sum[ROWS][PANEL / LANES];
   for (int r = 0; r < rows; r++)
     for (int j = 0; j < w; j++) sum[r][j] = (Integers){0} - offsets[r];
@@ -173,7 +176,7 @@ INLINE void multiply_words(const uint32_t *words, const float *scales, const int
 /* Outputs ``[rows, PANEL]`` of a panel of integers. */
 INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, const int rows,
                               const int w, const float *x, float *to) {
-  const int64_t block = least(INPUT_BLOCK, m->group), n = together(format);
+  const int64_t block = least(INPUT_BLOCK, m->group), n = values_per_word(format);
   const uint32_t *words = (const uint32_t *)(m->values + panel * panel_bytes(format, m->inputs));
   int16_t fixed[ROWS][INPUT_BLOCK];
   int32_t offsets[ROWS];
@@ -197,7 +200,7 @@ INLINE void multiply_integers(const Matrix *m, int64_t panel, const int format, 
 INLINE void multiply_rows(const Matrix *m, int64_t panel, const int format, const int rows,
                           const float *x, float *to) {
   const int w = rows == 1 ? PANEL / LANES : TILE; /* one row has registers to spare */
-  if (together(format) > 1) return multiply_integers(m, panel, format, rows, w, x, to);
+  if (values_per_word(format) > 1) return multiply_integers(m, panel, format, rows, w, x, to);
   for (int64_t column = 0; column < PANEL; column += w * LANES)
     multiply_tile(m, panel, format, rows, w, column, x, to);
 }
@@ -233,7 +236,7 @@ static inline Matrix matrix_argument(Call *call, int64_t i, const char *name, in
   Matrix m = {.inputs = inputs, .outputs = outputs, .panels = divided(outputs, PANEL)};
   m.group = format == INT4 ? GROUP : inputs;
   m.groups = format == INT4 ? divided(inputs, GROUP) : 1;
-  const int64_t values[] = {layers, m.panels, divided(inputs, together(format)), PANEL};
+  const int64_t values[] = {layers, m.panels, divided(inputs, values_per_word(format)), PANEL};
   const int64_t scales[] = {layers, m.panels, m.groups, PANEL};
   const int64_t rank = layers > 0 ? 4 : 3;
   m.values = checked(call, buffer_at(call, 0, i, name), name, format, 0,

@@ -1,5 +1,6 @@
 """Gated linear recurrence as a pure function, with selectable implementations."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,21 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
-from simplernn_jax.ops.checks import (
-    FLOATING,
-    accumulator_dtype,
-    check_array,
-    check_dtype,
-    check_segment_ids,
-)
-from simplernn_jax.ops.gated_linear_recurrence.chunkwise import (
-    chunkwise,
-    chunkwise_gradient,
-    start_shapes,
-)
+from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import chunkwise, chunkwise_gradient
 from simplernn_jax.ops.gated_linear_recurrence.cpu_kernel import fused, fused_gradient
 from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
-from simplernn_jax.ops.gated_linear_recurrence.low_precision_state import low_precision_recurrence
 from simplernn_jax.ops.gated_linear_recurrence.scan import (
     RecurrenceInputs,
     check_log_gate,
@@ -33,15 +23,7 @@ from simplernn_jax.ops.gated_linear_recurrence.sharding import (
     partition_recurrence,
 )
 from simplernn_jax.ops.native import supports_native
-from simplernn_jax.ops.primitive import (
-    VJP,
-    Implementations,
-    apply,
-    as_function,
-    is_static,
-    on_one_device,
-    vary_like,
-)
+from simplernn_jax.ops.primitive import Operation, is_static, on_one_device, vary_like
 from simplernn_jax.ops.segments import reset_state, segment_starts
 
 __all__ = ["gated_linear_recurrence", "recurrent_step"]
@@ -59,13 +41,12 @@ def gated_linear_recurrence(
     segment_ids: SegmentIds | None = None,
     method: str = "auto",
     chunk_size: int | None = None,
-    state_dtype: Any = None,
 ) -> tuple[Values, RecurrentState]:
     """Gated linear recurrence: ``S_t = diag(e^log_gate_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t``.
 
     Args:
       q: queries ``[B, T, H, K]``. All arrays may be float16, bfloat16, float32 or float64; sums are
-        float64 if q, k, v, log_gate or `state_dtype` is, else float32.
+        float64 if one of them is, else float32.
       k: keys ``[B, T, H, K]``.
       v: values ``[B, T, H, V]``.
       log_gate: logarithms of the forget gates ``[B, T, H, K]``, at most 0; ``"chunkwise"`` takes
@@ -79,12 +60,10 @@ def gated_linear_recurrence(
         symbolic shapes of `jax.export`.
       chunk_size: tokens per chunk, a power of two of at least 8; setting it selects
         ``"chunkwise"``. None chooses it from the shape.
-      state_dtype: storage dtype of the state, such as bfloat16; see `low_precision_recurrence`.
-        None keeps the accumulation dtype. Not with symbolic shapes.
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in the
-      accumulation dtype, or in `state_dtype`.
+      accumulation dtype.
 
     Raises:
       ValueError: wrong ranks, shapes that do not fit together, an unknown or unavailable
@@ -98,29 +77,36 @@ def gated_linear_recurrence(
     if initial_state is not None:
         check_array("initial_state", initial_state, "B H K V", FLOATING, sizes)
     check_segment_ids(segment_ids, sizes)
-    if state_dtype is not None:
-        check_dtype("state_dtype", state_dtype)
     # Without x64, float64 becomes float32.
     q, k, v, log_gate = map(jnp.asarray, (q, k, v, log_gate))
     batch, _, heads, key_dim = q.shape
-    stored = () if state_dtype is None else (jax.dtypes.canonicalize_dtype(state_dtype),)
-    dtype = accumulator_dtype(q, k, v, log_gate, *stored)
+    dtype = accumulator_dtype(q, k, v, log_gate)
     method = _choose(method, chunk_size, dtype)
     check_log_gate(log_gate)
     log_gate = log_gate.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
-    initial_state = vary_like(initial_state, q, k, v, log_gate)
+    initial_state = vary_like(jnp.asarray(initial_state, dtype), q, k, v, log_gate)
     if 0 in (*q.shape, v.shape[-1]):
-        return jnp.zeros_like(v), initial_state.astype(state_dtype or dtype)
+        return jnp.zeros_like(v), initial_state
     reset = None if segment_ids is None else segment_starts(segment_ids)
     inputs = RecurrenceInputs(q, k, v, log_gate, initial_state, reset)
-    run = functools.partial(recurrence, method, chunk_size)
-    if state_dtype is not None:
-        if not is_static(q.shape):
-            raise ValueError(f"{state_dtype=}: must be None with symbolic shapes, got {q.shape}")
-        return low_precision_recurrence(run, inputs, state_dtype)
-    return run(inputs._replace(state=initial_state.astype(dtype)))
+    if method == "scan":
+        return scan(inputs)
+    if q.shape[1] == 1 and method == "chunkwise":
+        # One token: no chunk to fill.
+        if reset is not None:
+            initial_state = reset_state(initial_state, reset[:, 0])
+        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], initial_state)
+        return output[:, None], state
+    if method == "fused":
+        # The C functions take float32 only.
+        inputs = inputs._replace(q=q.astype(dtype), k=k.astype(dtype), v=v.astype(dtype))
+    # On one device, the gradient of chunks starts from saved states.
+    saves_starts = method == "chunkwise" and is_static(q.shape) and on_one_device()
+    operation = _operation(method == "fused", reset is not None, chunk_size, saves_starts)
+    output, state = operation(*inputs.arrays())
+    return output.astype(v.dtype), state
 
 
 def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
@@ -143,48 +129,16 @@ def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
     return method
 
 
-def recurrence(
-    method: str, chunk_size: int | None, inputs: RecurrenceInputs
-) -> tuple[jax.Array, RecurrentState]:
-    """Run the recurrence with a resolved method.
-
-    Args:
-      method: ``"fused"``, ``"chunkwise"`` or ``"scan"``.
-      chunk_size: tokens per chunk of ``"chunkwise"``; None chooses it.
-      inputs: all axes are non-empty.
-    """
-    q, k, v, log_gate, state, reset = inputs
-    if method == "scan":
-        return scan(inputs)
-    if q.shape[1] == 1 and method == "chunkwise":
-        # One token: no chunk to fill.
-        if reset is not None:
-            state = reset_state(state, reset[:, 0])
-        output, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], log_gate[:, 0], state)
-        return output[:, None], state
-    if method == "fused":
-        # The C functions take float32 only. The state's dtype is the accumulation dtype.
-        q, k, v = (x.astype(state.dtype) for x in (q, k, v))
-    impls, vjp = _operation(method == "fused", reset is not None, chunk_size)
-    if method == "chunkwise" and is_static(q.shape) and on_one_device():
-        shapes = (*start_shapes(q.shape, v.shape[-1], chunk_size), state.shape)
-        vjp = _vjp_from_starts(reset is not None, chunk_size, shapes, state.dtype)
-    arrays = inputs._replace(q=q, k=k, v=v).arrays()
-    output, state = apply(impls, arrays, [v, state], vjp)
-    return output.astype(inputs.v.dtype), state
-
-
 @functools.cache
-def _operation(has_c: bool, has_reset: bool, chunk_size: int | None) -> tuple[Implementations, VJP]:
+def _operation(
+    has_c: bool, has_reset: bool, chunk_size: int | None, saves_starts: bool
+) -> Operation:
     def default(*arrays: Any) -> Any:
         inputs = RecurrenceInputs(*arrays)
         return chunkwise(inputs, chunk_size) if is_static(inputs.q.shape) else scan(inputs)
 
     def reference(*arrays: Any) -> Any:
         return scan(RecurrenceInputs(*arrays))
-
-    def default_in_c(*arrays: Any) -> Any:
-        return fused(RecurrenceInputs(*arrays))
 
     def gradient(*arrays: Any) -> Any:
         inputs, (d_output, d_final) = RecurrenceInputs(*arrays[:-2]), arrays[-2:]
@@ -193,30 +147,23 @@ def _operation(has_c: bool, has_reset: bool, chunk_size: int | None) -> tuple[Im
         _, vjp = jax.vjp(lambda *floating: reference(*floating, inputs.reset), *inputs[:5])
         return vjp((d_output, d_final))
 
-    def gradient_in_c(*arrays: Any) -> Any:
-        return fused_gradient(RecurrenceInputs(*arrays[:-2]), *arrays[-2:])
+    def with_starts(*arrays: Any) -> Any:
+        output, final, starts = chunkwise(RecurrenceInputs(*arrays), chunk_size, with_starts=True)
+        return output, final, starts, final
 
-    rule = partition_recurrence(has_reset)
-    impls = Implementations(default, default_in_c if has_c else None, reference, rule)
-    rule = partition_gradient(as_function(impls), has_reset)
-    bwd = Implementations(gradient, gradient_in_c if has_c else None, partitioning_rule=rule)
-    return impls, VJP(bwd)
+    def gradient_from_starts(*arrays: Any) -> Any:
+        *inputs, starts, final, d_output, d_final = arrays
+        return chunkwise_gradient(
+            RecurrenceInputs(*inputs), d_output, d_final, chunk_size, starts, final
+        )
 
-
-@functools.cache
-def _vjp_from_starts(
-    has_reset: bool, chunk_size: int | None, shapes: tuple[tuple[int, ...], ...], dtype: Any
-) -> VJP:
-    """Build the VJP used on one device; it saves the chunk-start states."""
-
-    def fwd(*arrays: Any) -> Any:
-        output, final, *starts = chunkwise(RecurrenceInputs(*arrays), chunk_size, with_starts=True)
-        return output, final, *starts, final
-
-    def bwd(*arrays: Any) -> Any:
-        inputs, others = RecurrenceInputs(*arrays[: 5 + has_reset]), arrays[5 + has_reset :]
-        *starts, final, d_output, d_final = others
-        return chunkwise_gradient(inputs, d_output, d_final, chunk_size, starts, final)
-
-    types = tuple((shape, dtype) for shape in shapes)
-    return VJP(Implementations(bwd), Implementations(fwd), types)
+    forward = Operation(default, fused if has_c else None, reference)
+    if saves_starts:
+        bwd = Operation(gradient_from_starts)
+        return dataclasses.replace(forward, fwd=Operation(with_starts), bwd=bwd)
+    bwd = Operation(
+        gradient,
+        fused_gradient if has_c else None,
+        partition=partition_gradient(forward, has_reset),
+    )
+    return dataclasses.replace(forward, bwd=bwd, partition=partition_recurrence(has_reset))

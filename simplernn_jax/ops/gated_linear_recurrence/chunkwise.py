@@ -28,40 +28,115 @@ from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import (
 from simplernn_jax.ops.gated_linear_recurrence.scan import RecurrenceInputs
 from simplernn_jax.ops.primitive import vary_like
 
+GROUP_ELEMENTS = 2**18
+"""Largest array of one group of chunks: 1 MiB of float32 stays in a core's cache, and fewer, larger
+operations cost less than many small ones."""
 
-class Chunks(NamedTuple):
-    """Tokens from `start` to `stop`, in groups of `group` chunks of `size` tokens."""
+MAX_GROUP = 16
+"""Maximum chunks of a group; the loop over their states is unrolled."""
 
-    start: int
-    stop: int
+
+class Groups(NamedTuple):
+    """The division of time into groups of `chunks` chunks of `size` tokens."""
+
     size: int
-    group: int
-
-    def slice(self, inputs: RecurrenceInputs, state: RecurrentState) -> RecurrenceInputs:
-        """Slice the inputs to this range and set its initial state."""
-        return inputs.map_time(lambda x: x[:, self.start : self.stop], state)
+    chunks: int
 
 
-def forward_loop(
-    part: Chunks, inputs: RecurrenceInputs, *, with_output: bool = True, with_starts: bool = False
+def choose_groups(shape: Sequence[int], value_dim: int, chunk_size: int | None = None) -> Groups:
+    """Divide the tokens of q of `shape`.
+
+    Chunks of 32 tokens are about the fastest on a CPU; not tuned on GPUs. The chunks per group are
+    a power of two, by the size of their arrays, that pads time by at most an eighth.
+    """
+    batch, length, heads, key_dim = shape
+    if chunk_size is None:
+        chunk_size = 32
+        while chunk_size > BLOCK and chunk_size >= 2 * length:
+            chunk_size //= 2
+    count = -(-length // chunk_size)
+    elements = batch * heads * max(chunk_size * max(key_dim, value_dim), key_dim * value_dim)
+    group = MAX_GROUP
+    while group > 1 and (group * elements > GROUP_ELEMENTS or -count % group > count // 8):
+        group //= 2
+    return Groups(chunk_size, group)
+
+
+def chunkwise(
+    inputs: RecurrenceInputs, chunk_size: int | None, *, with_starts: bool = False
+) -> tuple[jax.Array, ...]:
+    """Compute the recurrence chunk by chunk, with matmuls inside chunks.
+
+    Returns:
+      The output and the final state as `scan`, and, if `with_starts`, the chunk-start states
+      ``[groups, chunks, B * H, K, V]``, in the dtype of the state.
+    """
+    groups = choose_groups(inputs.q.shape, inputs.v.shape[3], chunk_size)
+    state, output, starts = _forward(groups, _padded(inputs, groups), with_starts=with_starts)
+    output = output[:, : inputs.q.shape[1]]
+    return (output, state, starts) if with_starts else (output, state)
+
+
+def chunkwise_gradient(
+    inputs: RecurrenceInputs,
+    d_output: jax.Array,
+    d_final_state: jax.Array,
+    chunk_size: int | None,
+    starts: jax.Array | None = None,
+    final_state: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """Compute the gradients of q, k, v, log_gate and the initial state, of their shapes and dtypes.
+
+    `starts` and `final_state` are those of `chunkwise`; without them they are recomputed.
+    """
+    length = inputs.q.shape[1]
+    groups = choose_groups(inputs.q.shape, inputs.v.shape[3], chunk_size)
+    inputs = _padded(inputs, groups)
+    if starts is None or final_state is None:
+        final_state, _, starts = _forward(groups, inputs, with_output=False, with_starts=True)
+    d_output = _pad(d_output, inputs.q.shape[1] - length)
+    inputs = inputs._replace(state=final_state)
+    *gradients, d_state = _backward(groups, inputs, d_output, starts, d_final_state)
+    return *(gradient[:, :length] for gradient in gradients), d_state
+
+
+def _padded(inputs: RecurrenceInputs, groups: Groups) -> RecurrenceInputs:
+    """Pad T to whole groups, and clear the gates at resets."""
+    q, k, v, log_gate, state, reset = inputs
+    padding = -q.shape[1] % (groups.size * groups.chunks)
+    if reset is not None:
+        log_gate = jnp.where(reset[:, :, None, None], 0, log_gate)
+        # Padding must not reset: the final state is that of the last real token.
+        reset = jnp.pad(reset, ((0, 0), (0, padding)))
+    # q = k = v = 0 and a gate of 1 leave the state as it is.
+    q, k, v, log_gate = (_pad(x, padding) for x in (q, k, v, log_gate))
+    return RecurrenceInputs(q, k, v, log_gate, state, reset)
+
+
+def _pad(x: jax.Array, padding: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+
+
+def _forward(
+    groups: Groups, inputs: RecurrenceInputs, *, with_output: bool = True, with_starts: bool = False
 ) -> tuple[RecurrentState, Any, Any]:
     """Loop over groups of chunks: the final state, the output, the chunk-start states."""
     q, k, v, log_gate, initial_state, reset = inputs
     batch, length, heads, _ = q.shape
     dtype = initial_state.dtype
-    states = (part.group, batch * heads, *initial_state.shape[2:])
+    states = (groups.chunks, batch * heads, *initial_state.shape[2:])
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
         state, output = carry
-        take = partial(_slice_group, part=part, index=index, dtype=dtype)
+        take = partial(_slice_group, groups=groups, index=index, dtype=dtype)
         chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
-        masks = _chunk_masks(part, reset, index, heads)
+        masks = _chunk_masks(groups, reset, index, heads)
         attention, decayed_q, decayed_k = _masked(levels, masks)
         added = (decayed_k.mT @ chunk_v).reshape(states)
         total = levels.total.reshape(*states[:3], 1)
         at_starts = []
-        for chunk in range(part.group):
+        for chunk in range(groups.chunks):
             at_starts.append(state)
             state = _decayed(state, total, masks, chunk) + added[chunk]
         starts = jnp.stack(at_starts)
@@ -72,50 +147,50 @@ def forward_loop(
         if masks is not None:
             from_start = jnp.where(masks.reads_start[..., None], from_start, 0)
         chunk_output = from_start + attention @ chunk_v
-        return (state, _store_group(part, output, chunk_output, index)), saved
+        return (state, _store_group(groups, output, chunk_output, index)), saved
 
     output: Any = ()
     if with_output:
         # In `dtype`: XLA's CPU backend converts a whole bfloat16 array to update a part of it.
         output = vary_like(jnp.zeros(v.shape, dtype), initial_state)
     start = (initial_state.reshape(states[1:]), output)
-    groups = jnp.arange(length // (part.size * part.group))
-    (state, output), starts = jax.lax.scan(body, start, groups)
+    indices = jnp.arange(length // (groups.size * groups.chunks))
+    (state, output), starts = jax.lax.scan(body, start, indices)
     output = output.astype(v.dtype) if with_output else None
     return state.reshape(initial_state.shape), output, starts
 
 
-def backward_loop(
-    part: Chunks,
+def _backward(
+    groups: Groups,
     inputs: RecurrenceInputs,
     d_output: jax.Array,
     starts: jax.Array,
     d_final_state: jax.Array,
 ) -> list[jax.Array]:
-    """Loop over chunks from the last to the first, with the gradient of the state as carry.
+    """Loop over groups from the last to the first, with the gradient of the state as carry.
 
-    The state of `inputs` is that at the end of the range.
+    The state of `inputs` is the final one.
     """
     q, k, v, log_gate, final_state, reset = inputs
     batch, length, heads, _ = q.shape
     dtype = final_state.dtype
-    states = (part.group, batch * heads, *final_state.shape[2:])
+    states = (groups.chunks, batch * heads, *final_state.shape[2:])
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         d_state, end_state, d_q, d_k, d_v, d_l = carry
         index, starts = xs
-        take = partial(_slice_group, part=part, index=index, dtype=dtype)
+        take = partial(_slice_group, groups=groups, index=index, dtype=dtype)
         chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
         chunk_dy = take(d_output)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
-        masks = _chunk_masks(part, reset, index, heads)
+        masks = _chunk_masks(groups, reset, index, heads)
         attention, decayed_q, decayed_k = _masked(levels, masks)
 
         ends = jnp.concatenate([starts[1:], end_state[None]])
         d_state_from_output = (decayed_q.mT @ chunk_dy).reshape(states)
         decays = levels.total.reshape(*states[:3], 1)
         d_ends = []
-        for chunk in reversed(range(part.group)):
+        for chunk in reversed(range(groups.chunks)):
             d_ends.append(d_state)
             d_state = _decayed(d_state, decays, masks, chunk) + d_state_from_output[chunk]
         d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
@@ -133,10 +208,10 @@ def backward_loop(
         # db_i = q_i dq_i - k_i dk_i, plus the end-state term at i = C; dl_t = sum_{i >= t} db_i.
         d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
         d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
-        later = jnp.tri(part.size, dtype=bool).T[None]
+        later = jnp.tri(groups.size, dtype=bool).T[None]
         d_total = d_total[:, None]
         if masks is not None:
-            # Not through later segments, whose terms cancel but for rounding.
+            # Not through later segments, whose terms cancel up to rounding.
             later = later & masks.same_segment
             d_total = jnp.where(masks.reaches_end[..., None], d_total, 0)
         # A matmul, since XLA's CPU backend takes longer for a cumulative sum.
@@ -144,7 +219,7 @@ def backward_loop(
         chunk_dl = jnp.matmul(later.astype(dtype), d_b, precision=highest) + d_total
         if masks is not None:
             chunk_dl = jnp.where(masks.reset[..., None], 0, chunk_dl)
-        store = partial(_store_group, part, index=index)
+        store = partial(_store_group, groups, index=index)
         grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
         return (d_state, starts[0], *grads, store(d_l, chunk_dl)), None
 
@@ -153,27 +228,28 @@ def backward_loop(
         final_state.reshape(states[1:]),
         *(vary_like(jnp.zeros(x.shape, dtype), final_state) for x in (q, k, v, log_gate)),
     )
-    chunks = jnp.arange(length // (part.size * part.group))
-    (d_state, _, *grads), _ = jax.lax.scan(body, start, (chunks, starts), reverse=True)
+    indices = jnp.arange(length // (groups.size * groups.chunks))
+    (d_state, _, *grads), _ = jax.lax.scan(body, start, (indices, starts), reverse=True)
     grads = [grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v, log_gate), strict=True)]
     return [*grads, d_state.reshape(final_state.shape)]
 
 
-def _slice_group(x: jax.Array, *, part: Chunks, index: jax.Array, dtype: Any) -> jax.Array:
+def _slice_group(x: jax.Array, *, groups: Groups, index: jax.Array, dtype: Any) -> jax.Array:
     """Take the chunks of group `index` of ``[B, T, H, K]`` as ``[G * B * H, C, K]``."""
     batch, _, heads, width = x.shape
-    tokens = part.size * part.group
+    tokens = groups.size * groups.chunks
     chunk = jax.lax.dynamic_slice_in_dim(x, index * tokens, tokens, axis=1)
-    chunk = chunk.astype(dtype).reshape(batch, part.group, part.size, heads, width)
-    return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, part.size, width)
+    chunk = chunk.astype(dtype).reshape(batch, groups.chunks, groups.size, heads, width)
+    return chunk.transpose(1, 0, 3, 2, 4).reshape(-1, groups.size, width)
 
 
-def _store_group(part: Chunks, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+def _store_group(groups: Groups, whole: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
     """Store ``[G * B * H, C, K]`` as group `index` of ``[B, T, H, K]``."""
     batch, _, heads, width = whole.shape
-    chunk = chunk.reshape(part.group, batch, heads, part.size, width).transpose(1, 0, 3, 2, 4)
-    chunk = chunk.reshape(batch, part.group * part.size, heads, width)
-    return jax.lax.dynamic_update_slice_in_dim(whole, chunk, index * part.size * part.group, axis=1)
+    tokens = groups.size * groups.chunks
+    chunk = chunk.reshape(groups.chunks, batch, heads, groups.size, width)
+    chunk = chunk.transpose(1, 0, 3, 2, 4).reshape(batch, tokens, heads, width)
+    return jax.lax.dynamic_update_slice_in_dim(whole, chunk, index * tokens, axis=1)
 
 
 class Masks(NamedTuple):
@@ -187,13 +263,13 @@ class Masks(NamedTuple):
 
 
 def _chunk_masks(
-    part: Chunks, reset: jax.Array | None, index: jax.Array, heads: int
+    groups: Groups, reset: jax.Array | None, index: jax.Array, heads: int
 ) -> Masks | None:
     if reset is None:
         return None
-    tokens = part.size * part.group
+    tokens = groups.size * groups.chunks
     chunk = jax.lax.dynamic_slice_in_dim(reset, index * tokens, tokens, axis=1)
-    chunk = chunk.reshape(-1, part.group, part.size).swapaxes(0, 1).reshape(-1, part.size)
+    chunk = chunk.reshape(-1, groups.chunks, groups.size).swapaxes(0, 1).reshape(-1, groups.size)
     chunk = jnp.repeat(chunk, heads, axis=0)
     segment = jnp.cumsum(chunk.astype(jnp.int32), axis=1)
     last = segment[:, -1:]
@@ -233,134 +309,3 @@ def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
         jnp.where(masks.reads_start[..., None], levels.decayed_q, 0),
         jnp.where(masks.reaches_end[..., None], levels.decayed_k, 0),
     )
-
-
-GROUP_ELEMENTS = 2**18
-"""Largest array of one group of chunks: 1 MiB of float32 stays in a core's cache, and fewer, larger
-operations cost less than many small ones."""
-
-MAX_GROUP = 16
-"""Maximum chunks of a group; the loop over their states is unrolled."""
-
-
-def chunkwise(
-    inputs: RecurrenceInputs, chunk_size: int | None, *, with_starts: bool = False
-) -> tuple[jax.Array, ...]:
-    """Compute the recurrence chunk by chunk, with matmuls inside chunks.
-
-    Returns:
-      The output and the final state as `scan`, and, if `with_starts`, the chunk-start states, of
-      the shapes of `start_shapes`, in the dtype of the state.
-    """
-    length = inputs.q.shape[1]
-    inputs, parts = _divide(inputs, chunk_size)
-    state, outputs, starts = inputs.state, [], []
-    for part in parts:
-        state, output, part_starts = forward_loop(
-            part, part.slice(inputs, state), with_starts=with_starts
-        )
-        outputs.append(output)
-        starts.append(part_starts)
-    return _join(outputs, length), state, *(starts if with_starts else ())
-
-
-def start_shapes(
-    shape: Sequence[int], value_dim: int, chunk_size: int | None
-) -> list[tuple[int, ...]]:
-    """Return the shapes of the chunk-start states that `chunkwise` saves for q of `shape`."""
-    batch, _, heads, key_dim = shape
-    shapes: list[tuple[int, ...]] = []
-    for part in _parts(shape, value_dim, chunk_size):
-        groups = (part.stop - part.start) // (part.size * part.group)
-        shapes.append((groups, part.group, batch * heads, key_dim, value_dim))
-    return shapes
-
-
-def chunkwise_gradient(
-    inputs: RecurrenceInputs,
-    d_output: jax.Array,
-    d_final_state: jax.Array,
-    chunk_size: int | None,
-    starts: Sequence[jax.Array] = (),
-    final_state: jax.Array | None = None,
-) -> tuple[jax.Array, ...]:
-    """Compute the gradients of q, k, v, log_gate and the initial state, of their shapes and dtypes.
-
-    `starts` and `final_state` are those of `chunkwise`; without them they are recomputed.
-    """
-    length = inputs.q.shape[1]
-    inputs, parts = _divide(inputs, chunk_size)
-    (d_output,) = _pad((d_output,), inputs.q.shape[1] - length)
-    if final_state is None:
-        starts, final_state = [], inputs.state
-        for part in parts:
-            final_state, _, part_starts = forward_loop(
-                part, part.slice(inputs, final_state), with_output=False, with_starts=True
-            )
-            starts.append(part_starts)
-    gradients: list[list[jax.Array]] = []
-    d_state, end = d_final_state, final_state
-    for part, part_starts in zip(reversed(parts), reversed(starts), strict=True):
-        d_part = d_output[:, part.start : part.stop]
-        *part_gradients, d_state = backward_loop(
-            part, part.slice(inputs, end), d_part, part_starts, d_state
-        )
-        end = part_starts[0, 0].reshape(end.shape)
-        gradients.insert(0, part_gradients)
-    return *(_join(whole, length) for whole in zip(*gradients, strict=True)), d_state
-
-
-def _divide(
-    inputs: RecurrenceInputs, chunk_size: int | None
-) -> tuple[RecurrenceInputs, list[Chunks]]:
-    """Pad T to a multiple of the chunk size and split it into loops."""
-    q, k, v, log_gate, state, reset = inputs
-    parts = _parts(q.shape, v.shape[3], chunk_size)
-    padding = parts[-1].stop - q.shape[1]
-    if reset is not None:
-        log_gate = jnp.where(reset[:, :, None, None], 0, log_gate)
-        # Padding must not reset: the final state is that of the last real token.
-        reset = jnp.pad(reset, ((0, 0), (0, padding)))
-    # q = k = v = 0 and a gate of 1 leave the state as it is.
-    q, k, v, log_gate = _pad((q, k, v, log_gate), padding)
-    return RecurrenceInputs(q, k, v, log_gate, state, reset), parts
-
-
-def _parts(shape: Sequence[int], value_dim: int, chunk_size: int | None) -> list[Chunks]:
-    batch, length, heads, key_dim = shape
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(length)
-    length += -length % chunk_size
-    group = choose_group(batch * heads, chunk_size, key_dim, value_dim, length // chunk_size)
-    whole = length - length % (chunk_size * group)
-    rest = (length - whole) // chunk_size
-    parts = [Chunks(0, whole, chunk_size, group), Chunks(whole, length, chunk_size, rest)]
-    return [part for part in parts if part.stop > part.start]
-
-
-def _pad(arrays: Sequence[jax.Array], padding: int) -> list[jax.Array]:
-    if not padding:
-        return list(arrays)
-    return [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in arrays]
-
-
-def _join(parts: Sequence[jax.Array], length: int) -> jax.Array:
-    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return whole[:, :length]
-
-
-def choose_group(heads: int, chunk_size: int, key_dim: int, value_dim: int, chunks: int) -> int:
-    """Choose the chunks per group, a power of two, by their arrays' size; `heads` is B * H."""
-    elements = heads * max(chunk_size * max(key_dim, value_dim), key_dim * value_dim)
-    group = 1
-    while 2 * group <= min(MAX_GROUP, chunks) and 2 * group * elements <= GROUP_ELEMENTS:
-        group *= 2
-    return group
-
-
-def choose_chunk_size(length: int) -> int:
-    """Choose the tokens per chunk: 32 is about the fastest on a CPU; not tuned on GPUs."""
-    best = 32
-    while best > BLOCK and best >= 2 * length:
-        best //= 2
-    return best

@@ -6,29 +6,27 @@ the state takes two fused multiply-adds and one multiplication. Only the inputs 
 gradient recomputes the states.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.ops.gated_linear_recurrence.scan import RecurrenceInputs
 from simplernn_jax.ops.native import RECURRENCE_BACKWARD, RECURRENCE_FORWARD, call_native, or_empty
 
 
-def fused(inputs: RecurrenceInputs) -> tuple[jax.Array, RecurrentState]:
-    """Compute `scan` in one C call; float32, ``[..., T, H, K]``: `vmap` adds leading axes."""
-    output, state = call_native(RECURRENCE_FORWARD, [inputs.v, inputs.state], *_arguments(inputs))
-    return output, state
+def fused(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """Compute `scan` of `RecurrenceInputs` in one C call; float32, `vmap` adds leading axes."""
+    inputs = RecurrenceInputs(*arrays)
+    return call_native(RECURRENCE_FORWARD, [inputs.v, inputs.state], *_arguments(inputs))
 
 
-def fused_gradient(
-    inputs: RecurrenceInputs, d_output: jax.Array, d_final_state: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Compute the gradients of q, k, v, log_gate and the initial state, as `fused`."""
-    arguments = (*_arguments(inputs), d_output, d_final_state)
-    return tuple(call_native(RECURRENCE_BACKWARD, inputs[:5], *arguments))
+def fused_gradient(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """Map (inputs, cotangents of the results) to those of the first five inputs, as `fused`."""
+    inputs = RecurrenceInputs(*arrays[:-2])
+    return call_native(RECURRENCE_BACKWARD, inputs[:5], *_arguments(inputs), *arrays[-2:])
 
 
 def _arguments(inputs: RecurrenceInputs) -> list[jax.Array]:
     q, k, v, log_gate, state, reset = inputs
-    reset = or_empty(reset, state)
-    return [q, k, v, jnp.exp(log_gate), state, reset]
+    return [q, k, v, jnp.exp(log_gate), state, or_empty(reset, state)]

@@ -15,13 +15,18 @@ them; None is all of them.
 `simplernn_jax.parallel.sequence` does it inside `jax.shard_map`.
 """
 
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.ops.gated_linear_recurrence.scan import RecurrenceInputs
-from simplernn_jax.ops.partitioning import MeshAxesByDim, Partitioned
 from simplernn_jax.ops.primitive import Implementation
 
 BeforeReset = jax.Array | None
@@ -51,45 +56,82 @@ def read_state(
 
 
 _INPUTS = ("b t h k", "b t h k", "b t h v", "b t h k", "b h k v")
-_RESET = "b t"
 _RESULTS = ("b t h v", "b h k v")
+_REPLICATED = ("k", "v")
 
 
-def partition_recurrence(has_reset: bool) -> Partitioned:
+def partition_recurrence(has_reset: bool) -> Callable[[Implementation], Implementation]:
     """Partition `RecurrenceInputs`, with or without `reset`, to (output, final state)."""
-
-    def on_shards(impl: Implementation, mesh_axes: MeshAxesByDim) -> Implementation:
-        axes = mesh_axes["t"]
-        return (lambda *args: _run_shard(impl, axes, RecurrenceInputs(*args))) if axes else impl
-
-    inputs = (*_INPUTS, _RESET) if has_reset else _INPUTS
-    return Partitioned(inputs, _RESULTS, ("k", "v"), on_shards)
+    return _partitioned(_inputs(has_reset), _RESULTS, _run_shard)
 
 
-def partition_gradient(forward: Implementation, has_reset: bool) -> Partitioned:
+def partition_gradient(
+    forward: Implementation, has_reset: bool
+) -> Callable[[Implementation], Implementation]:
     """Partition (inputs, cotangents of the results) to the cotangents of the first five inputs.
 
     Args:
       forward: the recurrence.
       has_reset: whether `reset` is among the inputs.
     """
-
-    def on_shards(impl: Implementation, mesh_axes: MeshAxesByDim) -> Implementation:
-        axes = mesh_axes["t"]
-
-        def run(*args: Any) -> Any:
-            return _shard_gradient(forward, impl, axes, RecurrenceInputs(*args[:-2]), *args[-2:])
-
-        return run if axes else impl
-
-    inputs = (*_INPUTS, _RESET, *_RESULTS) if has_reset else (*_INPUTS, *_RESULTS)
-    return Partitioned(inputs, _INPUTS, ("k", "v"), on_shards)
+    on_shards = functools.partial(_shard_gradient, forward)
+    return _partitioned((*_inputs(has_reset), *_RESULTS), _INPUTS, on_shards)
 
 
-def _run_shard(
-    impl: Implementation, axes: tuple[str, ...], inputs: RecurrenceInputs
-) -> list[jax.Array]:
+def _inputs(has_reset: bool) -> tuple[str, ...]:
+    return (*_INPUTS, "b t") if has_reset else _INPUTS
+
+
+def _partitioned(
+    inputs: tuple[str, ...], results: tuple[str, ...], on_time_shards: Callable[..., Any]
+) -> Callable[[Implementation], Implementation]:
+    """Build a wrapper in `custom_partitioning`, by the named axes of each array.
+
+    Each device runs the implementation on its shards of sequences and heads. If time is sharded, it
+    runs ``on_time_shards(implementation, mesh axes of time, *arrays)``.
+    """
+    rule = f"{', '.join(inputs)} -> {', '.join(results)}"
+
+    def wrap(impl: Implementation) -> Implementation:
+        def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
+            mesh_axes = _mesh_axes(mesh, inputs, arguments)
+
+            def shardings(arrays: Sequence[str]) -> list[NamedSharding]:
+                specs = [P(*(mesh_axes.get(name) for name in names.split())) for names in arrays]
+                return [NamedSharding(mesh, spec) for spec in specs]
+
+            time = mesh_axes.get("t")
+            on_shard = functools.partial(on_time_shards, impl, time) if time else impl
+            return mesh, on_shard, shardings(results), tuple(shardings(inputs))
+
+        wrapped = custom_partitioning(lambda *args: list(impl(*args)))
+        wrapped.def_partition(
+            partition=partition,
+            sharding_rule=lambda *_: (rule, {"need_replication_factors": _REPLICATED}),
+        )
+        return wrapped
+
+    return wrap
+
+
+def _mesh_axes(mesh: Mesh, inputs: Sequence[str], arguments: Any) -> dict[str, tuple[str, ...]]:
+    """Choose the mesh axes over which each named axis is sharded, by the arguments' shardings."""
+    mesh_axes: dict[str, tuple[str, ...]] = {}
+    for names, x in zip(inputs, arguments, strict=True):
+        for name, size, axes in zip(names.split(), x.shape, x.sharding.spec, strict=False):
+            wanted = (axes,) if isinstance(axes, str) else tuple(axes or ())
+            # Each mesh axis may shard one array axis; skip uneven shards, whose padding is
+            # undefined.
+            taken = {axis for others in mesh_axes.values() for axis in others}
+            is_free = name not in {*_REPLICATED, *mesh_axes} and taken.isdisjoint(wanted)
+            if wanted and is_free and size % math.prod(mesh.shape[a] for a in wanted) == 0:
+                mesh_axes[name] = wanted
+    return mesh_axes
+
+
+def _run_shard(impl: Implementation, axes: tuple[str, ...], *arrays: jax.Array) -> list[jax.Array]:
     """Compute the outputs of this shard, and the final state of the whole sequence."""
+    inputs = RecurrenceInputs(*arrays)
     q, _, v, log_gate, initial_state, reset = inputs
     before_reset = _before_reset(reset)
     output, state = _from_zero(impl, inputs)
@@ -99,13 +141,11 @@ def _run_shard(
 
 
 def _shard_gradient(
-    forward: Implementation,
-    gradient: Implementation,
-    axes: tuple[str, ...],
-    inputs: RecurrenceInputs,
-    d_output: jax.Array,
-    d_final: jax.Array,
+    forward: Implementation, gradient: Implementation, axes: tuple[str, ...], *arrays: jax.Array
 ) -> list[jax.Array]:
+    """Compute the gradients of this shard's inputs, and of the initial state."""
+    *arguments, d_output, d_final = arrays
+    inputs = RecurrenceInputs(*arguments)
     q, _, _, log_gate, initial_state, reset = inputs
     before_reset = _before_reset(reset)
     _, state = _from_zero(forward, inputs)
@@ -114,8 +154,8 @@ def _shard_gradient(
     queries = decayed_queries(q, log_gate, before_reset)
     d_state = jnp.einsum("bthk,bthv->bhkv", queries, d_output.astype(state.dtype))
     d_outgoing, d_initial = scan_shards(axes, decay, d_state, d_final, reverse=True)
-    arrays = inputs._replace(state=incoming).arrays()
-    return [*gradient(*arrays, d_output, d_outgoing)[:4], d_initial]
+    arguments = inputs._replace(state=incoming).arrays()
+    return [*gradient(*arguments, d_output, d_outgoing)[:4], d_initial]
 
 
 def _from_zero(impl: Implementation, inputs: RecurrenceInputs) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Embedding, head and loss on a sharded vocabulary, against the same on one device."""
+"""Embedding and loss on a sharded vocabulary, against the same on one device."""
 
 import chex
 import jax
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from simplernn_jax.parallel.tensor import cross_entropy, fused_projection, lookup
+from simplernn_jax.parallel.tensor import cross_entropy, lookup
 
 IDS, WIDTH, BATCH, LENGTH = 20, 6, 4, 3
 MESH = mesh_of(fsdp=2, tensor=4)
@@ -19,9 +19,8 @@ TABLE, TOKENS = P("tensor", "fsdp"), P("fsdp")
 def draw():
     random = np.random.default_rng(0)
     table = jnp.asarray(random.normal(size=(IDS, WIDTH)), jnp.float32)
-    hidden = jnp.asarray(random.normal(size=(BATCH, WIDTH)), jnp.float32)
     tokens = jnp.asarray(random.integers(0, IDS, (BATCH, LENGTH)), jnp.int32)
-    return table, hidden, tokens.at[0, 0].set(0).at[1, 1].set(IDS - 1)
+    return table, tokens.at[0, 0].set(0).at[1, 1].set(IDS - 1)
 
 
 def sharded_and_expected(function, reference, specs, out_spec, *arguments):
@@ -44,7 +43,7 @@ def value_and_gradients(run, *arguments):
 
 
 def test_lookup_and_its_gradient():
-    table, _, tokens = draw()
+    table, tokens = draw()
     ours, expected = sharded_and_expected(
         lookup, lambda table, tokens: table[tokens], (TABLE, TOKENS), TOKENS, table, tokens
     )
@@ -61,21 +60,8 @@ def test_lookup_of_ids_outside_of_the_vocabulary_is_nan(dtype):
     np.testing.assert_array_equal(found, [[True, False, True]])
 
 
-def test_tied_logits_and_their_gradient():
-    table, hidden, _ = draw()
-    ours, expected = sharded_and_expected(
-        lambda hidden, table: fused_projection(hidden, [table.T], jnp.float32)[0],
-        lambda hidden, table: hidden @ table.T,
-        (TOKENS, TABLE),
-        P("fsdp", "tensor"),
-        hidden,
-        table,
-    )
-    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_cross_entropy_and_its_gradient():
-    _, _, targets = draw()
+    _, targets = draw()
     logits = np.random.default_rng(1).normal(size=(BATCH, LENGTH, IDS)).astype(np.float32)
     logits[1] *= 1e4  # their exponentials overflow unless the maximum is subtracted
     logits[2] -= 1e4

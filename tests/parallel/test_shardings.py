@@ -1,14 +1,18 @@
-"""Partition specs of every array of a training state."""
+"""Partition specs of a training state, and sharded arrays of local sequences."""
 
+import chex
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 from small_runs import small_config
 
 from simplernn_jax.array_types import LogicalAxes
-from simplernn_jax.parallel.mesh import partition_spec
+from simplernn_jax.parallel.mesh import BATCH_AXES, partition_spec
 from simplernn_jax.parallel.named_leaves import named_leaves
+from simplernn_jax.parallel.shardings import global_arrays_from_local, local_copy, process_slice
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, state_specs
 
@@ -52,37 +56,42 @@ def test_every_array_of_a_residual_model():
 def test_attention_and_its_cache_are_sharded_by_heads():
     specs = specs_by_name(mesh_of(**ALL), mixer="attention")
     layer, rows = "params/layers/0/mixer", ("data", "fsdp")
-    for name in ("query", "key", "value", "output_gate"):
-        assert specs[f"{layer}/{name}_proj/kernel/value"] == COLUMNS
+    assert specs[f"{layer}/query_proj/kernel/value"] == COLUMNS
     assert specs[f"{layer}/out_proj/kernel/value"] == ROWS
     for name in ("keys", "values"):
         assert specs[f"carried/0/mixer/{name}"] == P(rows, "tensor")
     assert specs["carried/0/mixer/length"] == P(rows)
 
 
-def test_muon_keeps_its_momentum_beside_the_matrices():
-    specs = specs_by_name(mesh_of(**ALL), name="muon")
-    traces = {name: spec for name, spec in specs.items() if "/trace/" in name}
-    assert len(traces) == 8
-    for name, spec in traces.items():
-        parameter = name.split("/trace/")[1]
-        assert spec == specs[f"params/{parameter}"] in (COLUMNS, ROWS)
-
-
-@pytest.mark.parametrize("block", ["plain", "residual"])
-def test_axes_of_one_device_are_not_named(block):
-    specs = specs_by_name(mesh_of(data=2, sequence=2), block)
+def test_axes_of_one_device_are_not_named_and_unknown_axes_are_errors():
+    specs = specs_by_name(mesh_of(data=2, sequence=2))
     named = {spec for name, spec in specs.items() if not name.startswith("carried")}
     assert all(set(spec) <= {None} for spec in named)
-    carried = {spec[0] for name, spec in specs.items() if name.startswith("carried")}
-    assert carried == {"data"}
-
-
-def test_the_state_of_a_plain_layer_is_its_heads():
-    specs = specs_by_name(mesh_of(**ALL), "plain")
-    assert specs["carried/0"] == P(("data", "fsdp"), "tensor")
-
-
-def test_an_unknown_logical_axis_is_an_error():
+    assert {spec[0] for name, spec in specs.items() if name.startswith("carried")} == {"data"}
     with pytest.raises(ValueError, match=r"logical axis 'embd': .*'batch', 'time', 'embed', "):
         partition_spec(LogicalAxes(None, "embd"), mesh_of(data=2))
+
+
+def test_every_device_holds_its_shard_of_local_sequences():
+    mesh = mesh_of(data=2, fsdp=2, sequence=2)
+    tokens = np.arange(12 * 6, dtype=np.int32).reshape(12, 6)
+    reset = np.arange(12) % 5 == 0
+    shardings = NamedSharding(mesh, P(BATCH_AXES, "sequence")), NamedSharding(mesh, P(BATCH_AXES))
+    arrays = global_arrays_from_local((tokens, reset), shardings, 0, 12)
+    for whole, array, sharding in zip((tokens, reset), arrays, shardings, strict=True):
+        assert (array.sharding, array.dtype) == (sharding, whole.dtype)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+    assert arrays[0].addressable_shards[0].data.shape == (3, 3)
+    for sharding in (shardings[1], NamedSharding(mesh, P())):
+        assert process_slice(sharding, 12) == slice(0, 12)
+
+
+def test_a_local_copy_is_unsharded_and_on_one_device():
+    mesh = mesh_of(data=2, fsdp=2)
+    kernel = np.arange(24.0, dtype=np.float32).reshape(6, 4)
+    spread = {"kernel": jax.device_put(kernel, NamedSharding(mesh, P("fsdp", "data")))}
+    copy = local_copy(spread)
+    assert len(copy["kernel"].sharding.device_set) == 1
+    chex.assert_trees_all_equal(copy, {"kernel": kernel})
+    assert local_copy(copy)["kernel"] is copy["kernel"]

@@ -49,13 +49,6 @@ def test_equals_the_definition(segment_ids):
     chex.assert_trees_all_close(y, convolve_by_loops(*arrays)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_without_segment_ids_it_is_one_segment():
-    layer = convolution()
-    zeros = jnp.zeros((BATCH, LENGTH), jnp.int32)
-    with_ids = layer(inputs(), layer.initial_state(BATCH), zeros)
-    chex.assert_trees_all_equal(layer(inputs(), layer.initial_state(BATCH), None), with_ids)
-
-
 @pytest.mark.fewer_cases
 @pytest.mark.parametrize("lengths", [(1,) * 11, (0, 2, 1, 5, 3, 0)])
 def test_pieces_equal_the_whole_sequence(lengths):
