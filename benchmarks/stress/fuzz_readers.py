@@ -75,8 +75,7 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
 
     def metrics() -> None:
         rows = read_metrics(str(folder / "run"))
-        curves = loss_curves(rows)
-        loss_limits(curves.train, curves.validation)
+        loss_limits(*loss_curves(rows))
         for row in rows:
             encode(row)
 

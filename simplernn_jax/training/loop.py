@@ -30,9 +30,9 @@ from simplernn_jax.parallel.shardings import local_copy
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.profiling import Profile
-from simplernn_jax.training.reporter import RecompilationCounter, Reporter, open_display
+from simplernn_jax.training.reporter import Reporter, open_display
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.train_step import StepMetrics, make_train_step
+from simplernn_jax.training.train_step import StepMetrics, TrainStep, make_train_step
 
 SAMPLE_TEMPERATURE = 0.8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -74,6 +74,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model
         or data; too many consecutive losses or gradients were not finite; the disk is full.
+      OSError: a file of the workdir cannot be written.
     """
     with contextlib.ExitStack() as stack:
         path = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
@@ -82,7 +83,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
-        train_step = RecompilationCounter(make_train_step(run.config, run.optimizer, run.mesh))
+        train_step = make_train_step(run.config, run.optimizer, run.mesh)
         display = stack.enter_context(open_display(run.step, run.total_steps))
         reporter = Reporter(run, metrics, display, train_step)
         trainer = Trainer(run, train_step, reporter)
@@ -105,7 +106,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
 class Trainer:
     """Takes the steps of a run, and evaluates, samples and saves between them."""
 
-    def __init__(self, run: Run, train_step: RecompilationCounter, reporter: Reporter) -> None:
+    def __init__(self, run: Run, train_step: TrainStep, reporter: Reporter) -> None:
         self._run = run
         self._train_step = train_step
         self._reporter = reporter
@@ -116,8 +117,7 @@ class Trainer:
         run, reporter, train = self._run, self._reporter, self._run.config.train
         reporter.print_header()
         profile_steps = train.profile_steps if is_coordinator() else 0
-        profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
-        with self._train_step, profile:
+        with Profile(run.workdir, profile_steps, reporter.print_line) as profile:
             if not run.has_ended:
                 self._take_steps(poll_signal, profile)
             signal, is_new = poll_signal(run.step), run.step > run.first_step
@@ -136,7 +136,7 @@ class Trainer:
             (self.sample, train.sample_every),
             (run.save, train.save_every),
         )
-        batch = run.next_batch()
+        batch: Any = run.next_batch()  # None only after the last step
         pending: StepMetrics | None = None
         timer.start()
         while not run.has_ended and not poll_signal(run.step):
@@ -156,7 +156,6 @@ class Trainer:
                         action()
         if pending is not None:
             self._record(run.step, pending)
-        timer.stop()
 
     def _record(self, step: int, metrics: StepMetrics) -> None:
         """Wait for the metrics of a step, add them to the totals and report them."""

@@ -4,9 +4,6 @@ import io
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
-
-from absl import logging
 
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import write_file
@@ -29,22 +26,14 @@ Series = tuple[list[int], list[float]]
 """Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
 
 
-class LossCurves(NamedTuple):
-    """Losses of a run by step."""
-
-    train: Series
-    validation: Series
-    """Losses of `comparable` evaluations."""
-
-
-def plot_loss(workdir: str, model: str) -> str | None:
+def plot_loss(workdir: str, model: str) -> str:
     """Plot training and validation loss from ``metrics.jsonl``; `model` is named in the title.
 
     The loss axis is scaled to the losses after the first steps, and the best validation loss is
     marked with its value.
 
     Returns:
-      The plot's path; None, after a warning, if it cannot be written.
+      The plot's path.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -57,7 +46,12 @@ def plot_loss(workdir: str, model: str) -> str | None:
         axes.plot(*train, linewidth=1.2, color="#9ab8d8", label="training")
     if validation[0]:
         axes.plot(*validation, marker="o", markersize=5, color="#c44e17", label="validation")
-        _mark_best(axes, validation)
+    points = [(loss, -step) for step, loss in zip(*validation, strict=True) if loss == loss]
+    if points:
+        loss, step = min(points)[0], -min(points)[1]
+        # The value is in the legend: next to the point it would cover a curve.
+        label = f"best {loss:.3f} at step {step:,}"
+        axes.plot(step, loss, "ko", markersize=12, markerfacecolor="none", label=label)
     limits = loss_limits(train, validation)
     if limits is not None:
         axes.set_ylim(limits)
@@ -75,19 +69,15 @@ def plot_loss(workdir: str, model: str) -> str | None:
     path = os.path.join(workdir, FILE_NAME)
     content = io.BytesIO()
     figure.savefig(content, dpi=120)
-    try:
-        write_file(path, content.getvalue())
-    except OSError as error:
-        logging.warning("%s: %s; the loss curve is not plotted", path, error.strerror or error)
-        return None
+    write_file(path, content.getvalue())
     return path
 
 
-def loss_curves(rows: Iterable[Row]) -> LossCurves:
-    """Return the training and the validation losses among the rows of ``metrics.jsonl``."""
+def loss_curves(rows: Iterable[Row]) -> tuple[Series, Series]:
+    """Return training losses and losses of `comparable` evaluations, from ``metrics.jsonl``."""
     rows = [row for row in rows if "loss" in row]
     train = [row for row in rows if row["kind"] == "train"]
-    return LossCurves(_series(train), _series(comparable(rows)))
+    return _series(train), _series(comparable(rows))
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
@@ -98,20 +88,6 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
     evaluations = [row for row in rows if row["kind"] == "validation"]
     last = evaluations[-1].get("predictions") if evaluations else None
     return [row for row in evaluations if row.get("predictions") == last]
-
-
-def _series(rows: Sequence[Row]) -> Series:
-    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-    return [row["step"] for row in rows], losses
-
-
-def _mark_best(axes: Any, validation: Series) -> None:
-    points = [(loss, -step) for step, loss in zip(*validation, strict=True) if loss == loss]
-    if points:
-        loss, step = min(points)[0], -min(points)[1]
-        # The value is in the legend: next to the point it would cover a curve.
-        ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "black"}
-        axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)
 
 
 def loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
@@ -126,3 +102,8 @@ def loss_limits(train: Series, validation: Series) -> tuple[float, float] | None
     high = max([loss for step, loss in points if step >= BEGINNING * newest] or losses)
     size = max(high - low, 0.02 * abs(high), 1e-3)
     return low - MARGIN * size, min(high + HEADROOM * size, max(losses) + MARGIN * size)
+
+
+def _series(rows: Sequence[Row]) -> Series:
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    return [row["step"] for row in rows], losses

@@ -1,30 +1,24 @@
 """What a run prints and logs: steps and their speed, evaluations, samples and a summary.
 
-On a terminal that can draw it, a bar shows the progress; elsewhere, plain lines do.
+On a terminal a bar shows the progress; elsewhere, plain lines do.
 """
 
-import codecs
 import contextlib
 import io
 import math
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
-from absl import logging
-from jax import monitoring
 
 from simplernn_jax.errors import counted
-from simplernn_jax.ops.native import has_fast_bfloat16
 from simplernn_jax.parallel.distributed import is_coordinator
 from simplernn_jax.parallel.mesh import describe
 from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
-from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
@@ -80,13 +74,18 @@ def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Samples may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="replace")
-    if not is_coordinator() or not _can_draw(sys.stdout):
+    if not is_coordinator() or not sys.stdout.isatty():
         yield Display(total_steps)
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    console = Console()
+    if console.is_dumb_terminal:
+        yield Display(total_steps)
+        return
     columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
-    with Progress(TextColumn("step"), *columns) as progress:
+    with Progress(TextColumn("step"), *columns, console=console) as progress:
         progress.add_task("", total=total_steps, completed=first_step, status="")
         yield Display(total_steps, progress)
 
@@ -96,16 +95,6 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _can_draw(stream: TextIO) -> bool:
-    """Return whether `stream` is a terminal that supports cursor movement and UTF-8."""
-    if not stream.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
-        return False
-    try:
-        return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
-    except LookupError:
-        return False
 
 
 class StepTimer:
@@ -119,31 +108,23 @@ class StepTimer:
         self._before = seconds_before
         self._steps = 0
         self._tokens = 0
-        self._since: float | None = None
-
-    def start(self) -> None:
-        """Start or resume the timer."""
         self._since = time.monotonic()
-
-    def stop(self) -> None:
-        """Pause the timer until `start`."""
-        if self._since is not None:
-            self.seconds += time.monotonic() - self._since
-            self._since = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the timer inside the ``with`` block."""
-        self.stop()
-        try:
-            yield
-        finally:
-            self.start()
+        """Leave out the time of the ``with`` block."""
+        before = time.monotonic()
+        yield
+        self._since += time.monotonic() - before
+
+    def start(self) -> None:
+        """Count the time from now on."""
+        self._since = time.monotonic()
 
     def tick(self, tokens: int) -> None:
         """Count a finished step."""
-        self.stop()
-        self.start()
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
         self._steps += 1
         if self._steps == 1:
             self.first = self.seconds
@@ -167,49 +148,6 @@ class StepTimer:
         return self._tokens / seconds if seconds > 0 else 0.0
 
 
-class RecompilationCounter:
-    """Wrap the jitted train step; count its recompilations and warn about them.
-
-    Counted by JAX's own events, so that every cause is detected: a new shape, dtype, sharding or
-    option. Counts only inside the ``with`` block, and only what its calls compile.
-    """
-
-    _EVENT = "/jax/core/compile/backend_compile_duration"
-    """Sent for every program that is compiled or loaded from the compilation cache."""
-
-    def __init__(self, train_step: Callable[..., Any]) -> None:
-        self.recompilations = 0
-        """Compilations in all calls but the first."""
-        self._train_step = train_step
-        self._calls = 0
-        self._compilations = 0
-
-    def __enter__(self) -> "RecompilationCounter":
-        monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        monitoring.unregister_event_duration_listener(self._listen)
-
-    def __call__(self, *args: Any) -> Any:
-        """Take a step."""
-        before = self._compilations
-        result = self._train_step(*args)
-        new = self._compilations - before
-        if self._calls and new:
-            self.recompilations += new
-            logging.warning(
-                "the train step was recompiled at call %d: shapes, dtypes and shardings should be "
-                "constant",
-                self._calls + 1,
-            )
-        self._calls += 1
-        return result
-
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        self._compilations += event == self._EVENT
-
-
 class Reporter:
     """Prints lines and writes metrics about a run.
 
@@ -217,11 +155,7 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        run: Run,
-        metrics: MetricsWriter | None,
-        display: Display,
-        train_step: RecompilationCounter,
+        self, run: Run, metrics: MetricsWriter | None, display: Display, train_step: Any
     ) -> None:
         self.print_line = display.print_line
         self.timer = StepTimer(0.0 if metrics is None else metrics.seconds)
@@ -237,6 +171,11 @@ class Reporter:
         self._model = f"{kind} model, {size}"
         self._last_loss = 0.0
 
+    @property
+    def recompilations(self) -> int:
+        """Compilations of the train step after the first: shapes and dtypes should be constant."""
+        return max(self._train_step._cache_size() - 1, 0)
+
     def print_header(self) -> None:
         """Print model, devices, data and first step."""
         run, config, corpus = self._run, self._run.config, self._run.corpus
@@ -248,18 +187,9 @@ class Reporter:
         if config.mesh.pipeline > 1:
             length = config.train.bptt_window or config.data.sequence_length
             self.print_line(describe_stages(length, config.mesh.pipeline))
-        microbatches = choose_microbatches(config, run.mesh).train.gradient_accumulation or 1
-        if microbatches > 1:
-            sequences, length = config.data.batch_size // microbatches, config.data.sequence_length
-            self.print_line(f"{microbatches} microbatches of {sequences} x {length} tokens")
         if run.first_step:
             self.print_line(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
-        elif _is_slow_bfloat16(run):
-            self.print_line(
-                "matmuls of bfloat16 are computed in float32 on this processor: "
-                "--config.model.precision=float32 saves the conversions"
-            )
-        if config.train.init_from and not run.first_step:
+        elif config.train.init_from:
             self.print_line(f"parameters from {config.train.init_from}")
         for change in run.changes:
             self.print_line(change)
@@ -287,7 +217,7 @@ class Reporter:
                 seconds=timer.total_seconds,
                 tokens_per_second=timer.tokens_per_second,
                 skipped_updates=metrics.skipped_updates,
-                recompilations=self._train_step.recompilations,
+                recompilations=self.recompilations,
             )
         if metrics.consecutive_skips:
             self.print_line(f"step {step}: loss or gradient not finite, update skipped")
@@ -327,7 +257,7 @@ class Reporter:
             lines["speed"] = f"{speed:,.0f} tokens/s" if speed else "n/a (one step)"
         lines |= {
             "skipped updates": f"{int(run.state.skipped_updates)}",
-            "recompilations": f"{self._train_step.recompilations}",
+            "recompilations": f"{self.recompilations}",
         }
         if evaluation is not None:
             lines["all held-out text"] = f"{evaluation}, {evaluation.predictions:,} predictions"
@@ -339,9 +269,9 @@ class Reporter:
                 f"({uniform:.4f}); train for more steps, or with another "
                 f"--config.optimizer.learning_rate than {run.config.optimizer.learning_rate:g}"
             )
-        lines |= run.history.summary(workdir, stopped_early=run.stopped_early)
-        if is_coordinator() and (path := plot_loss(workdir, self._model)):
-            lines["loss curve"] = path
+        lines |= run.history.summary(stopped_early=run.stopped_early)
+        if is_coordinator():
+            lines["loss curve"] = plot_loss(workdir, self._model)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
         command = name_commands(f"python scripts/{script}.py")
         lines["sample with"] = f"{command} --workdir {workdir}{prompt}"
@@ -356,9 +286,3 @@ def align(values: dict[str, str]) -> str:
     """Return aligned lines ``name  value``."""
     width = max(map(len, values))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items())
-
-
-def _is_slow_bfloat16(run: Run) -> bool:
-    """Return whether a run uses bfloat16 on a CPU that multiplies it no faster than float32."""
-    is_on_cpu = run.mesh.devices.flat[0].platform == "cpu"
-    return is_on_cpu and run.config.model.precision == "bfloat16" and not has_fast_bfloat16()
