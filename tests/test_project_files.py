@@ -1,11 +1,8 @@
 """Main names of the package; files for other programs: Dockerfile, CITATION.cff, workflows."""
 
 import re
-import shutil
 import subprocess
-import sys
 import sysconfig
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,28 +45,6 @@ def test_the_dockerfile_passes_its_linter():
         [hadolint, "Dockerfile"], check=False, cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_the_context_of_docker_has_all_of_the_wheel(tmp_path):
-    """Copy what .dockerignore lets through and build both wheels."""
-    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    context = tmp_path / "context"
-    for pattern in [line[1:] for line in patterns if line.startswith("!")]:
-        for path in ROOT.glob(pattern):
-            target = context / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(path, target)
-    built = []
-    for source in (context, ROOT):
-        folder = tmp_path / f"wheel of {source.name}"
-        build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source]
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *build]
-        subprocess.run(command, check=True, capture_output=True)
-        built.append(sorted(zipfile.ZipFile(*folder.glob("*.whl")).namelist()))
-    assert built[0] == built[1]
 
 
 def test_the_citation_has_the_version():

@@ -425,7 +425,7 @@ def test_the_maximum_of_skipped_updates_ends_a_run(limit, where):
 
 def test_a_workdir_that_cannot_hold_checkpoints_is_rejected_before_the_data_is_read(tmp_path):
     config = small_config(source=str(tmp_path / "missing"))
-    with pytest.raises(UserError, match=r"^--workdir .*run \[2\]: has \[ in its path"):
+    with pytest.raises(UserError, match=r"^workdir=.*run \[2\]: has \[ in its path"):
         train(config, str(tmp_path / "run [2]"))
     assert list(tmp_path.iterdir()) == []
 
