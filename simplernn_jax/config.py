@@ -5,7 +5,6 @@ A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
 `validate` runs once after all overrides. Numbers are at least 0 unless their field says otherwise.
 """
 
-import contextlib
 import dataclasses
 import json
 import typing
@@ -248,8 +247,7 @@ class TrainConfig(_Fields):
     sample_every: int = 500
     """Steps between samples."""
     sample_prompt: str = "def main("
-    """Prompt of the samples. If the tokenizer cannot encode this default, the first line of the
-    held-out text replaces it."""
+    """Prompt of the samples; empty if the tokenizer cannot encode this default."""
     sample_tokens: int = _number(120, at_most=_MAX_SIZE)
     """Tokens generated for each sample."""
     profile_steps: int = 0
@@ -462,17 +460,10 @@ def _fill(target: Any, values: Any, path: str) -> None:
     for name in names:
         if name not in values:
             raise UserError(f"{prefix}{name}: missing; the file was written by another version")
-        current, value = getattr(target, name), values[name]
-        if dataclasses.is_dataclass(current):
-            _fill(current, value, f"{prefix}{name}")
-            continue
-        types = types_of(type(target).__dataclass_fields__[name])
-        if float in types and type(value) is int:
-            with contextlib.suppress(OverflowError):  # then it is rejected as an int
-                value = float(value)
-        if type(value) not in types:
-            raise UserError(f"{prefix}{name}={value!r}: expected {types[0].__name__}")
-        setattr(target, name, value)
+        if dataclasses.is_dataclass(getattr(target, name)):
+            _fill(getattr(target, name), values[name], f"{prefix}{name}")
+        else:
+            setattr(target, name, values[name])
 
 
 def differing_fields(current: Any, saved: Any) -> list[str]:

@@ -30,7 +30,7 @@ from simplernn_jax.models.pytorch_weights import encode_weights, read_pytorch_we
 from simplernn_jax.serving import requests
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
-from simplernn_jax.training.loss_curve import loss_curves, loss_limits
+from simplernn_jax.training.loss_curve import highest_loss, loss_curves
 from simplernn_jax.training.metrics import FILE_NAME, encode, read_metrics
 
 from .fuzz_data import ALPACA, BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
@@ -75,7 +75,7 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
 
     def metrics() -> None:
         rows = read_metrics(str(folder / "run"))
-        loss_limits(*loss_curves(rows))
+        highest_loss(*loss_curves(rows))
         for row in rows:
             encode(row)
 

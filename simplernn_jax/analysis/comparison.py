@@ -14,9 +14,9 @@ from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.training.loss_curve import comparable, loss_curves, loss_limits
+from simplernn_jax.training.display import format_duration
+from simplernn_jax.training.loss_curve import comparable, highest_loss, loss_curves
 from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
-from simplernn_jax.training.reporter import format_duration
 
 MISSING = "-"
 """Cell of a value that a run does not have."""
@@ -132,7 +132,7 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
 
     with new_figure(11, 4.2) as figure:
         left, right = figure.subplots(1, 2)
-        limits = []
+        tops = []
         for number, run in enumerate(runs):
             color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
             train, validation = loss_curves(run.rows)
@@ -143,10 +143,8 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
             scored = [row for row in comparable(run.rows) if row.get("tokens") is not None]
             bits = [row.get("bits_per_byte") or math.nan for row in scored]
             right.plot([row["tokens"] for row in scored], bits, **style)
-            limits.append(loss_limits(train, validation))
-        known = [each for each in limits if each is not None]
-        if known:
-            left.set_ylim(min(low for low, _ in known), max(high for _, high in known))
+            tops.append(highest_loss(train, validation))
+        left.set_ylim(top=max((top for top in tops if top is not None), default=None))
         left.set(xlabel="optimizer step", ylabel="loss (nats per token)")
         left.set_title("Training (thin) and validation loss")
         right.set(xlabel="tokens of training", ylabel="bits per byte")

@@ -13,14 +13,9 @@ FILE_NAME = "loss_curve.png"
 
 MAX_TITLE_LENGTH = 75
 
-HEADROOM = 0.35
-"""Space above the losses after the beginning, as a fraction of their range."""
-
-MARGIN = 0.08
-"""Space below all losses, and above if none is higher, as a fraction of their range."""
-
-BEGINNING = 0.1
-"""Fraction of initial steps whose losses may be clipped by the y-axis."""
+BEGINNING, HEADROOM = 0.1, 0.35
+"""Fraction of initial steps whose losses may be clipped by the y-axis; space above the others, as a
+fraction of their range."""
 
 Series = tuple[list[int], list[float]]
 """Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
@@ -52,9 +47,7 @@ def plot_loss(workdir: str, model: str) -> str:
         # The value is in the legend: next to the point it would cover a curve.
         label = f"best {loss:.3f} at step {step:,}"
         axes.plot(step, loss, "ko", markersize=12, markerfacecolor="none", label=label)
-    limits = loss_limits(train, validation)
-    if limits is not None:
-        axes.set_ylim(limits)
+    axes.set_ylim(top=highest_loss(train, validation))
     title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
     axes.set_title(one_line(title, MAX_TITLE_LENGTH), fontsize=15, parse_math=False)
     axes.set_xlabel("optimizer step", fontsize=15)
@@ -90,18 +83,12 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
     return [row for row in evaluations if row.get("predictions") == last]
 
 
-def loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
-    """Return limits of the loss axis that show all losses except high ones at the start."""
-    points = [*zip(*train, strict=True), *zip(*validation, strict=True)]
+def highest_loss(*curves: Series) -> float | None:
+    """Return the top of a loss axis that shows all losses except high ones at the start."""
+    points = [point for curve in curves for point in zip(*curve, strict=True)]
     newest = max((step for step, _ in points), default=0)
-    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
-    if not points:
-        return None
-    losses = [loss for _, loss in points]
-    low = min(losses)
-    high = max([loss for step, loss in points if step >= BEGINNING * newest] or losses)
-    size = max(high - low, 0.02 * abs(high), 1e-3)
-    return low - MARGIN * size, min(high + HEADROOM * size, max(losses) + MARGIN * size)
+    losses = [loss for step, loss in points if math.isfinite(loss) and step >= BEGINNING * newest]
+    return max(losses) + HEADROOM * (max(losses) - min(losses)) + 0.01 if losses else None
 
 
 def _series(rows: Sequence[Row]) -> Series:

@@ -34,14 +34,6 @@ def test_an_error_of_the_machine_is_not_corruption(folder, monkeypatch, name):
         manifest.find_corruption(str(folder))
 
 
-def test_an_untouched_folder_is_intact(folder):
-    assert manifest.find_corruption(str(folder)) is None
-
-
-def test_a_folder_without_a_manifest_is_corrupt(tmp_path):
-    assert manifest.find_corruption(str(tmp_path)) == "manifest.sha256 is missing or was changed"
-
-
 def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
     path = folder / manifest.MANIFEST_NAME
     whole = path.read_bytes()

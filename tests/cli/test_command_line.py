@@ -5,10 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from odd_files import put_odd_file
 from processes import Result, assert_each_refused, assert_refused, run_scripts, start_python
-
-from simplernn_jax.cli import command_line
 
 SCRIPT = '''
 """Counts something."""
@@ -85,15 +82,6 @@ def test_an_error_of_the_user_or_the_file_system_is_one_line(tmp_path):
         assert_refused(result, part)
 
 
-@pytest.mark.parametrize("kind", [None, "fifo", "folder"])
-def test_text_of_a_file_that_is_not_a_regular_one(tmp_path, kind):
-    path = tmp_path / "text"
-    if kind is not None:
-        put_odd_file(kind, path)
-    with pytest.raises(OSError, match=r"No such file|not a regular file"):
-        command_line.read_text(None, str(path), name="prompt")
-
-
 def test_a_closed_pipe_ends_the_script_quietly(tmp_path):
     script = write_script(tmp_path / "count.py", "print('x' * 1_000_000)")
     process = start_python(script)
@@ -151,14 +139,6 @@ def test_help_shows_the_docstring_and_the_flags_of_the_script(tmp_path):
         assert "Counts something." in result.output
         assert "--workdir: Directory of the run." in result.output
         assert ("--verbosity" in result.output) == (flag == "--helpfull")
-
-
-def test_help_shows_flags_that_scripts_share():
-    names = {name: ["checkpoint", "cache_dir", "corpus_source"] for name in ("evaluate", "explain")}
-    names["sample"] = ["checkpoint"]
-    shown = run_scripts(*((f"scripts/{script}.py", "--help") for script in names))
-    for result, shared in zip(shown, names.values(), strict=True):
-        assert all(f"\n  --{name}: " in result.output for name in shared)
 
 
 def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(tmp_path):

@@ -68,14 +68,6 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
     assert "Not a directory" in errors
 
 
-def test_it_can_be_switched_off(tmp_path):
-    _, hits, errors = run_program(
-        XDG_CACHE_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="false"
-    )
-    assert (hits, errors) == (0, "")
-    assert list(tmp_path.iterdir()) == []
-
-
 def put(folder, key):
     """Write an entry as JAX does, with any permissions."""
     (folder / f"{key}-cache").write_bytes(f"program {key}".encode())

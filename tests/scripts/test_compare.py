@@ -3,7 +3,6 @@
 import math
 import re
 
-import pytest
 from matplotlib.image import imread
 from processes import ROOT, assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
@@ -113,17 +112,6 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ([str(run), str(run), "--out=taken"], "taken/compare.png: a folder; specify a file"),
         cwd=tmp_path,
     )
-
-
-@pytest.mark.parametrize("losses", [[], [math.nan], [3.0], [9.0, *[2.0] * 20]])
-def test_curves_of_any_length_can_be_drawn(tmp_path, losses):
-    write_run(tmp_path / "a", train=losses, validation=losses)
-    write_run(tmp_path / "b", train=[4.0, 3.0])
-    runs = read_runs([str(tmp_path / "a"), str(tmp_path / "b")])
-    (tmp_path / "a.png").write_bytes(draw(runs))
-    (tmp_path / "b.png").write_bytes(draw(runs[1:]))
-    both, one = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
-    assert both.shape != one.shape or (both != one).any()
 
 
 def test_the_curve_ends_at_the_last_evaluation_and_has_no_other_points(tmp_path, monkeypatch):

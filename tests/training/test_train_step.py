@@ -188,12 +188,6 @@ def test_a_batch_without_predictions_changes_no_parameter():
     assert int(after.skipped_updates) == 0
 
 
-@pytest.mark.parametrize("mode", ["window", "document"])
-def test_only_streams_carry_a_state(mode):
-    config = config_of(mode=mode)
-    assert init_train_state(config, SGD).carried == ()
-
-
 @pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", ["attention", "hybrid"])
 def test_a_stream_continues_from_the_state_of_its_last_batch(kind):
@@ -313,14 +307,6 @@ def test_dropout_follows_from_seed_and_step():
     )
     other_dropout = dataclasses.replace(state, rng=other_seed.rng)
     assert float(step(other_dropout, batch)[1].loss) != float(metrics.loss)
-
-
-def test_initial_state_follows_from_the_seed():
-    one, same, other = (init_train_state(config_of(seed=seed), SGD) for seed in (5, 5, 6))
-    assert_same_bytes(one, same)
-    assert np.any(np.asarray(one.rng) != np.asarray(other.rng))
-    differences = jax.tree.map(lambda a, b: np.any(a != b), one.params, other.params)
-    assert all(jax.tree.leaves(differences))
 
 
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32():

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-from simplernn_jax.training import reporter
-from simplernn_jax.training.reporter import StepTimer, format_duration, open_display
+from simplernn_jax.training import display as module
+from simplernn_jax.training.display import StepTimer, format_duration, open_display
 
 
 @pytest.fixture
 def wait(monkeypatch):
     """Lets time pass."""
     now = [100.0]
-    monkeypatch.setattr(reporter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     def pass_seconds(seconds):
         now[0] += seconds
@@ -64,14 +64,6 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch):
         display.update(1, 2.5, 0.0, 0.0)
         display.print_line("done")
     assert terminal.getvalue() == "step 1/40  loss 2.5000\ndone\n"
-
-
-def test_text_that_stdout_cannot_hold_stops_nothing(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with open_display(0, 40) as display:
-        display.print_line("sample: zwölf")
-    assert raw.getvalue() == b"sample: zw?lf\n"
 
 
 @pytest.mark.parametrize(
