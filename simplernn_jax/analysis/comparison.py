@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -89,37 +89,39 @@ def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def _run_metrics(run: RunRecord) -> dict[str, str]:
-    train = [row for row in run.rows if row["kind"] == "train"]
     validation = comparable(run.rows)
-    held_out = [row for row in run.rows if row["kind"] == "held_out"]
     finite = [row for row in validation if row.get("loss") is not None]
     best = min(finite, key=lambda row: (row["loss"], -row["step"]), default={})
-    sizes = jax.tree.leaves(abstract_model(run.config.model)[1]) if run.config else []
-    parameters = sum(leaf.size for leaf in sizes)
+    last = {row["kind"]: row for row in run.rows} | {"any": run.rows[-1] if run.rows else {}}
+    parameters: Any = None
+    if run.config:
+        leaves = jax.tree.leaves(abstract_model(run.config.model)[1])
+        parameters = sum(leaf.size for leaf in leaves)
+
+    def cell(row: Row | None, name: str, text: str = "{:,.0f}") -> str:
+        if row is None or name not in row:
+            return MISSING
+        value = row[name]
+        return "not finite" if value is None else text.format(value)
+
+    loss, bits = ("loss", "{:.4f}"), ("bits_per_byte", "{:.4f}")
+    seconds = last["any"].get("seconds")
     return {
-        "parameters": f"{parameters:,}" if sizes else MISSING,
-        "steps": f"{max(row['step'] for row in run.rows):,}" if run.rows else MISSING,
-        "training tokens": _last(run.rows, "tokens", "{:,.0f}".format),
-        "training time": _last(run.rows, "seconds", format_duration),
-        "tokens/s": _last(train, "tokens_per_second", "{:,.0f}".format),
-        "training loss, last": _last(train, "loss", "{:.4f}".format),
-        "validation loss, last": _last(validation, "loss", "{:.4f}".format),
-        "validation loss, best": f"{best['loss']:.4f}" if best else MISSING,
-        "  at step": f"{best['step']:,}" if best else MISSING,
-        "  predictions": _last(validation, "predictions", "{:,.0f}".format),
-        "bits/byte, last": _last(validation, "bits_per_byte", "{:.4f}".format),
-        "bits/byte, best": _last([best], "bits_per_byte", "{:.4f}".format),
-        "all held-out text, loss": _last(held_out, "loss", "{:.4f}".format),
-        "  bits/byte": _last(held_out, "bits_per_byte", "{:.4f}".format),
+        "parameters": MISSING if parameters is None else f"{parameters:,}",
+        "steps": cell(last["any"], "step"),
+        "training tokens": cell(last["any"], "tokens"),
+        "training time": MISSING if seconds is None else format_duration(seconds),
+        "tokens/s": cell(last.get("train"), "tokens_per_second"),
+        "training loss, last": cell(last.get("train"), *loss),
+        "validation loss, last": cell(last.get("validation"), *loss),
+        "validation loss, best": cell(best, *loss),
+        "  at step": cell(best, "step"),
+        "  predictions": cell(last.get("validation"), "predictions"),
+        "bits/byte, last": cell(last.get("validation"), *bits),
+        "bits/byte, best": cell(best, *bits),
+        "all held-out text, loss": cell(last.get("held_out"), *loss),
+        "  bits/byte": cell(last.get("held_out"), *bits),
     }
-
-
-def _last(rows: Sequence[Row], name: str, text: Callable[[float], str]) -> str:
-    """Format the value of the last row; one that was not finite is null there."""
-    if not rows or name not in rows[-1]:
-        return MISSING
-    value = rows[-1].get(name)
-    return "not finite" if value is None else text(value)
 
 
 def draw(runs: Sequence[RunRecord]) -> bytes:

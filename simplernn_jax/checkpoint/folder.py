@@ -27,11 +27,9 @@ NEWEST = "newest"
 UNFINISHED_MARK = ".unfinished"
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")
-_UNREADABLE = ("\\", "gs:/")
-"""Unsupported parts of a path: TensorStore does not find its files with the first, and Orbax takes
-the second for the address of a bucket, anywhere in a path."""
-_UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
-"""The same, and those that Orbax takes for a pattern when it searches for the files it wrote."""
+_UNSUPPORTED = ("\\", "gs:/", "[", "*", "?")
+"""Parts of a path that TensorStore or Orbax interpret: it does not find files behind a backslash,
+or takes the path for the address of a bucket or for a pattern."""
 
 
 def check_workdir(workdir: str) -> None:
@@ -41,10 +39,6 @@ def check_workdir(workdir: str) -> None:
       UserError: it is not a path or it is a URL, or its absolute path has characters that Orbax or
         TensorStore interpret.
     """
-    _check_path(workdir, _UNWRITABLE)
-
-
-def _check_path(workdir: str, unsupported: Collection[str]) -> None:
     if not isinstance(workdir, str) or not workdir or "\0" in workdir:
         raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", workdir):
@@ -53,7 +47,7 @@ def _check_path(workdir: str, unsupported: Collection[str]) -> None:
             "or choose a local folder"
         )
     path = os.path.abspath(workdir)
-    found = [part for part in unsupported if part in f"{path}/"]
+    found = [part for part in _UNSUPPORTED if part in f"{path}/"]
     if found:
         raise UserError(
             f"workdir={path}: has {' and '.join(found)} in its path, which checkpoints do "
@@ -65,7 +59,7 @@ class CheckpointFolder:
     """Checkpoints below one workdir. Paths are absolute."""
 
     def __init__(self, workdir: str) -> None:
-        _check_path(workdir, _UNREADABLE)
+        check_workdir(workdir)
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
         self.corrupt_path = os.path.join(workdir, "checkpoints_damaged")
@@ -89,7 +83,6 @@ class CheckpointFolder:
     def open_for_training(self) -> None:
         """Lock the folder, or raise `UserError`, and delete what a killed run left unfinished."""
         workdir = os.path.dirname(self.path)
-        check_workdir(workdir)
         os.makedirs(self.path, exist_ok=True)
         try:
             self._lock.acquire()

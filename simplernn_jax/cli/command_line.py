@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -163,23 +164,17 @@ class SamplingFlags:
     """``--max_new_tokens``, ``--temperature``, ``--top_k``, ``--top_p`` and ``--seed``."""
 
     def __init__(self, *, max_new_tokens: int, temperature: float) -> None:
-        self._max_new_tokens = flags.DEFINE_integer(
-            "max_new_tokens",
-            max_new_tokens,
-            "Maximum number of new tokens.",
-            lower_bound=0,
+        integer = partial(flags.DEFINE_integer, lower_bound=0)
+        self._max_new_tokens = integer(
+            *("max_new_tokens", max_new_tokens, "Maximum number of new tokens."),
             upper_bound=2**31 - 1,
         )
         self._temperature = flags.DEFINE_float(
-            "temperature",
-            temperature,
-            "0 is greedy decoding; higher values are more random.",
+            *("temperature", temperature, "0 is greedy decoding; higher values are more random."),
             lower_bound=0,
         )
         flags.register_validator(self._temperature, math.isfinite, "must be finite")
-        self._top_k = flags.DEFINE_integer(
-            "top_k", 0, "Sample from the k most probable tokens; 0 disables it.", lower_bound=0
-        )
+        self._top_k = integer("top_k", 0, "Sample from the k most probable tokens; 0 disables it.")
         self._top_p = flags.DEFINE_float(
             "top_p",
             1.0,
@@ -187,9 +182,7 @@ class SamplingFlags:
             "probability, in (0, 1]; 1 disables it.",
         )
         flags.register_validator(self._top_p, lambda value: 0 < value <= 1, "must be in (0, 1]")
-        self._seed = flags.DEFINE_integer(
-            "seed", 0, "Random seed for sampling.", lower_bound=0, upper_bound=2**32 - 1
-        )
+        self._seed = integer("seed", 0, "Random seed for sampling.", upper_bound=2**32 - 1)
 
     @property
     def max_new_tokens(self) -> int:

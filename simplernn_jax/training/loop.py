@@ -36,12 +36,14 @@ from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
 from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.preparation import sample_text
-from simplernn_jax.training.profiling import Profile
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
 SAMPLE_TEMPERATURE = 0.8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+WARMUP_STEPS = 2
+"""Steps of this process before a profile: the first compiles, the second warms up."""
 
 PollSignal = Callable[[int], str | None]
 """Returns the name of the signal that ends the run at a step, or None; called before each step."""
@@ -129,8 +131,7 @@ class Trainer:
         """Take the remaining steps and save; return the name of the signal that ended the run."""
         run, train = self._run, self._run.config.train
         self._print_header()
-        profile_steps = train.profile_steps if is_coordinator() else 0
-        with Profile(run.workdir, profile_steps, self._display.print_line) as profile:
+        with contextlib.ExitStack() as profile:
             if not run.has_ended:
                 self._take_steps(poll_signal, profile)
             signal, is_new = poll_signal(run.step), run.step > run.first_step
@@ -141,7 +142,7 @@ class Trainer:
                 run.save(wait=True)
         return poll_signal(run.step)
 
-    def _take_steps(self, poll_signal: PollSignal, profile: Profile) -> None:
+    def _take_steps(self, poll_signal: PollSignal, profile: contextlib.ExitStack) -> None:
         """Take steps until the run ends or a signal is received."""
         run, train = self._run, self._run.config.train
         actions = (
@@ -153,7 +154,8 @@ class Trainer:
         pending: StepMetrics | None = None
         self._timer.start()
         while not run.has_ended and not poll_signal(run.step):
-            with profile.step(run.step + 1, run.state):
+            self._start_or_stop(profile)
+            with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
                 run.state, metrics = self._train_step(run.state, batch)
             run.step += 1
             batch = run.next_batch()
@@ -169,6 +171,21 @@ class Trainer:
                         action()
         if pending is not None:
             self._record(run.step, pending)
+
+    def _start_or_stop(self, profile: contextlib.ExitStack) -> None:
+        """Profile ``profile_steps`` steps of this process, whole ones, for TensorBoard."""
+        run, steps = self._run, self._run.config.train.profile_steps
+        taken = run.step - run.first_step - WARMUP_STEPS
+        if steps and taken in (0, steps) and is_coordinator():
+            jax.block_until_ready(run.state)
+            if taken == steps:
+                profile.close()
+                return
+            folder = os.path.join(run.workdir, "tensorboard")
+            needed = f"`tensorboard --logdir {run.workdir}` (pip install tensorboard xprof)"
+            line = f"profile: {folder}/plugins/profile; see {needed}"
+            profile.callback(self._display.print_line, line)
+            profile.enter_context(jax.profiler.trace(folder))
 
     def _record(self, step: int, on_device: StepMetrics) -> None:
         """Wait for the metrics of a step, add them to the totals and report them."""

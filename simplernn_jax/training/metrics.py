@@ -17,7 +17,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from simplernn_jax.files import open_file, write_file
@@ -42,6 +41,9 @@ class MetricsWriter:
 
     def __init__(self, workdir: str, first_step: int):
         """Open the files of `workdir`; rows of steps after `first_step` are dropped."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
         path = os.path.join(workdir, FILE_NAME)
         rows = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         self.seconds: float = max((row.get("seconds") or 0.0 for row in rows), default=0.0)
@@ -49,23 +51,44 @@ class MetricsWriter:
         self._known = {_key(row) for row in rows if row["step"] == first_step}
         write_file(path, b"".join(map(encode, rows)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._events = EventLog(os.path.join(workdir, "tensorboard"), first_step)
+        # TensorBoard discards the steps of earlier files from this one on. Events are written in
+        # this thread: on a full disk, the thread of `tensorboardX.SummaryWriter` dies, and later
+        # calls block forever.
+        folder = os.path.join(workdir, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        self._events = EventsWriter(os.path.join(folder, "events"), f".{os.getpid()}")
+        self._flushed_at = 0.0
+        start = SessionLog(status=SessionLog.START)
+        self._write_event(step=first_step + 1, session_log=start)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """Write one row: numbers go to TensorBoard as scalars, text as text.
+        """Write one row: numbers go to TensorBoard as scalars, text as text, named ``KIND/NAME``.
 
         In the file, a number that is not finite is null: JSON cannot represent it.
         A row of this step, kind and number of scored tokens from an earlier run is kept instead.
         """
+        from tensorboardX import summary
+
         row = {"step": step, "kind": kind, **values, "wall_time": round(time.time(), 3)}
-        if _key(row) not in self._known:
-            self._file.write(encode(row))
-            self._events.add(step, kind, values)
+        if _key(row) in self._known:
+            return
+        self._file.write(encode(row))
+        for name, value in values.items():
+            make = summary.text if isinstance(value, str) else summary.scalar
+            self._write_event(step=step, summary=make(f"{kind}/{name}", value))
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed_at = time.monotonic()
 
     def close(self) -> None:
         """Close ``metrics.jsonl`` and the event file."""
         self._file.close()
         self._events.close()
+
+    def _write_event(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), **fields))
 
 
 def read_metrics(workdir: str) -> list[Row]:
@@ -108,40 +131,3 @@ def _is_number(value: object) -> bool:
 
 def _key(row: Row) -> tuple[int, str, Any]:
     return row["step"], row["kind"], row.get("predictions")
-
-
-class EventLog:
-    """A file of TensorBoard events in `folder`; later steps of earlier files are discarded.
-
-    Written in the calling thread: on a full disk, the thread of `tensorboardX.SummaryWriter` dies,
-    and later calls block forever.
-    """
-
-    def __init__(self, folder: str, first_step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        os.makedirs(folder, exist_ok=True)
-        self._writer = EventsWriter(os.path.join(folder, "events"), f".{os.getpid()}")
-        self._flushed_at = 0.0
-        start = SessionLog(status=SessionLog.START)
-        self._writer.write_event(
-            Event(wall_time=time.time(), step=first_step + 1, session_log=start)
-        )
-
-    def add(self, step: int, kind: str, values: Mapping[str, object]) -> None:
-        """Add numbers as scalars and text as text, named ``KIND/NAME``."""
-        from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import Event
-
-        for name, value in values.items():
-            make = summary.text if isinstance(value, str) else summary.scalar
-            event = Event(wall_time=time.time(), step=step, summary=make(f"{kind}/{name}", value))
-            self._writer.write_event(event)
-        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
-            self._writer.flush()
-            self._flushed_at = time.monotonic()
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._writer.close()

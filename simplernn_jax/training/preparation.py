@@ -124,18 +124,18 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
         raise UserError(f"{path}: has no content hash of its text; use another checkpoint")
     tokenizer = tokenizer_from_json(tokenizer_json)
     folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
-    problem = f"tokenized text not found in {folder}"
+    problem = "not found"
     try:
         corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
     except CorruptStore as error:
-        problem = f"tokenized text in {folder} is corrupted ({error})"
+        problem = f"corrupted ({error})"
     if not source:
-        original = f" (originally {config.data.cache_dir})" if config.data.cache_dir else ""
         raise UserError(
-            f"{problem}; pass --cache_dir{original} or --corpus_source (originally "
-            f"{config.data.source})"
+            f"tokenized text in {folder}: {problem}; pass --cache_dir, originally "
+            f"{config.data.cache_dir or folder}, or --corpus_source, originally "
+            f"{config.data.source}"
         )
     if config.data.template:
         ChatTemplate(config.data.template)  # a path is not a template

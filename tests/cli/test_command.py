@@ -42,19 +42,6 @@ def test_a_wrong_command_is_one_line(arguments, part):
     assert_refused(run_python(*MODULE, *arguments), part)
 
 
-def test_a_missing_script_breaks_its_command_only(tmp_path):
-    (tmp_path / "simplernn_jax").symlink_to(ROOT / "simplernn_jax")
-    code = "from simplernn_jax import project, __main__; project.ROOT = project.Path('.')"
-    result = run_python("-c", f"{code}; print(__main__.main())", "benchmark", cwd=tmp_path)
-    assert result.output == "2\n"
-    assert result.errors == (
-        "error: benchmark: only in a checkout of simplernn_jax; run scripts/benchmark.py there\n"
-    )
-    shown = run_python("-c", f"{code}; print(__main__.main())", cwd=tmp_path)
-    assert "completion" in shown.output
-    assert "train" not in shown.output
-
-
 def test_nothing_slow_is_imported_before_the_command_is_known():
     code = "import sys; sys.argv[1:] = ['--help']; from simplernn_jax.__main__ import main; main()"
     result = run_python("-c", f"{code}; print(*sys.modules)")
@@ -77,14 +64,3 @@ def test_a_configuration_goes_by_its_name_from_any_folder(tmp_path):
     flags = ["--config=tiny", "--config.model.num_layers=0"]
     result = run_python(*MODULE, "train", *flags, "--workdir=w", cwd=tmp_path)
     assert "num_layers" in result.errors
-
-
-def test_a_signal_before_the_script_runs_is_handled_by_it(tmp_path):
-    (tmp_path / "start.py").write_text(
-        "import os, signal; from simplernn_jax.__main__ import main; execv = os.execv\n"
-        "os.execv = lambda *a: (signal.raise_signal(signal.SIGTERM), execv(*a))\n"
-        "main()\n"
-    )
-    result = run_python("start.py", "train", "--config=tiny", "--workdir=w", cwd=tmp_path)
-    assert result.code == 75
-    assert result.errors.startswith("SIGTERM: stopped; run the same command")

@@ -169,10 +169,6 @@ def test_what_is_wrong_is_one_line(folder):
     )
 
 
-def test_help_lists_the_fields_without_a_configuration(folder):
-    assert "--config.data.source='stdlib'" in show(folder, ["--help"])[0]
-
-
 def test_file_of_the_project_is_found_from_another_folder(folder):
     assert show(folder, ["--config=configs/tiny.py"]) == ["40 stdlib True\n"]
     (folder / "configs").mkdir()

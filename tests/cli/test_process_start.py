@@ -130,16 +130,3 @@ def test_a_signal_ends_the_process_at_once(script, resumes, number, code):
     assert errors.startswith(f"{number.name}: stopped")
     assert errors.count("\n") == 1
     assert ("the same command" in errors) == resumes
-
-
-@with_huge_pages
-def test_a_signal_while_the_process_is_replaced_is_handled_afterwards(script):
-    text = script.read_text().replace(
-        "import bootstrap\n",
-        "import bootstrap\nimport os, signal\n"
-        "os.execv = lambda *a, execv=os.execv: (signal.raise_signal(signal.SIGINT), execv(*a))\n",
-        1,
-    )
-    script.write_text(text.replace("print(", 'print("too late",', 1))
-    result = run(script)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "SIGINT: stopped\n")

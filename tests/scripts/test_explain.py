@@ -69,18 +69,6 @@ def test_an_inexact_map_is_reported_and_exits_with_code_1(tmp_path, monkeypatch)
     assert (tmp_path / "out" / "explain.html").exists()
 
 
-def test_a_file_that_cannot_be_replaced_is_found_before_the_computation(tmp_path):
-    (tmp_path / "notes.txt").symlink_to("/dev/null")  # not an output file
-    (tmp_path / "map_layer_1.png").symlink_to("/dev/null")
-    code, output, errors = explain("--workdir", "x", "--text_file", "y", "--out", tmp_path)
-    assert (code, output) == (2, "")
-    assert errors == (
-        f"error: --out={tmp_path}: map_layer_1.png in it cannot be replaced (not a regular file); "
-        "remove it or use another folder\n"
-    )
-    assert (tmp_path / "map_layer_1.png").is_char_device()
-
-
 def test_bad_flags_are_one_line_and_exit_code_2():
     x_to_y = ["--workdir", "x", "--out", "y"]
     assert_each_refused(
@@ -88,10 +76,7 @@ def test_bad_flags_are_one_line_and_exit_code_2():
         ([], "no --workdir"),
         (["--workdir", "x", "--text", "a"], "no --out"),
         (["--workdir", "x", "--out", "README.md", "--text", "a"], "--out=README.md: not a folder"),
-        (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md is not writable;"),
         (x_to_y, "no --text"),
-        ([*x_to_y, "--text", "a", "--text_file", "b"], "mutually exclusive"),
-        ([*x_to_y, "--text_file", "missing"], "/missing: no such file or directory; create it, or"),
         ([*x_to_y, "--text", "a", "--map_tokens", "5000"], "map_tokens"),
         (["--workdir", "nowhere", "--out", "scripts", "--text", "a"], "no checkpoint in"),
     )

@@ -101,8 +101,3 @@ def test_a_wrong_number_of_devices_is_an_error(monkeypatch, devices):
     monkeypatch.setenv("DEVICES_PER_PROCESS", devices)
     with pytest.raises(UserError, match=f"DEVICES_PER_PROCESS='{devices}': specify 1 to"):
         launch_local.start(2, [])
-
-
-def test_help(capsys):
-    assert launch_local.main(["--help"]) == 0
-    assert "DEVICES_PER_PROCESS" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import jax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from small_runs import save_untrained, small_config, stop_after, untrained_run, write_corpus
+from small_runs import save_untrained, small_config, untrained_run, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
@@ -118,16 +118,6 @@ def test_on_a_mesh(tmp_path, mesh):
     chex.assert_trees_all_equal(
         jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(nnx.state(model))
     )
-
-
-@pytest.mark.oldest_python
-def test_resuming_needs_no_other_run(initial, tmp_path, monkeypatch):
-    config = fine_tuned(initial, tmp_path)
-    stop_after(monkeypatch, 5)
-    assert train(config, str(tmp_path / "run")).step == 5
-    shutil.rmtree(initial)
-    monkeypatch.undo()
-    assert train(config, str(tmp_path / "run")).step == 40
 
 
 @pytest.mark.parametrize(

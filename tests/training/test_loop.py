@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
 )
 def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     source = write_corpus(tmp_path / "text")
-    config = small_config(block, source=source, mode=mode, save_every=11, log_every=1, **fields)
+    config = small_config(block, source=source, mode=mode, save_every=11, log_every=3, **fields)
     whole = train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         stop_after(patch, 17)
@@ -66,45 +66,18 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     kinds = {name.split("/")[0] for name in expected}
     assert {"params", "opt_state", "rng"} <= kinds
     assert ("carried" in kinds) == (mode == "stream")
-    # The same losses in the same order, none twice.
-    rows = [
-        [(row["step"], row["kind"], row["loss"]) for row in read_metrics(str(tmp_path / name))]
-        for name in ("whole", "parts")
-    ]
-    assert rows[0] == rows[1]
-    assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
+    # The same rows in the same order, none twice, although one is the mean of steps 16 to 18.
+    names = ("step", "kind", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates")
+    whole, parts = (
+        [[row.get(name) for name in names] for row in read_metrics(str(tmp_path / folder))]
+        for folder in ("whole", "parts")
+    )
+    assert whole == parts
+    assert [row[0] for row in whole if row[1] == "train"] == [*range(3, 40, 3), 40]
 
 
 def with_train(config, **fields):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
-
-
-@pytest.mark.oldest_python
-def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(
-    whole, tmp_path, monkeypatch
-):
-    config = with_train(whole[0], log_every=9)
-    train(config, str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 13)
-        train(config, str(tmp_path / "parts"))
-    train(config, str(tmp_path / "parts"))
-    each = read_metrics(str(whole[1]))
-    whole, parts = (read_metrics(str(tmp_path / name)) for name in ("whole", "parts"))
-
-    predictions = np.diff([0] + [row["tokens"] for row in each])
-    assert len(set(predictions)) > 1  # sequences reach into the next document
-    groups = [slice(start, min(start + 9, 40)) for start in range(0, 40, 9)]
-    losses = np.asarray([row["loss"] for row in each])
-    expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
-    np.testing.assert_allclose([row["loss"] for row in whole], expected, rtol=1e-12)
-    for name in ("step", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates"):
-        assert [row[name] for row in parts] == [row[name] for row in whole], name
-    assert [row["tokens"] for row in whole] == [predictions[: group.stop].sum() for group in groups]
-    for rows in (whole, parts):
-        seconds = [row["seconds"] for row in rows]
-        assert seconds == sorted(seconds)
-        assert seconds[0] > 0
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +193,7 @@ def test_profiles_change_nothing_and_may_be_requested_on_resume(
     (second,) = (path for path in profiles(tmp_path / "parts") if path != first)
     assert b"train_step" in first.read_bytes()
     assert b"train_step" in second.read_bytes()
-    assert f"profile of 2 steps: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
+    assert f"profile: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
     assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(whole[1])
 
 

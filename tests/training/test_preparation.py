@@ -198,11 +198,11 @@ def test_paths_in_a_checkpoint_are_never_opened(tmp_path, config):
     save_untrained(config, tmp_path / "run")
     with pytest.raises(
         UserError,
-        match=r"not found .*run/tokens; .* \(originally .*elsewhere\) or --corpus_source \(orig",
+        match=r"run/tokens: not found; pass --cache_dir, originally .*elsewhere, or --corpus_sou",
     ):
         open_saved_corpus(str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="not found in"):
+    with pytest.raises(UserError, match="run/tokens: not found"):
         open_saved_corpus(str(tmp_path / "run"))
     assert not (tmp_path / "elsewhere").exists()
 
@@ -222,7 +222,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
 def test_corrupt_tokens_are_recomputed_or_named(tmp_path, config, workdir):
     (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    problem = r"text in .* is corrupted \(validation\.tokens was changed\); .* or --corpus_source"
+    problem = r"text in .*: corrupted \(validation\.tokens was changed\); .* or --corpus_source"
     with pytest.raises(UserError, match=problem):
         open_saved_corpus(workdir)
     assert tokens.exists()

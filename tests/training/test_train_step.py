@@ -167,17 +167,6 @@ def test_microbatches_on_one_cpu_device_have_about_1024_tokens(size, length, win
     assert choose_microbatches(given, None) is given
 
 
-def test_automatic_microbatches_equal_the_whole_batch():
-    sizes = {"mode": "stream", "sequence_length": 347}
-    batch = random_batch(0, SIZE, 347, VOCAB)
-    results = []
-    for fields in ({}, {"gradient_accumulation": 1}, {"gradient_accumulation": 2}):
-        state, step = run_of(sgd=True, **sizes, **fields)
-        results.append(step(state, batch))
-    chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
-    assert_same_bytes(results[0], results[2])
-
-
 def test_a_batch_without_predictions_changes_no_parameter():
     state, step = run_of(sgd=True, mode="stream")
     batch = make_batch()
