@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -22,6 +22,25 @@ MISSING = "-"
 """Cell of a value that a run does not have."""
 _MAX_NAME = 80
 _MARKERS = "osD^vPX*"
+
+
+_count, _loss = "{:,.0f}".format, "{:.4f}".format
+_METRICS = (
+    ("steps", "any", "step", _count),
+    ("training tokens", "any", "tokens", _count),
+    ("training time", "any", "seconds", format_duration),
+    ("tokens/s", "train", "tokens_per_second", _count),
+    ("training loss, last", "train", "loss", _loss),
+    ("validation loss, last", "validation", "loss", _loss),
+    ("validation loss, best", "best", "loss", _loss),
+    ("  at step", "best", "step", _count),
+    ("  predictions", "validation", "predictions", _count),
+    ("bits/byte, last", "validation", "bits_per_byte", _loss),
+    ("bits/byte, best", "best", "bits_per_byte", _loss),
+    ("all held-out text, loss", "held_out", "loss", _loss),
+    ("  bits/byte", "held_out", "bits_per_byte", _loss),
+)
+"""Lines of the table: label, kind of the row or `_last_rows`, field and format."""
 
 
 class RunRecord(NamedTuple):
@@ -84,44 +103,35 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return parameters, steps, speed and losses of each run, as text by name."""
-    columns = [_run_metrics(run) for run in runs]
-    return {name: [column[name] for column in columns] for name in columns[0]}
+    last = [_last_rows(run) for run in runs]
+    table = {"parameters": [_parameters(run) for run in runs]}
+    for label, kind, name, text in _METRICS:
+        table[label] = [_cell(rows.get(kind), name, text) for rows in last]
+    return table
 
 
-def _run_metrics(run: RunRecord) -> dict[str, str]:
-    validation = comparable(run.rows)
-    finite = [row for row in validation if row.get("loss") is not None]
-    best = min(finite, key=lambda row: (row["loss"], -row["step"]), default={})
-    last = {row["kind"]: row for row in run.rows} | {"any": run.rows[-1] if run.rows else {}}
-    parameters: Any = None
-    if run.config:
-        leaves = jax.tree.leaves(abstract_model(run.config.model)[1])
-        parameters = sum(leaf.size for leaf in leaves)
+def _last_rows(run: RunRecord) -> dict[str, Row]:
+    """Return the last row of each kind, that of any kind, and the best validation."""
+    last: dict[str, Row] = {}
+    for row in run.rows:
+        last[row["kind"]] = last["any"] = row
+    finite = [row for row in comparable(run.rows) if row.get("loss") is not None]
+    if finite:
+        last["best"] = min(finite, key=lambda row: (row["loss"], -row["step"]))
+    return last
 
-    def cell(row: Row | None, name: str, text: str = "{:,.0f}") -> str:
-        if row is None or name not in row:
-            return MISSING
-        value = row[name]
-        return "not finite" if value is None else text.format(value)
 
-    loss, bits = ("loss", "{:.4f}"), ("bits_per_byte", "{:.4f}")
-    seconds = last["any"].get("seconds")
-    return {
-        "parameters": MISSING if parameters is None else f"{parameters:,}",
-        "steps": cell(last["any"], "step"),
-        "training tokens": cell(last["any"], "tokens"),
-        "training time": MISSING if seconds is None else format_duration(seconds),
-        "tokens/s": cell(last.get("train"), "tokens_per_second"),
-        "training loss, last": cell(last.get("train"), *loss),
-        "validation loss, last": cell(last.get("validation"), *loss),
-        "validation loss, best": cell(best, *loss),
-        "  at step": cell(best, "step"),
-        "  predictions": cell(last.get("validation"), "predictions"),
-        "bits/byte, last": cell(last.get("validation"), *bits),
-        "bits/byte, best": cell(best, *bits),
-        "all held-out text, loss": cell(last.get("held_out"), *loss),
-        "  bits/byte": cell(last.get("held_out"), *bits),
-    }
+def _parameters(run: RunRecord) -> str:
+    if run.config is None:
+        return MISSING
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(abstract_model(run.config.model)[1])):,}"
+
+
+def _cell(row: Row | None, name: str, text: Callable[[float], str]) -> str:
+    """Format a value of a row; one that was not finite is null there."""
+    if row is None or name not in row:
+        return MISSING
+    return "not finite" if row[name] is None else text(row[name])
 
 
 def draw(runs: Sequence[RunRecord]) -> bytes:

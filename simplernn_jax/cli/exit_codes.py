@@ -63,7 +63,8 @@ def _run(main: Callable[[], int | None]) -> int:
         what = (error.strerror or str(error)).lower()
         advice = _ADVICE.get(error.errno or 0, "")
         advice = f"{advice}, or choose another path" if advice else "choose another path"
-        path = error.filename or "writing a file"  # a failed write() does not name its file
+        is_named = isinstance(error.filename, str | bytes)
+        path = error.filename if is_named else "writing a file"  # by a failed write()
         return _report(f"{os.fsdecode(path)}: {what}; {advice}")
     except KeyboardInterrupt:
         return 130

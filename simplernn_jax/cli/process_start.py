@@ -66,9 +66,8 @@ def _use_python_with_packages(root: str) -> None:
     missing = [name for name in ("absl", "jax", "flax") if not importlib.util.find_spec(name)]
     if sys.version_info >= (3, 11) and not missing:
         return
-    environment = os.path.join(root, ".venv")
-    python = os.path.join(environment, "bin", "python")
-    if sys.prefix != environment and os.access(python, os.X_OK):
+    python = os.path.join(root, ".venv", "bin", "python")
+    if sys.executable != python and os.access(python, os.X_OK):
         os.execv(python, [python, *sys.argv])
     problem = f"has no {missing[0]}" if missing else "is too old"
     print(

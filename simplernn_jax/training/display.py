@@ -59,16 +59,16 @@ def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Samples may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="replace")
-    if not is_coordinator() or not sys.stdout.isatty():
+    console = None
+    if is_coordinator() and sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+    if console is None or console.is_dumb_terminal:
         yield Display(total_steps)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console()
-    if console.is_dumb_terminal:
-        yield Display(total_steps)
-        return
     columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
     with Progress(TextColumn("step"), *columns, console=console) as progress:
         progress.add_task("", total=total_steps, completed=first_step, status="")
