@@ -14,7 +14,7 @@ from flax import nnx
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.contents import read_texts, saved_quality, saved_step
+from simplernn_jax.checkpoint.contents import read_quality, read_texts
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import from_json
 from simplernn_jax.data.chat_template import ChatTemplate, load_template, messages_of
@@ -85,14 +85,10 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
         except CorruptStore as error:
             raise UserError(str(error)) from error
 
-    def quality() -> None:
-        saved_quality(loose)
-        saved_step(loose)
-
     return [
         Reader("configuration", [config.read_bytes()], lambda x: from_json(as_text(x))),
         of_file("config", Path(loose, "config", "metadata"), lambda: read_texts(loose)),
-        of_file("quality", Path(loose, "quality", "metadata"), quality),
+        of_file("quality", Path(loose, "quality", "metadata"), lambda: read_quality(loose)),
         of_file("manifest", sealed, verify),
         of_file("metrics.jsonl", folder / "run" / FILE_NAME, metrics),
         of_file("record of a corpus", record, corpus),

@@ -27,7 +27,7 @@ TEXTS = ("config", "tokenizer")
 """Items that `read_texts` reads."""
 
 QUALITY_ITEM = "quality"
-"""Item that `saved_quality` and `saved_step` read."""
+"""Item that `read_quality` reads."""
 
 _MAX_JSON_BYTES = 1 << 30
 
@@ -59,32 +59,21 @@ def read_texts(path: str) -> tuple[Config, str]:
 
 
 def quality_item(step: int, quality: Quality | None) -> dict[str, Any]:
-    """Return the item that `saved_quality` and `saved_step` read; NaN, as a loss, is none."""
+    """Return the item that `read_quality` reads; NaN, as a loss, is none."""
     if quality is None or not math.isfinite(quality.validation_loss):
         return {"step": step, "validation_loss": None, "predictions": None}
     return {"step": step, **dataclasses.asdict(quality)}
 
 
-def saved_quality(path: str) -> Quality | None:
-    """Read the evaluation; None if there was none or the record is corrupt."""
-    saved = _read_quality(path)
-    loss, predictions = saved.get("validation_loss"), saved.get("predictions")
-    if not isinstance(loss, float) or not math.isfinite(loss) or not isinstance(predictions, int):
-        return None
-    return Quality(loss, predictions)
-
-
-def saved_step(path: str) -> Any:
-    """Read the step at which the checkpoint was saved; None if the record is corrupt."""
-    return _read_quality(path).get("step")
-
-
-def _read_quality(path: str) -> dict[str, Any]:
+def read_quality(path: str) -> tuple[int, Quality | None]:
+    """Read the step of a checkpoint, -1 if the record is corrupt, and the evaluation if any."""
     try:
         saved = read_json(path, QUALITY_ITEM)
-    except UserError:
-        return {}
-    return saved if isinstance(saved, dict) else {}
+        loss, predictions = saved["validation_loss"], saved["predictions"]
+        quality = None if loss is None else Quality(float(loss), int(predictions))
+        return int(saved["step"]), quality
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        return -1, None
 
 
 def saved_leaves(path: str) -> dict[str, Any]:

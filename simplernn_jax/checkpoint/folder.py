@@ -17,7 +17,7 @@ import filelock
 from absl import logging
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, saved_quality, saved_step
+from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, read_quality
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sync
 
@@ -118,7 +118,7 @@ class CheckpointFolder:
         return {
             step: None
             if self.find_corruption(step, [QUALITY_ITEM])
-            else saved_quality(self.step_path(step))
+            else read_quality(self.step_path(step))[1]
             for step in self.steps()
         }
 
@@ -131,7 +131,7 @@ class CheckpointFolder:
         defect = manifest.find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
         if defect is not None:
             return defect
-        inside = saved_step(path)
+        inside, _ = read_quality(path)
         return None if inside == step else f"it is a copy of step {inside}"
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:

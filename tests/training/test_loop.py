@@ -14,7 +14,7 @@ from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint.contents import saved_quality
+from simplernn_jax.checkpoint.contents import read_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
@@ -354,7 +354,7 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
     config = evaluated_on_20_tokens(tmp_path)
     result = train(config, str(tmp_path / "run"))
     folder = CheckpointFolder(str(tmp_path / "run"))
-    qualities = {step: saved_quality(folder.step_path(step)) for step in folder.steps()}
+    qualities = {step: read_quality(folder.step_path(step))[1] for step in folder.steps()}
     assert {36, 40} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
@@ -380,7 +380,7 @@ def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_
         stop_after(patch, 40)
         assert train(config, str(tmp_path / "cut")) == loop.Result(40, "SIGTERM", None)
     assert train(config, str(tmp_path / "cut")) == whole
-    last = [saved_quality(str(tmp_path / name / "checkpoints" / "40")) for name in ("whole", "cut")]
+    last = [read_quality(str(tmp_path / name / "checkpoints" / "40")) for name in ("whole", "cut")]
     assert last[0] == last[1]
     assert newest_checkpoint(tmp_path / "cut") == newest_checkpoint(tmp_path / "whole")
 
