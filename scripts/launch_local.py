@@ -5,7 +5,7 @@
 They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and connect over
 loopback. The first SIGTERM or SIGINT makes all save and exit; a second one kills them, as does, on
 Linux, the death of this process. When one fails, the others exit or are killed after a timeout. The
-exit code is that of the one that failed.
+exit code comes from the one that failed.
 """
 
 import os

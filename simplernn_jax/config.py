@@ -61,7 +61,7 @@ class ModelConfig(_Fields):
     """Architecture and precision. Hashable, because Flax keeps it in the static graphdef."""
 
     vocab_size: int = _number(259, at_least=1)
-    """Size of embedding and head; a run raises it to that of the tokenizer if that is larger."""
+    """Size of embedding and head; a run raises it to the tokenizer's if that is larger."""
     block: str = _one_of(("plain", "residual", "swiglu"), "residual")
     """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
     pre-norm block with a short convolution and an MLP; ``swiglu``: the pre-norm block of Llama and
@@ -92,7 +92,7 @@ class ModelConfig(_Fields):
     mixer_options: dict[str, Scalar] = dataclasses.field(default_factory=dict, hash=False)
     """Options of the mixers, on the command line as ``name=value,name=value``. Attention has
     ``context`` (1024): the tokens of its sliding window and KV cache, the current one included. For
-    those of gla see docs/gla.md; your own mixers have their own."""
+    gla's see docs/gla.md; your own mixers have their own."""
     state_precision: str = _one_of(PRECISIONS, "float32")
     """Dtype of the recurrent state between chunks or decoded tokens: ``float32``; or ``bfloat16``,
     which halves its memory and rounds away small updates."""
@@ -139,7 +139,7 @@ class DataConfig(_Fields):
     """Chat template, for JSONL of conversations (of OpenAI, ShareGPT or Alpaca): ``roles`` (built
     in), a Jinja file in Hugging Face format, or its text; empty: the records hold text."""
     loss_mask: str = _one_of(("all", "assistant"), "all")
-    """Tokens in the loss: ``all``, or those of the ``assistant``'s messages."""
+    """Tokens in the loss: ``all``, or only the ``assistant``'s messages."""
     tokenizer: str = "byte"
     """``byte``, ``char``, ``bpe:SIZE`` (trained on the training split, SIZE ids), a path to a
     Hugging Face ``tokenizer.json``, or a hub name."""

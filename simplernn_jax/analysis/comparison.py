@@ -111,7 +111,7 @@ def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def _last_rows(run: RunRecord) -> dict[str, Row]:
-    """Return the last row of each kind, that of any kind, and the best validation."""
+    """Return the last row of each kind and of any kind, and the best validation row."""
     last: dict[str, Row] = {}
     for row in run.rows:
         last[row["kind"]] = last["any"] = row

@@ -1,7 +1,7 @@
 """Command line of the scripts: shared flags, help, input texts and logs.
 
-A script defines its flags at module level and ends with ``command_line.run(main)``. The exit codes
-are those of `simplernn_jax.cli.exit_codes`.
+A script defines its flags at module level and ends with ``command_line.run(main)``. For its exit
+codes see `simplernn_jax.cli.exit_codes`.
 """
 
 import difflib

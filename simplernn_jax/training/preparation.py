@@ -46,7 +46,7 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
     The model's vocabulary is at least the tokenizer's, the paths of ``source``, ``cache_dir`` and
     ``init_from`` are absolute, and ``template`` is a text. With ``init_from``, the tokenizer is
-    that of its run. Of several processes, process 0 tokenizes first: the others use its tokens, or
+    its run's. Of several processes, process 0 tokenizes first: the others use its tokens, or
     tokenize the text again if ``cache_dir`` is on a local disk.
 
     Raises:
