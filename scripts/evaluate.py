@@ -65,8 +65,8 @@ def main() -> None:
     from flax import nnx
 
     from simplernn_jax.models.memory_estimate import check_evaluation
+    from simplernn_jax.training.display import align
     from simplernn_jax.training.evaluate import Evaluator
-    from simplernn_jax.training.reporter import align
 
     if _SOURCE.value is None:
         corpus, kind = _CORPUS.open(_MODEL.workdir), "split"

@@ -5,15 +5,7 @@
 They run on the CPU, each with DEVICES_PER_PROCESS (1 if not set) devices, and connect over
 loopback. The first SIGTERM or SIGINT makes all save and exit; a second one kills them, as does, on
 Linux, the death of this process. When one fails, the others exit or are killed after a timeout. The
-exit code is that of the one that failed:
-
-| code | meaning |
-|---|---|
-| 0 | done |
-| 2 | bad input |
-| 75 | interrupted by SIGTERM or Ctrl-C; the same command resumes |
-| 76 | a peer process failed; the same command resumes |
-| 128 + n | one was killed by signal n, such as 137 for SIGKILL |
+exit code comes from the one that failed.
 """
 
 import os
@@ -26,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.devices import end_with_parent
-from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, EXIT_USER_ERROR
+from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, UserError
 from simplernn_jax.parallel.supervisor import HEARTBEAT_SECONDS
 from simplernn_jax.project import name_commands, name_configs
 
@@ -43,50 +36,40 @@ _SCRIPT = Path(__file__).resolve().parent / "train.py"
 
 def main(arguments: list[str]) -> int:
     """Run all processes to their end; return the exit code of the whole."""
-    signals = (signal.SIGTERM, signal.SIGINT)
     if arguments[:1] in (["-h"], ["--help"]):
         print(name_configs(name_commands(__doc__)))
         return 0
-    if not arguments or not _is_number(arguments[0], MAX_PROCESSES):
-        print(
-            f"error: specify the number of processes, 1 to {MAX_PROCESSES}: "
-            + name_commands("bash scripts/launch_local.sh 2 --config ..."),
-            file=sys.stderr,
+    if not arguments or arguments[0] not in map(str, range(1, MAX_PROCESSES + 1)):
+        raise UserError(
+            f"specify the number of processes, 1 to {MAX_PROCESSES}: "
+            "bash scripts/launch_local.sh 2 --config ..."
         )
-        return EXIT_USER_ERROR
-    devices = os.environ.get("DEVICES_PER_PROCESS", "1")
-    if not _is_number(devices, MAX_DEVICES):
-        print(
-            f"error: DEVICES_PER_PROCESS={devices[:40]!r} is not a valid number of devices; use 1 "
-            f"to {MAX_DEVICES}",
-            file=sys.stderr,
-        )
-        return EXIT_USER_ERROR
-    early: list[int] = []
-    for each in signals:
-        signal.signal(each, lambda number, _: early.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the command `simplernn` blocks them
-    processes = start(int(arguments[0]), arguments[1:])
+    processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for process in processes:
             process.send_signal(signal.SIGTERM)  # does nothing where it has ended
 
+    signals = (signal.SIGTERM, signal.SIGINT)
     for each in signals:
         signal.signal(each, forward)
-    for number in early:
-        forward(number, None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the command `simplernn` blocks them
+    processes += start(int(arguments[0]), arguments[1:])
+    if received:  # meanwhile
+        forward(received[0], None)
     return wait(processes)
 
 
 def start(count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
     """Start `count` processes, which connect at a free port."""
+    devices = os.environ.get("DEVICES_PER_PROCESS", "1")
+    if not devices.isdecimal() or not 1 <= int(devices) <= MAX_DEVICES:
+        raise UserError(f"DEVICES_PER_PROCESS={devices!r}: specify 1 to {MAX_DEVICES} devices")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": os.environ.get("DEVICES_PER_PROCESS", "1"),
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
     return [
         subprocess.Popen(
             [
@@ -127,9 +110,5 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> int:
     return own[0] if own else max(codes)
 
 
-def _is_number(text: str, maximum: int) -> bool:
-    return text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= maximum
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(lambda: main(sys.argv[1:]))

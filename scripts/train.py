@@ -7,8 +7,7 @@
 Running the same command again resumes bit-exactly, and so does --workdir of a run alone, with the
 configuration saved there. SIGTERM and Ctrl-C save first and exit with code 75. A second signal
 stops at once, also with 75 (with --distributed: kills the process, code 137): the run resumes from
-its last checkpoint. Before the workdir is created, Ctrl-C exits with code 130. Bad input exits with
-code 2 and a one-line error.
+its last checkpoint. Bad input exits with code 2 and a one-line error.
 
 With --distributed, this is one of several processes, on one or more hosts, that share the workdir.
 When one dies, is suspended, or becomes unreachable (no heartbeat for 20 s), the others exit within
@@ -25,7 +24,7 @@ import os
 
 from absl import flags, logging
 
-from simplernn_jax.cli import command_line, process_start
+from simplernn_jax.cli import command_line
 from simplernn_jax.cli.config_flag import define_config_flag, read_config
 from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
@@ -94,7 +93,6 @@ def _train() -> int:
     check_devices()
     use_compilation_cache()
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
-    process_start.run_starts()
     result = train(config, workdir)
     return EXIT_INTERRUPTED if result.interrupted_by else 0
 

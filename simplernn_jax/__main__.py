@@ -50,7 +50,7 @@ def main() -> int:
     # Signals wait until the script handles them, and its messages name this command.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     os.environ[project.COMMAND] = str(os.getpid())
-    os.execv(sys.executable, [sys.executable, *_python_options(), str(script), *arguments])
+    os.execv(sys.executable, [sys.executable, str(script), *arguments])
 
 
 def _print_completion(arguments: list[str]) -> NoReturn:
@@ -63,12 +63,6 @@ def _print_completion(arguments: list[str]) -> NoReturn:
         print(completion_script(arguments[0], list(_available())), end="")
 
     exit_with(show)
-
-
-def _python_options() -> list[str]:
-    """Return the options of this interpreter, such as ``-X dev``."""
-    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-    return options[:-1] if options[-1:] == ["-m"] else options
 
 
 def _available() -> dict[str, str]:

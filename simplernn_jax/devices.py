@@ -46,10 +46,11 @@ def device_memory(device: "jax.Device") -> int | None:
 
 
 def host_memory() -> int | None:
-    """Return the bytes of memory, swap included, available to this process; None if unknown."""
-    limits = _control_group("memory", "memory.max", "memory.limit_in_bytes")
-    in_group = [int(limit[0]) for limit in limits if limit[0].isdecimal()]  # not "max"
-    return min([*_machine_memory(), *in_group], default=None)
+    """Return the bytes of memory available to this process; None if unknown."""
+    limits = [int(words[0]) for words in _control_group("memory.max") if words[0] != "max"]
+    with contextlib.suppress(OSError, ValueError):  # unknown names
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=None)
 
 
 def check_memory(num_bytes: int, what: str, advice: str) -> None:
@@ -64,9 +65,9 @@ def check_memory(num_bytes: int, what: str, advice: str) -> None:
 
 def core_limits() -> Iterator[float]:
     """Yield the limits of processor time, in cores, of this process's control group."""
-    for limit in _control_group("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
-        if all(map(str.isdecimal, limit)):  # neither "max" nor -1
-            yield int(limit[0]) / int(limit[1])
+    for limit, period in _control_group("cpu.max"):
+        if limit != "max":
+            yield int(limit) / int(period)
 
 
 def end_with_parent(parent: int) -> None:
@@ -77,29 +78,14 @@ def end_with_parent(parent: int) -> None:
             os._exit(128 + signal.SIGKILL)
 
 
-def _machine_memory() -> Iterator[int]:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = dict(line.split(":") for line in _text("/proc/meminfo").splitlines())
-        yield sum(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
-        return
-    with contextlib.suppress(OSError, ValueError):  # not Linux
-        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _control_group(controller: str, second: str, *first: str) -> Iterator[list[str]]:
-    """Yield the words of a controller's files, of version 2 or 1, in each group of this process."""
-    with contextlib.suppress(OSError, ValueError):
+def _control_group(name: str) -> Iterator[list[str]]:
+    """Yield the words of a file of each control group (version 2) of this process."""
+    with contextlib.suppress(OSError):
         for line in _text("/proc/self/cgroup").splitlines():
-            _, controllers, path = line.split(":", 2)
-            root, names = "/sys/fs/cgroup", [second]
-            if controllers:
-                root, names = f"/sys/fs/cgroup/{controller}", list(first)
-                if controller not in controllers.split(","):
-                    continue
-            folder = Path(path.strip("/"))
-            for group in (folder, *folder.parents):
+            folder = Path(line.removeprefix("0::/"))
+            for group in (folder, *folder.parents) if line.startswith("0::/") else ():
                 with contextlib.suppress(OSError):
-                    yield " ".join(_text(str(Path(root, group, name))) for name in names).split()
+                    yield _text(str(Path("/sys/fs/cgroup", group, name))).split()
 
 
 def _text(path: str) -> str:

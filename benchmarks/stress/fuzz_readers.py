@@ -14,7 +14,7 @@ from flax import nnx
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.contents import read_texts, saved_quality, saved_step
+from simplernn_jax.checkpoint.contents import read_quality, read_texts
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.config import from_json
 from simplernn_jax.data.chat_template import ChatTemplate, load_template, messages_of
@@ -30,7 +30,7 @@ from simplernn_jax.models.pytorch_weights import encode_weights, read_pytorch_we
 from simplernn_jax.serving import requests
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
-from simplernn_jax.training.loss_curve import loss_curves, loss_limits
+from simplernn_jax.training.loss_curve import highest_loss, loss_curves
 from simplernn_jax.training.metrics import FILE_NAME, encode, read_metrics
 
 from .fuzz_data import BYTES, CHAT, CHATML, SHAREGPT, Reader, as_text, of_file
@@ -75,8 +75,7 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
 
     def metrics() -> None:
         rows = read_metrics(str(folder / "run"))
-        curves = loss_curves(rows)
-        loss_limits(curves.train, curves.validation)
+        highest_loss(*loss_curves(rows))
         for row in rows:
             encode(row)
 
@@ -86,14 +85,10 @@ def _checkpoint_readers(folder: Path) -> list[Reader]:
         except CorruptStore as error:
             raise UserError(str(error)) from error
 
-    def quality() -> None:
-        saved_quality(loose)
-        saved_step(loose)
-
     return [
         Reader("configuration", [config.read_bytes()], lambda x: from_json(as_text(x))),
         of_file("config", Path(loose, "config", "metadata"), lambda: read_texts(loose)),
-        of_file("quality", Path(loose, "quality", "metadata"), quality),
+        of_file("quality", Path(loose, "quality", "metadata"), lambda: read_quality(loose)),
         of_file("manifest", sealed, verify),
         of_file("metrics.jsonl", folder / "run" / FILE_NAME, metrics),
         of_file("record of a corpus", record, corpus),

@@ -1,10 +1,9 @@
 """Comparison of training runs by what their workdirs hold: configurations, metrics and curves."""
 
-import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -15,15 +14,33 @@ from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.training.loss_curve import comparable, loss_curves, loss_limits
+from simplernn_jax.training.display import format_duration
+from simplernn_jax.training.loss_curve import comparable, highest_loss, loss_curves
 from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
-from simplernn_jax.training.reporter import format_duration
 
 MISSING = "-"
 """Cell of a value that a run does not have."""
-_MAX_NAME = 32
-_LONG_NAME = 400
+_MAX_NAME = 80
 _MARKERS = "osD^vPX*"
+
+
+_count, _loss = "{:,.0f}".format, "{:.4f}".format
+_METRICS = (
+    ("steps", "any", "step", _count),
+    ("training tokens", "any", "tokens", _count),
+    ("training time", "any", "seconds", format_duration),
+    ("tokens/s", "train", "tokens_per_second", _count),
+    ("training loss, last", "train", "loss", _loss),
+    ("validation loss, last", "validation", "loss", _loss),
+    ("validation loss, best", "best", "loss", _loss),
+    ("  at step", "best", "step", _count),
+    ("  predictions", "validation", "predictions", _count),
+    ("bits/byte, last", "validation", "bits_per_byte", _loss),
+    ("bits/byte, best", "best", "bits_per_byte", _loss),
+    ("all held-out text, loss", "held_out", "loss", _loss),
+    ("  bits/byte", "held_out", "bits_per_byte", _loss),
+)
+"""Lines of the table: label, kind of the row or `_last_rows`, field and format."""
 
 
 class RunRecord(NamedTuple):
@@ -43,31 +60,8 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     """
     paths = [os.path.abspath(workdir) for workdir in workdirs]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
-    names = _short([one_line(os.path.relpath(path, folder), _LONG_NAME) for path in paths])
+    names = [one_line(os.path.relpath(path, folder), _MAX_NAME) for path in paths]
     return [_read(path, name) for path, name in zip(paths, names, strict=True)]
-
-
-def _short(names: list[str]) -> list[str]:
-    """Shorten long names to what tells them apart."""
-    long = {name for name in names if len(name) > _MAX_NAME}
-    begin = end = 0
-    if len(long) > 1:
-        begin = _common_words(long)
-        end = _common_words({name[begin:][::-1] for name in long})
-    dots = ["..." if common else "" for common in (begin, end)]
-    short = {name: name for name in names}
-    for name in long:
-        short[name] = one_line(name[begin : len(name) - end].join(dots), _MAX_NAME)
-    is_distinct = len({*short.values()}) == len(short)
-    return [short[name] if is_distinct else name for name in names]
-
-
-def _common_words(names: Collection[str]) -> int:
-    """Return the number of characters of the words that all names begin with."""
-    first, last = min(names), max(names)  # what these share, all share
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    same = first[: len(list(pairs))]
-    return 1 + max(map(same.rfind, "_/ "))
 
 
 def _read(workdir: str, name: str) -> RunRecord:
@@ -84,8 +78,6 @@ def _read(workdir: str, name: str) -> RunRecord:
             raise UserError(f"{workdir}: not a training run: {what}") from error
         logging.warning("%s: its configuration is unknown: %s", workdir, error)
         config = None
-    if not rows:
-        logging.warning("%s: no losses in %s: it took no steps, or was copied", workdir, FILE_NAME)
     return RunRecord(name, config, rows)
 
 
@@ -111,47 +103,35 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return parameters, steps, speed and losses of each run, as text by name."""
-    columns = [_run_metrics(run) for run in runs]
-    return {name: [column[name] for column in columns] for name in columns[0]}
+    last = [_last_rows(run) for run in runs]
+    table = {"parameters": [_parameters(run) for run in runs]}
+    for label, kind, name, text in _METRICS:
+        table[label] = [_cell(rows.get(kind), name, text) for rows in last]
+    return table
 
 
-def _run_metrics(run: RunRecord) -> dict[str, str]:
-    train = [row for row in run.rows if row["kind"] == "train"]
-    validation = comparable(run.rows)
-    held_out = [row for row in run.rows if row["kind"] == "held_out"]
-    finite = [row for row in validation if _number(row, "loss") is not None]
-    best = min(finite, key=lambda row: (row["loss"], -row["step"]), default={})
-    sizes = jax.tree.leaves(abstract_model(run.config.model)[1]) if run.config else []
-    parameters = sum(leaf.size for leaf in sizes)
-    return {
-        "parameters": f"{parameters:,}" if sizes else MISSING,
-        "steps": f"{max(row['step'] for row in run.rows):,}" if run.rows else MISSING,
-        "training tokens": _last(run.rows, "tokens", "{:,.0f}".format),
-        "training time": _last(run.rows, "seconds", format_duration),
-        "tokens/s": _last(train, "tokens_per_second", "{:,.0f}".format),
-        "training loss, last": _last(train, "loss", "{:.4f}".format),
-        "validation loss, last": _last(validation, "loss", "{:.4f}".format),
-        "validation loss, best": f"{best['loss']:.4f}" if best else MISSING,
-        "  at step": f"{best['step']:,}" if best else MISSING,
-        "  predictions": _last(validation, "predictions", "{:,.0f}".format),
-        "bits/byte, last": _last(validation, "bits_per_byte", "{:.4f}".format),
-        "bits/byte, best": _last([best], "bits_per_byte", "{:.4f}".format),
-        "all held-out text, loss": _last(held_out, "loss", "{:.4f}".format),
-        "  bits/byte": _last(held_out, "bits_per_byte", "{:.4f}".format),
-    }
+def _last_rows(run: RunRecord) -> dict[str, Row]:
+    """Return the last row of each kind and of any kind, and the best validation row."""
+    last: dict[str, Row] = {}
+    for row in run.rows:
+        last[row["kind"]] = last["any"] = row
+    finite = [row for row in comparable(run.rows) if row.get("loss") is not None]
+    if finite:
+        last["best"] = min(finite, key=lambda row: (row["loss"], -row["step"]))
+    return last
 
 
-def _number(row: Row, name: str) -> float | None:
-    value = row.get(name)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _last(rows: Sequence[Row], name: str, text: Callable[[float], str]) -> str:
-    """Format the value of the last row; one that was not finite is null there."""
-    if not rows or name not in rows[-1]:
+def _parameters(run: RunRecord) -> str:
+    if run.config is None:
         return MISSING
-    value = _number(rows[-1], name)
-    return "not finite" if value is None else text(value)
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(abstract_model(run.config.model)[1])):,}"
+
+
+def _cell(row: Row | None, name: str, text: Callable[[float], str]) -> str:
+    """Format a value of a row; one that was not finite is null there."""
+    if row is None or name not in row:
+        return MISSING
+    return "not finite" if row[name] is None else text(row[name])
 
 
 def draw(runs: Sequence[RunRecord]) -> bytes:
@@ -160,9 +140,11 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
     Bits per byte by tokens are comparable between tokenizers and batch sizes, losses by step only
     if both are equal.
     """
+    from matplotlib.ticker import EngFormatter
+
     with new_figure(11, 4.2) as figure:
         left, right = figure.subplots(1, 2)
-        limits = []
+        tops = []
         for number, run in enumerate(runs):
             color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
             train, validation = loss_curves(run.rows)
@@ -170,33 +152,17 @@ def draw(runs: Sequence[RunRecord]) -> bytes:
             style = {"color": color, "marker": marker, "markersize": 4}
             # Matplotlib leaves out what begins with an underscore.
             left.plot(*validation, label=f" {run.name}", **style)
-            right.plot(*_bits_by_tokens(comparable(run.rows)), **style)
-            limits.append(loss_limits(train, validation))
-        known = [each for each in limits if each is not None]
-        if known:
-            left.set_ylim(min(low for low, _ in known), max(high for _, high in known))
-        _label(
-            left, "optimizer step", "loss (nats per token)", "Training (thin) and validation loss"
-        )
-        _label(
-            right, "tokens of training", "bits per byte", "Validation, comparable across tokenizers"
-        )
+            scored = [row for row in comparable(run.rows) if row.get("tokens") is not None]
+            bits = [row.get("bits_per_byte") or math.nan for row in scored]
+            right.plot([row["tokens"] for row in scored], bits, **style)
+            tops.append(highest_loss(train, validation))
+        left.set_ylim(top=max((top for top in tops if top is not None), default=None))
+        left.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        left.set_title("Training (thin) and validation loss")
+        right.set(xlabel="tokens of training", ylabel="bits per byte")
+        right.set_title("Validation, comparable across tokenizers")
+        for axes in (left, right):
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.grid(visible=True, alpha=0.3)
         add_legend(figure, left, most=len(runs))
         return png(figure)
-
-
-def _bits_by_tokens(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    points = [
-        (row["tokens"], _number(row, "bits_per_byte"))
-        for row in rows
-        if _number(row, "tokens") is not None
-    ]
-    return [x for x, _ in points], [math.nan if y is None else y for _, y in points]
-
-
-def _label(axes: Any, x: str, y: str, title: str) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(visible=True, alpha=0.3)

@@ -1,11 +1,11 @@
 """Save a run so that it resumes bit-exactly, and restore it only if it is bit-exact.
 
 A checkpoint holds the training state (one array per leaf, named by its path), the position in
-the data, the configuration and the tokenizer. Orbax writes it while training continues; then it is
-read back and compared, its manifest is written, and only then it is complete (see `folder`).
+the data, the configuration and the tokenizer. Orbax writes it while training continues; then its
+manifest is written, and only then it is complete (see `folder`).
 
-Processes that train together each write the shards of their devices; process 0 alone verifies,
-writes the manifest when all have finished, and deletes.
+Processes that train together each write the shards of their devices; process 0 alone writes the
+manifest when all have finished, and deletes.
 """
 
 import concurrent.futures
@@ -13,35 +13,23 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.contents import (
-    Fingerprint,
     Quality,
-    check_saved,
-    fingerprints,
     quality_item,
     read_json,
     read_texts,
     read_tree,
-    saved_quality,
 )
-from simplernn_jax.checkpoint.folder import (
-    NEWEST,
-    CheckpointFolder,
-    choose_checkpoint,
-    steps_to_keep,
-)
+from simplernn_jax.checkpoint.folder import NEWEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config
 from simplernn_jax.errors import DISK_ADVICE, UserError
 from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinator, is_coordinator
@@ -52,14 +40,8 @@ _FAILED_RUN_TIMEOUT_SECONDS = 5.0
 _OVERHEAD = 256 * 1024
 """Bytes of a checkpoint besides its arrays and its tokenizer."""
 
-_PEER_TIMEOUT_SECONDS = 24 * 3600
-"""Limit on waiting for other processes; a failed one ends all of them long before."""
-
-_SINGLE_PROCESS_TIMEOUT_SECONDS = 100 * 365 * 24 * 3600
-"""One process waits for no peer, and Orbax measures by a clock that may be set meanwhile."""
-
-_WRITERS = ("/orbax/checkpoint/", "OCDBT database", "os_error_code=")
-"""Parts of what asyncio logs about a task of Orbax, or about a future of TensorStore."""
+_TIMEOUT_SECONDS = 24 * 3600
+"""Limit on a save and on waiting for other processes; a failed one ends all of them long before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +83,6 @@ class Checkpointer:
         self._writer = _make_writer()
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
-        self._failed = False
 
     def save(
         self,
@@ -134,10 +115,8 @@ class Checkpointer:
         if is_coordinator():
             self._check_space(step, state)
         barrier("save")
-        leaves = named_leaves(state)
-        written = fingerprints(leaves)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves),
+            state=ocp.args.StandardSave(named_leaves(state)),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
@@ -146,8 +125,8 @@ class Checkpointer:
         try:
             self._writer.save(self._folder.unfinished_path(step), args=items)
         except Exception as error:
-            raise self._save_failure(step, error) from error
-        self._pending = (step, self._completer.submit(self._complete, step, written))
+            raise self._unsaved(step, error) from error
+        self._pending = (step, self._completer.submit(self._complete, step))
         if wait:
             self._finish()
 
@@ -196,38 +175,23 @@ class Checkpointer:
         try:
             self._finish()
         finally:
-            try:
-                self._writer.close()
-            except Exception:
-                if not self._failed:  # Orbax raises once more what `_save_failure` has reported
-                    raise
             self._completer.shutdown()
-            if self._failed:
-                self._free_space()
             self._folder.release()
+            with contextlib.suppress(Exception):  # Orbax raises once more what `save` has raised
+                self._writer.close()
 
     def _check_space(self, step: int, state: Any) -> None:
         """Reject a save that would fail in the background, after many log lines of Orbax."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed += len(self._tokenizer_json) + _OVERHEAD
-        free = shutil.disk_usage(self._folder.path).free
-        if free < needed:
-            shortage = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
-            raise self._unsaved(step, f"{os.strerror(errno.ENOSPC)}, {shortage}: free some space")
+        if shutil.disk_usage(self._folder.path).free < needed:
+            raise self._unsaved(step, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
-    def _complete(self, step: int, written: dict[str, Fingerprint]) -> None:
+    def _complete(self, step: int) -> None:
         self._writer.wait_until_finished()
         if is_coordinator():
-            try:
-                check_saved(self._folder.unfinished_path(step), written)
-            except Exception as error:
-                reason = str(error).partition("\n")[0]
-                reason = f"read-back verification failed ({reason}): check this disk"
-                raise self._unsaved(step, reason) from error
             self._folder.mark_complete(step)
-            steps = self._folder.steps()
-            qualities = {one: saved_quality(self._folder.step_path(one)) for one in steps}
-            self._folder.prune(set(steps) - steps_to_keep(qualities, *self._keep))
+            self._folder.prune(*self._keep)
         barrier("checkpoint_complete")
 
     def _finish(self) -> None:
@@ -237,26 +201,19 @@ class Checkpointer:
         try:
             future.result()
         except Exception as error:
-            raise self._save_failure(step, error) from error
+            raise self._unsaved(step, error) from error
 
-    def _save_failure(self, step: int, error: Exception) -> Exception:
-        """Return the error to raise for a failed save, after freeing its disk space."""
-        self._failed = True
-        self._free_space()
-        reason = _disk_failure(error)
-        if isinstance(error, TimeoutError):
-            reason = "timeout (or the clock of this machine jumped): check this disk"
-        return error if reason is None else self._unsaved(step, reason)
-
-    def _free_space(self) -> None:
-        if jax.process_count() == 1:  # others may still be writing there
-            with contextlib.suppress(OSError):  # so may TensorStore: `close` tries again
-                self._folder.discard_unfinished()
-
-    def _unsaved(self, step: int, reason: str) -> UserError:
+    def _unsaved(self, step: int, error: Exception) -> Exception:
+        """Return the error to raise for a failed save: a `UserError` if the disk rejected it."""
+        code = error.errno if isinstance(error, OSError) else None
+        if code is None:  # TensorStore reports it only in the text of a ValueError
+            code = next((code for code in DISK_ADVICE if os.strerror(code) in str(error)), None)
+        if code is None:
+            return error
         return UserError(
-            f"the checkpoint of step {step} could not be saved: {self._folder.path}: {reason} and "
-            "run the same command again; earlier checkpoints are intact"
+            f"the checkpoint of step {step} could not be saved: {self._folder.path}: "
+            f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')} and run the same "
+            "command again; earlier checkpoints are intact"
         )
 
 
@@ -276,22 +233,8 @@ def check_same_model(current: Config, saved: Config) -> None:
     if fields:
         raise UserError(
             f"the checkpoint has a different model: {'; '.join(fields)}; use the same "
-            "--config.model values, or another --workdir"
+            "config.model values, or another workdir"
         )
-
-
-def _disk_failure(error: Exception) -> str | None:
-    """Return a file-system error and what to do, or None if `error` is not one.
-
-    TensorStore reports it only in the text of a ValueError.
-    """
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None:
-        text = str(error)
-        code = next((code for code in DISK_ADVICE if os.strerror(code) in text), None)
-    if code is None:
-        return None
-    return f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')}"
 
 
 def _make_writer() -> ocp.AsyncCheckpointer:
@@ -300,22 +243,20 @@ def _make_writer() -> ocp.AsyncCheckpointer:
     By default the processes of a run wait for each other in computations on the devices, which
     interfere with training when another thread starts them.
     """
-    drop_repeated_logs()
     if jax.process_count() == 1:
         # Created in the background, a folder that the disk rejects leaves threads that wait for it
         # up to the timeout, and the process does not end.
         options = ocp.options.AsyncOptions(
-            timeout_secs=_SINGLE_PROCESS_TIMEOUT_SECONDS, create_directories_asynchronously=False
+            timeout_secs=_TIMEOUT_SECONDS, create_directories_asynchronously=False
         )
         items = ocp.CompositeOptions(async_options=options)
         handler = ocp.CompositeCheckpointHandler(composite_options=items)
         return ocp.AsyncCheckpointer(handler, async_options=options)
-    handler = ocp.CompositeCheckpointHandler()
     everybody = set(range(jax.process_count()))
     return ocp.AsyncCheckpointer(
-        handler,
+        ocp.CompositeCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(
-            timeout_secs=_PEER_TIMEOUT_SECONDS, barrier_sync_fn=_wait_unless_failing
+            timeout_secs=_TIMEOUT_SECONDS, barrier_sync_fn=_wait_unless_failing
         ),
         multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everybody),
     )
@@ -327,48 +268,3 @@ def _wait_unless_failing(*, key: str, timeout_ms: int) -> None:
     if error is not None:
         raise error
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-def drop_repeated_logs() -> None:
-    """Drop all reports of a failed save but the exception that it raises.
-
-    Orbax logs the error and its traceback before it raises it. Then it closes its event loop: for
-    every other failed write, asyncio logs an exception that was never retrieved, and every later
-    write finds the loop closed, which TensorStore's threads and the coroutines report through
-    `sys.unraisablehook`: hundreds of lines, up to the end of the process.
-    """
-    absl_logging.get_absl_logger().addFilter(_is_not_repeated)
-    logging.getLogger("asyncio").addFilter(_is_not_orphaned)
-    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
-        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
-
-
-def _is_not_repeated(record: logging.LogRecord) -> bool:
-    return record.levelno != logging.ERROR or "/orbax/checkpoint/" not in record.pathname
-
-
-def _is_not_orphaned(record: logging.LogRecord) -> bool:
-    if "exception was never retrieved" not in record.getMessage():
-        return True
-    text = logging.Formatter().format(record)  # with the traceback
-    return not any(part in text for part in _WRITERS)
-
-
-class _WithoutClosedLoops:
-    def __init__(self, hook: Callable[[Any], Any]) -> None:
-        self._hook = hook
-
-    def __call__(self, unraisable: Any) -> None:
-        is_closed_loop = (
-            unraisable.exc_type is RuntimeError
-            and str(unraisable.exc_value) == "Event loop is closed"
-            and unraisable.object is None
-        )
-        if not is_closed_loop and not _is_of_orbax(unraisable.object):
-            self._hook(unraisable)
-
-
-def _is_of_orbax(coroutine: Any) -> bool:
-    """Return whether Orbax made this coroutine, which cannot end because its loop was closed."""
-    code = getattr(coroutine, "cr_code", None)
-    return "/orbax/checkpoint/" in getattr(code, "co_filename", "")

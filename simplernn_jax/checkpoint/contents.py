@@ -8,8 +8,7 @@ import dataclasses
 import json
 import math
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,25 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
-from simplernn_jax.parallel.distributed import barrier, is_coordinator
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 TEXTS = ("config", "tokenizer")
 """Items that `read_texts` reads."""
 
 QUALITY_ITEM = "quality"
-"""Item that `saved_quality` and `saved_step` read."""
+"""Item that `read_quality` reads."""
 
 _MAX_JSON_BYTES = 1 << 30
-
-_GROUP_BYTES = 1 << 28
-"""Bytes of arrays read back at a time, unless one alone has more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,32 +59,21 @@ def read_texts(path: str) -> tuple[Config, str]:
 
 
 def quality_item(step: int, quality: Quality | None) -> dict[str, Any]:
-    """Return the item that `saved_quality` and `saved_step` read; NaN, as a loss, is none."""
+    """Return the item that `read_quality` reads; NaN, as a loss, is none."""
     if quality is None or not math.isfinite(quality.validation_loss):
         return {"step": step, "validation_loss": None, "predictions": None}
     return {"step": step, **dataclasses.asdict(quality)}
 
 
-def saved_quality(path: str) -> Quality | None:
-    """Read the evaluation; None if there was none or the record is corrupt."""
-    saved = _read_quality(path)
-    loss, predictions = saved.get("validation_loss"), saved.get("predictions")
-    if not isinstance(loss, float) or not math.isfinite(loss) or not isinstance(predictions, int):
-        return None
-    return Quality(loss, predictions)
-
-
-def saved_step(path: str) -> Any:
-    """Read the step at which the checkpoint was saved; None if the record is corrupt."""
-    return _read_quality(path).get("step")
-
-
-def _read_quality(path: str) -> dict[str, Any]:
+def read_quality(path: str) -> tuple[int, Quality | None]:
+    """Read the step of a checkpoint, -1 if the record is corrupt, and the evaluation if any."""
     try:
         saved = read_json(path, QUALITY_ITEM)
-    except UserError:
-        return {}
-    return saved if isinstance(saved, dict) else {}
+        loss, predictions = saved["validation_loss"], saved["predictions"]
+        quality = None if loss is None else Quality(float(loss), int(predictions))
+        return int(saved["step"]), quality
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        return -1, None
 
 
 def saved_leaves(path: str) -> dict[str, Any]:
@@ -161,93 +144,3 @@ def _check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]
                 f"{path}: does not match this configuration: {name} is {current}, checkpoint has "
                 f"{stored}; use the configuration it was saved with, or another --workdir"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Fingerprint:
-    """Checksums of an array, whose memory a training step may reuse."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    checksums: tuple[tuple[tuple[slice, ...], int], ...]
-    """Index and CRC-32 of each shard, on the devices of all processes; of replicas only one."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def fingerprints(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
-    """Return fingerprints of arrays by name; waits until the arrays are computed.
-
-    All processes call it, each with its shards of the same arrays.
-    """
-    shards = {name: _shards(leaf) for name, leaf in leaves.items()}
-    every = [data for parts in shards.values() for _, data in parts]
-    local = [0 if data is None else _crc32(np.asarray(data)) for data in every]
-    checksums = np.array(local, np.uint32)
-    if jax.process_count() > 1:
-        barrier("checksums")
-        checksums = multihost_utils.process_allgather(checksums).sum(0)  # one is not 0
-    values = iter(checksums.tolist())
-    return {
-        name: Fingerprint(
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype),
-            tuple((index, next(values)) for index, _ in shards[name]),
-        )
-        for name, leaf in leaves.items()
-    }
-
-
-def check_saved(path: str, expected: Mapping[str, Fingerprint]) -> None:
-    """Compare the arrays of the checkpoint folder `path` with those that were to be saved.
-
-    Shapes and dtypes are not read first: TensorStore (0.1.86) never frees the JSON that it makes of
-    them, 0.4 MB for 30 arrays.
-
-    Raises:
-      ValueError: names the first array that is missing or differs. Arrays that cannot be read
-        raise the errors of Orbax and TensorStore.
-    """
-    for names in _groups(expected):
-        arrays = read_arrays(path, names)
-        for name in names:
-            array = arrays.pop(name)
-            if not isinstance(array, np.ndarray):
-                raise ValueError(f"{name} is missing")
-            if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
-                raise ValueError(f"{name} has a different shape or dtype")
-            for index, checksum in expected[name].checksums:
-                if _crc32(array[index]) != checksum:
-                    raise ValueError(f"{name} is not what was written")
-
-
-def _shards(leaf: Any) -> list[tuple[tuple[slice, ...], Any]]:
-    """Return index and data of each shard, in the same order in every process.
-
-    The data is None where another process has it.
-    """
-    if not isinstance(leaf, jax.Array):
-        return [((), leaf if is_coordinator() else None)]
-    shards = [shard for shard in leaf.global_shards if shard.replica_id == 0]
-    return [(shard.index, shard.data) for shard in sorted(shards, key=lambda one: one.device.id)]
-
-
-def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _groups(expected: Mapping[str, Fingerprint]) -> Iterator[list[str]]:
-    """Split the names of the arrays into groups that are read together."""
-    group: list[str] = []
-    size = 0
-    for name, array in expected.items():
-        if group and size + array.num_bytes > _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += array.num_bytes
-    if group:
-        yield group

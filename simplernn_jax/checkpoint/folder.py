@@ -7,19 +7,19 @@
 A checkpoint gets its final name only after its manifest is written.
 """
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import filelock
 from absl import logging
 
 from simplernn_jax.checkpoint import manifest
-from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, saved_quality, saved_step
+from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, read_quality
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import check_output, sync
+from simplernn_jax.files import sync
 
 BEST = "best"
 NEWEST = "newest"
@@ -27,12 +27,9 @@ NEWEST = "newest"
 UNFINISHED_MARK = ".unfinished"
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_UNREADABLE = ("\\", "gs:/")
-"""Unsupported parts of a path: TensorStore does not find its files with the first, and Orbax takes
-the second for the address of a bucket, anywhere in a path."""
-_UNWRITABLE = (*_UNREADABLE, "[", "*", "?")
-"""The same, and those that Orbax takes for a pattern when it searches for the files it wrote."""
+_UNSUPPORTED = ("\\", "gs:/", "[", "*", "?")
+"""Parts of a path that TensorStore or Orbax interpret: it does not find files behind a backslash,
+or takes the path for the address of a bucket or for a pattern."""
 
 
 def check_workdir(workdir: str) -> None:
@@ -42,26 +39,18 @@ def check_workdir(workdir: str) -> None:
       UserError: it is not a path or it is a URL, or its absolute path has characters that Orbax or
         TensorStore interpret.
     """
-    _check_path(workdir, _UNWRITABLE)
-
-
-def _check_path(workdir: str, unsupported: Collection[str]) -> None:
     if not isinstance(workdir, str) or not workdir or "\0" in workdir:
         raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
-    if _SCHEME.match(workdir):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", workdir):
         raise UserError(
-            f"--workdir {workdir}: not a folder; mount the bucket and use its mount point, "
+            f"workdir={workdir}: not a folder; mount the bucket and use its mount point, "
             "or choose a local folder"
         )
     path = os.path.abspath(workdir)
-    found = [part for part in unsupported if part in f"{path}/"]
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        found.append("bytes that are not UTF-8")
+    found = [part for part in _UNSUPPORTED if part in f"{path}/"]
     if found:
         raise UserError(
-            f"--workdir {path}: has {' and '.join(found)} in its path, which checkpoints do "
+            f"workdir={path}: has {' and '.join(found)} in its path, which checkpoints do "
             "not support; rename that folder, or use a symbolic link without them"
         )
 
@@ -70,12 +59,11 @@ class CheckpointFolder:
     """Checkpoints below one workdir. Paths are absolute."""
 
     def __init__(self, workdir: str) -> None:
-        _check_path(workdir, _UNREADABLE)
+        check_workdir(workdir)
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
         self.corrupt_path = os.path.join(workdir, "checkpoints_damaged")
-        self._lock_path = os.path.join(self.path, "lock")
-        self._lock: int | None = None
+        self._lock = filelock.FileLock(os.path.join(self.path, "lock"), timeout=0)
 
     def step_path(self, step: int) -> str:
         """Return the folder of one checkpoint."""
@@ -94,33 +82,23 @@ class CheckpointFolder:
 
     def open_for_training(self) -> None:
         """Lock the folder, or raise `UserError`, and delete what a killed run left unfinished."""
-        check_workdir(os.path.dirname(self.path))
+        workdir = os.path.dirname(self.path)
         os.makedirs(self.path, exist_ok=True)
         try:
-            check_output(self._lock_path)
-        except OSError as error:
-            what = f"{self._lock_path}: {error.strerror}"
-            raise UserError(f"{what}; remove it and run again") from error
-        self._take_lock()
-        for name in self.discard_unfinished():
-            logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise UserError(
+                f"another process is training in {workdir}: wait until it ends, or choose another "
+                "workdir"
+            ) from error
+        for name in os.listdir(self.path):
+            if UNFINISHED_MARK in name:
+                logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
+                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
 
     def release(self) -> None:
         """Release the lock of `open_for_training`."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def discard_unfinished(self) -> list[str]:
-        """Delete what a save or `prune` left unfinished; return the names of these folders."""
-        unfinished = [name for name in os.listdir(self.path) if UNFINISHED_MARK in name]
-        for name in unfinished:
-            path = os.path.join(self.path, name)
-            if os.path.islink(path) or not os.path.isdir(path):
-                os.remove(path)
-            else:
-                shutil.rmtree(path, ignore_errors=True)  # a reader on NFS may hold a file
-        return unfinished
+        self._lock.release()
 
     def mark_complete(self, step: int) -> None:
         """Write the manifest of an unfinished checkpoint and give it its final name."""
@@ -128,11 +106,21 @@ class CheckpointFolder:
         os.rename(self.unfinished_path(step), self.step_path(step))
         sync(self.path)
 
-    def prune(self, steps: Collection[int]) -> None:
-        """Delete the checkpoints of `steps`; a kill leaves none of them half deleted."""
-        for step in steps:
+    def prune(self, keep_last: int, keep_best: int) -> None:
+        """Delete the checkpoints that `steps_to_keep` leaves out; a kill leaves none half there."""
+        qualities = self.qualities()
+        for step in qualities.keys() - steps_to_keep(qualities, keep_last, keep_best):
             os.rename(self.step_path(step), self.unfinished_path(step))
-            shutil.rmtree(self.unfinished_path(step), ignore_errors=True)
+            shutil.rmtree(self.unfinished_path(step), ignore_errors=True)  # NFS: a reader's file
+
+    def qualities(self) -> dict[int, Quality | None]:
+        """Read the evaluation of every checkpoint; None if there was none or it is corrupt."""
+        return {
+            step: None
+            if self.find_corruption(step, [QUALITY_ITEM])
+            else read_quality(self.step_path(step))[1]
+            for step in self.steps()
+        }
 
     def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
         """Return a phrase that says how the checkpoint of `step` is corrupted, or None.
@@ -143,7 +131,7 @@ class CheckpointFolder:
         defect = manifest.find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
         if defect is not None:
             return defect
-        inside = saved_step(path)
+        inside, _ = read_quality(path)
         return None if inside == step else f"it is a copy of step {inside}"
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
@@ -166,7 +154,7 @@ class CheckpointFolder:
         if os.path.isdir(self.corrupt_path):
             raise UserError(
                 f"no intact checkpoint is left in {self.path} (corrupted ones are in "
-                f"{self.corrupt_path}): restore an intact copy, use another --workdir, or delete "
+                f"{self.corrupt_path}): restore an intact copy, use another workdir, or delete "
                 f"{self.corrupt_path} to start from the beginning"
             )
         return None
@@ -197,19 +185,6 @@ class CheckpointFolder:
             *(source, defect, target),
         )
 
-    def _take_lock(self) -> None:
-        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.release()
-            raise UserError(
-                f"another process is training in {os.path.dirname(self.path)}: wait until it "
-                "ends, or choose another --workdir"
-            ) from error
-        except OSError:
-            logging.info("no file locks on this file system: %s", self.path)
-
 
 class Choice(NamedTuple):
     """An intact checkpoint, and the reason for choosing it."""
@@ -235,26 +210,19 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
     checkpoint = str(checkpoint)  # also an array, which does not compare with a text
     if checkpoint not in (BEST, NEWEST):
         return _choose_step(folder, checkpoint)
-    while checkpoint == BEST:
-        qualities = _qualities(folder)
-        best = _best(qualities)
-        if best is None:
-            break
-        defect = folder.find_corruption(best)
+    while checkpoint == BEST and (best := _best(folder.qualities())) is not None:
+        step, quality = best
+        defect = folder.find_corruption(step)
         if defect is None:
-            return Choice(best, folder.step_path(best), _reason(best, qualities))
-        folder.quarantine(best, defect)
-    step = folder.newest_intact()
-    if step is None:
-        raise UserError(f"no checkpoint in {workdir}: train there first, or use another --workdir")
-    reason = None
-    if checkpoint == BEST and len(folder.steps()) > 1:
-        is_measured = bool(_measured(qualities))
-        why = (
-            "validation losses cannot be compared" if is_measured else "none has a validation loss"
-        )
-        reason = f"checkpoint: step {step}, the newest ({why})"
-    return Choice(step, folder.step_path(step), reason)
+            loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
+            return _choice(folder, step, f"the best by validation loss ({loss})")
+        folder.quarantine(step, defect)
+    newest = folder.newest_intact()
+    if newest is None:
+        raise UserError(f"no checkpoint in {workdir}: train there first, or use another workdir")
+    if checkpoint == NEWEST:
+        return Choice(newest, folder.step_path(newest), None)
+    return _choice(folder, newest, "the newest (validation losses are missing or not comparable)")
 
 
 def steps_to_keep(
@@ -292,42 +260,18 @@ def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
     return Choice(step, folder.step_path(step), None)
 
 
-def _qualities(folder: CheckpointFolder) -> dict[int, Quality | None]:
-    """Read the evaluations by step, without checkpoints whose record is corrupt."""
-    qualities = {}
-    for step in folder.steps():
-        defect = folder.find_corruption(step, [QUALITY_ITEM])
-        if defect is None:
-            qualities[step] = saved_quality(folder.step_path(step))
-        else:
-            logging.warning("checkpoint %s is corrupted: %s", folder.step_path(step), defect)
-    return qualities
+def _choice(folder: CheckpointFolder, step: int, why: str) -> Choice:
+    reason = f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else None
+    return Choice(step, folder.step_path(step), reason)
 
 
 def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:
     return {step: quality for step, quality in qualities.items() if quality is not None}
 
 
-def _best(qualities: dict[int, Quality | None]) -> int | None:
+def _best(qualities: Mapping[int, Quality | None]) -> tuple[int, Quality] | None:
     """Return the newest step of lowest loss; None if losses are missing or not comparable."""
     measured = _measured(qualities)
-    predictions = {quality.predictions for quality in measured.values()}
-    if len(predictions) != 1:
+    if len({quality.predictions for quality in measured.values()}) != 1:
         return None
-    return min(measured, key=lambda step: (measured[step].validation_loss, -step))
-
-
-def _reason(best: int, qualities: dict[int, Quality | None]) -> str | None:
-    if len(qualities) == 1:
-        return None
-    quality, newest = qualities[best], max(qualities)
-    assert quality is not None
-    loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
-    if newest == best:
-        return f"checkpoint: step {best}, the newest and the best by validation loss ({loss})"
-    other = qualities[newest]
-    what = "was not evaluated" if other is None else f"has {other.validation_loss:.4f}"
-    return (
-        f"checkpoint: step {best}, the best by validation loss ({loss}; the newest, step {newest}, "
-        f"{what})"
-    )
+    return min(measured.items(), key=lambda item: (item[1].validation_loss, -item[0]))

@@ -1,7 +1,7 @@
 """Command line of the scripts: shared flags, help, input texts and logs.
 
-A script defines its flags at module level and ends with ``command_line.run(main)``. The exit codes
-are those of `simplernn_jax.cli.exit_codes`.
+A script defines its flags at module level and ends with ``command_line.run(main)``. For its exit
+codes see `simplernn_jax.cli.exit_codes`.
 """
 
 import difflib
@@ -11,7 +11,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,31 +33,6 @@ if TYPE_CHECKING:
 flags.disclaim_key_flags()  # --help lists these flags under the script that defines them
 
 _MAX_TEXT_BYTES = 1 << 30
-_CONVERSION_ERRORS = {
-    "invalid literal for int()": "not an integer",
-    "could not convert string to float": "not a number",
-    "('Non-boolean argument": "neither true nor false",
-}
-"""Beginnings of the messages of absl's conversions, and what to say instead."""
-
-
-_OTHER_NAMES = {
-    "batch_size": "bs",
-    "learning_rate": "lr",
-    "max_new_tokens": "max_length max_tokens num_tokens",
-    "num_samples": "n",
-    "out": "o output output_dir",
-    "prompt": "text",
-    "prompt_file": "file text_file",
-    "source": "data dataset file text text_file",
-    "steps": "iters max_iters max_steps",
-    "weight_decay": "wd",
-    "workdir": "logdir model out_dir output_dir run_dir",
-}
-"""What other programs call the flags and fields of this project."""
-
-
-_FLAG_FILE = re.compile(r"^--?flagfile[=\n](.+)", re.MULTILINE)
 
 
 class Arguments:
@@ -188,23 +164,17 @@ class SamplingFlags:
     """``--max_new_tokens``, ``--temperature``, ``--top_k``, ``--top_p`` and ``--seed``."""
 
     def __init__(self, *, max_new_tokens: int, temperature: float) -> None:
-        self._max_new_tokens = flags.DEFINE_integer(
-            "max_new_tokens",
-            max_new_tokens,
-            "Maximum number of new tokens.",
-            lower_bound=0,
+        integer = partial(flags.DEFINE_integer, lower_bound=0)
+        self._max_new_tokens = integer(
+            *("max_new_tokens", max_new_tokens, "Maximum number of new tokens."),
             upper_bound=2**31 - 1,
         )
         self._temperature = flags.DEFINE_float(
-            "temperature",
-            temperature,
-            "0 is greedy decoding; higher values are more random.",
+            *("temperature", temperature, "0 is greedy decoding; higher values are more random."),
             lower_bound=0,
         )
         flags.register_validator(self._temperature, math.isfinite, "must be finite")
-        self._top_k = flags.DEFINE_integer(
-            "top_k", 0, "Sample from the k most probable tokens; 0 disables it.", lower_bound=0
-        )
+        self._top_k = integer("top_k", 0, "Sample from the k most probable tokens; 0 disables it.")
         self._top_p = flags.DEFINE_float(
             "top_p",
             1.0,
@@ -212,9 +182,7 @@ class SamplingFlags:
             "probability, in (0, 1]; 1 disables it.",
         )
         flags.register_validator(self._top_p, lambda value: 0 < value <= 1, "must be in (0, 1]")
-        self._seed = flags.DEFINE_integer(
-            "seed", 0, "Random seed for sampling.", lower_bound=0, upper_bound=2**32 - 1
-        )
+        self._seed = integer("seed", 0, "Random seed for sampling.", upper_bound=2**32 - 1)
 
     @property
     def max_new_tokens(self) -> int:
@@ -243,35 +211,31 @@ def read_text(text: str | None, file: str | None, *, name: str) -> str:
     if text is not None and file is not None:
         raise UserError(f"--{name} and --{name}_file are mutually exclusive")
     if file is None:
-        where, data = f"--{name}", (text or "").encode("utf-8", "surrogateescape")
+        path, data = f"--{name}", (text or "").encode("utf-8", "surrogateescape")
     elif file == "-":
-        where, data = "standard input", sys.stdin.buffer.read(_MAX_TEXT_BYTES + 1)
-        if len(data) > _MAX_TEXT_BYTES:
-            raise UserError(
-                f"standard input: more than {_MAX_TEXT_BYTES:,} bytes; use a shorter text"
-            )
+        path, data = "standard input", sys.stdin.buffer.read(_MAX_TEXT_BYTES + 1)
     else:
-        where, data = file, read_file(expand_path(file, f"{name}_file"), _MAX_TEXT_BYTES)
+        path = expand_path(file, f"{name}_file")
+        data = read_file(path, _MAX_TEXT_BYTES)
+    if len(data) > _MAX_TEXT_BYTES:
+        raise UserError(f"{path}: more than {_MAX_TEXT_BYTES:,} bytes; use a shorter text")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; use UTF-8 text") from error
+        raise UserError(f"{path}: invalid UTF-8 at byte {error.start}; use UTF-8 text") from error
 
 
 def expand_path(path: str, flag: str) -> str:
     """Return the absolute path that ``--FLAG`` names, ``~`` and ``~USER`` replaced.
 
     Raises:
-      UserError: no such user, or `path` has a zero byte or is the URL of a bucket.
+      UserError: `path` has a zero byte or is the URL of a bucket.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"--{flag}={path}: a URL, not a path; mount the bucket or use a local path")
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise UserError(f"--{flag}={path}: no such user; use ./{path} for a name with a ~")
-    if "\0" in expanded:
+    if "\0" in path:
         raise UserError(f"--{flag}={path}: a path cannot contain a zero byte; use another")
-    return os.path.abspath(expanded)
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -283,30 +247,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     exit_with(lambda: app.run(lambda _: main(), flags_parser=_parse_flags))
 
 
-def _check_flag_files(arguments: Iterable[str]) -> None:
-    """Check what ``--flagfile`` names before absl reads it to its end.
-
-    Raises:
-      UserError: not a regular file, larger than 1 MiB, not UTF-8, or it includes another file.
-    """
-    for path in _FLAG_FILE.findall("\n".join(arguments)):
-        try:
-            text = read_file(os.path.expanduser(path.strip()), 1 << 20).decode("utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--flagfile={path}: {reason}; specify a file of flags") from error
-        if _FLAG_FILE.search(text):
-            raise UserError(
-                f"--flagfile={path}: includes another file; name both on the command line"
-            )
-
-
 def _parse_flags(argv: list[str]) -> list[str]:
     options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if {"-h", "-help", "--help"} & set(options):
         print(_help())
         sys.exit(0)
-    _check_flag_files(options)
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
@@ -314,14 +259,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise UserError(
             f"--{error.flagname}: no such flag{near or ';'} --help shows the flags"
         ) from error
-    except flags.IllegalFlagValueError as error:
-        for of_python, reason in _CONVERSION_ERRORS.items():
-            flag, found, _ = str(error).partition(f": {of_python}")
-            if found:
-                raise UserError(f"{flag}: {reason}; --help shows the flags") from error
-        raise
-    except RecursionError as error:  # of absl, when it looks for similar names
-        raise UserError("a flag with a very long name: no such flag; --help shows them") from error
     except SystemExit:  # absl exits with code 1 for --helpfull and its like
         sys.exit(0)
     if arguments and _arguments is None:
@@ -341,9 +278,7 @@ def _nearest_flag(name: str) -> str:
     fields = [f"config.{field}" for field in by_field(Config())] if "config" in own else []
     known = {one.rpartition(".")[2]: f"--{one}" for one in [*fields, *own]}
     name = name.rpartition(".")[2].replace("-", "_")
-    usual = [one for one, others in _OTHER_NAMES.items() if name in others.split()]
-    near = [one for one in [*usual, name] if one in known]
-    near += [one for one in known if len(name) > 2 and one.startswith(name)]
+    near = [one for one in known if len(name) > 2 and one.startswith(name)]
     near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {known[near[0]]!r}?" if near else ""
 

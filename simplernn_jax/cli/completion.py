@@ -4,9 +4,9 @@ The scripts' own flags are the source, so that a new one needs nothing here. Lib
 argcomplete and shtab complete parsers of argparse, not absl's flags.
 """
 
-import importlib.util
+import runpy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -50,33 +50,20 @@ def completion_script(shell: str, commands: list[str]) -> str:
         raise UserError(f"{shell!r}: no such shell; run: simplernn completion bash, or zsh")
     tables = {name: _flags_of(_SAME_FLAGS.get(name, name)) for name in commands}
     tables["completion"] = _Flags({}, list(SHELLS))
-    configs = config_names()
-    lines = [
-        *(
-            "_simplernn_tables() {",
-            f"  commands={_quoted(tables)}",
-            f"  configs={_quoted(configs)}",
-        ),
-        *("  case $1 in", *map(_case, tables, tables.values()), "  esac"),
-        *('  case "$1 $2" in', *(line for name in tables for line in _choices(name, tables[name]))),
-        *("  esac", "}"),
-    ]
+    lines = ["_simplernn_tables() {", f"  commands={_quoted(tables)}"]
+    lines += [f"  configs={_quoted(config_names())}", "  case $1 in"]
+    for name, (choices, words) in tables.items():
+        files = [flag for flag, values in choices.items() if values is None]
+        flags_and_files = f"flags={_quoted(choices)} file_flags={_quoted(files)}"
+        lines.append(f"    {name}) {flags_and_files} words={_quoted(words)} ;;")
+    lines += ["  esac", '  case "$1 $2" in']
+    for name, (choices, _) in tables.items():
+        for flag, values in choices.items():
+            if values:
+                lines.append(f"    {quote(f'{name} {flag}')}) choices={_quoted(values)} ;;")
+    lines += ["  esac", "}"]
     function = Path(__file__).with_suffix(".bash").read_text(encoding="utf-8")
     return SHELLS[shell] + "\n".join(lines) + "\n" + function
-
-
-def _case(name: str, of: _Flags) -> str:
-    files = [flag for flag, choices in of.choices.items() if choices is None]
-    return (
-        f"    {name}) flags={_quoted(of.choices)} file_flags={_quoted(files)} "
-        f"words={_quoted(of.words)} ;;"
-    )
-
-
-def _choices(name: str, of: _Flags) -> Iterator[str]:
-    for flag, choices in of.choices.items():
-        if choices:
-            yield f"    {quote(f'{name} {flag}')}) choices={_quoted(choices)} ;;"
 
 
 def _quoted(words: Iterable[str]) -> str:
@@ -86,32 +73,22 @@ def _quoted(words: Iterable[str]) -> str:
 def _flags_of(name: str) -> _Flags:
     """Read the flags that a script defines; they are removed again from absl's."""
     path = ROOT / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"simplernn_script_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     known = set(flags.FLAGS)
     sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        module = runpy.run_path(str(path), run_name=f"simplernn_script_{name}")
     finally:
         sys.path.remove(str(path.parent))
-    found = _Flags({"--help": []}, [])
-    for name in [name for name in flags.FLAGS if name not in known]:
-        flag = flags.FLAGS[name]
-        found.choices.update(_of_type(f"--{name}", flag.flag_type(), flag))
-        delattr(flags.FLAGS, name)
-    for value in vars(module).values():
-        if isinstance(value, Arguments):
-            found.words.extend(
-                word for word in value.usage.replace("|", " ").split() if word.islower()
-            )
-    return found
-
-
-def _of_type(name: str, kind: str, flag: flags.Flag) -> dict[str, list[str] | None]:
-    if kind == "bool":
-        return {name: [], name.replace("--", "--no", 1): []}
-    if kind == "string enum":
-        return {name: list(flag.parser.enum_values)}
-    return {name: None if kind == "string" else []}
+    choices: dict[str, list[str] | None] = {"--help": []}
+    for flag_name in [flag_name for flag_name in flags.FLAGS if flag_name not in known]:
+        flag = flags.FLAGS[flag_name]
+        kind = flag.flag_type()
+        choices[f"--{flag_name}"] = None if kind == "string" else []
+        if kind == "bool":
+            choices[f"--no{flag_name}"] = []
+        elif kind == "string enum":
+            choices[f"--{flag_name}"] = list(flag.parser.enum_values)
+        delattr(flags.FLAGS, flag_name)
+    usages = [value.usage for value in module.values() if isinstance(value, Arguments)]
+    words = " ".join(usages).replace("|", " ").split()
+    return _Flags(choices, [word for word in words if word.islower()])

@@ -1,7 +1,5 @@
 """Configuration files: a Python file with ``get_config()``, or the JSON that a run saved."""
 
-import contextlib
-import difflib
 import os
 from pathlib import Path
 
@@ -59,13 +57,6 @@ def _find(path: str) -> Path:
 
 
 def _near(path: Path) -> str:
-    """Suggest an existing file in place of a missing one."""
-    if str(path).isidentifier():
-        names = config_names()
-        return nearest_name(str(path), names) or f"; there are {', '.join(names)}"
-    for folder in (path.parent, ROOT / path.parent, _CONFIGS):
-        with contextlib.suppress(OSError):
-            files = {file.stem: file for file in folder.glob("*.py")}
-            if near := difflib.get_close_matches(path.stem, files, n=1):
-                return f"; did you mean {str(files[near[0]])!r}?"
-    return f"; {_CONFIGS / 'base.py'} is one"
+    """Suggest a configuration of this project in place of a missing file."""
+    names = config_names()
+    return nearest_name(path.stem, names) or f"; there are {', '.join(names)}"

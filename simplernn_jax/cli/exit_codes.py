@@ -5,7 +5,7 @@
 | 0 | done |
 | 1 | a bug, with its traceback; or a check of the script fails (see its ``--help``) |
 | 2 | bad input, disk full or out of memory: one line says what, where and what to do |
-| 75 | a training run interrupted by SIGTERM or Ctrl-C; the same command resumes it |
+| 75 | training interrupted by SIGTERM or Ctrl-C; the same command resumes it |
 | 76 | a peer process died, was suspended, or became unreachable; the same commands resume the run |
 | 130 | Ctrl-C, with nothing to resume |
 | 143 | SIGTERM, with nothing to resume |
@@ -47,7 +47,6 @@ def _run(main: Callable[[], int | None]) -> int:
     """Run `main`, report its error and return the exit code."""
     try:
         try:
-            _check_current_folder()
             return main() or 0
         finally:
             sys.stdout.flush()
@@ -62,26 +61,19 @@ def _run(main: Callable[[], int | None]) -> int:
         if error.filename is None and error.errno not in _ADVICE:
             return _show_bug()
         what = (error.strerror or str(error)).lower()
-        advice = _ADVICE.get(error.errno or 0)
+        advice = _ADVICE.get(error.errno or 0, "")
         advice = f"{advice}, or choose another path" if advice else "choose another path"
-        return _report(f"{_path_of(error)}: {what}; {advice}")
+        is_named = isinstance(error.filename, str | bytes)
+        path = error.filename if is_named else "writing a file"  # by a failed write()
+        return _report(f"{os.fsdecode(path)}: {what}; {advice}")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if _is_out_of_memory(error):
             return _report(f"not enough memory: {error}; choose smaller sizes, or free some")
-        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
-            return _report("~: no such user, or one without a home directory; use absolute paths")
         return _show_bug()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-
-
-def _check_current_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UserError("the current folder was deleted; cd to another one") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -102,10 +94,3 @@ def _report(message: str) -> int:
     with contextlib.suppress(OSError):
         print(f"error: {one_line(name_commands(message))}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
-
-
-def _path_of(error: OSError) -> str:
-    if isinstance(error.filename, str | bytes):
-        return os.fsdecode(error.filename) or "''"
-    workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
-    return workdir or "writing a file"  # a failed write() does not name its file

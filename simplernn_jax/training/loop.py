@@ -19,23 +19,31 @@ from jax.experimental import multihost_utils
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config, TrainConfig
-from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
-from simplernn_jax.errors import UserError
+from simplernn_jax.data.chat_template import TemplateError
+from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import write_file
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
 from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.mesh import describe
+from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.parallel.shardings import local_copy
+from simplernn_jax.project import name_commands
+from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
+from simplernn_jax.training.loss_curve import plot_loss
 from simplernn_jax.training.metrics import MetricsWriter
-from simplernn_jax.training.profiling import Profile
-from simplernn_jax.training.reporter import RecompilationCounter, Reporter, open_display
+from simplernn_jax.training.optimizer import learning_rate_schedule
+from simplernn_jax.training.preparation import sample_text
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
 SAMPLE_TEMPERATURE = 0.8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+WARMUP_STEPS = 2
+"""Steps of this process before a profile: the first compiles, the second warms up."""
 
 PollSignal = Callable[[int], str | None]
 """Returns the name of the signal that ends the run at a step, or None; called before each step."""
@@ -74,6 +82,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: the data is unusable; the mesh does not fit; the checkpoint has a different model
         or data; too many consecutive losses or gradients were not finite; the disk is full.
+      OSError: a file of the workdir cannot be written.
     """
     with contextlib.ExitStack() as stack:
         path = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
@@ -82,42 +91,47 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
-        train_step = RecompilationCounter(make_train_step(run.config, run.optimizer, run.mesh))
         display = stack.enter_context(open_display(run.step, run.total_steps))
-        reporter = Reporter(run, metrics, display, train_step)
-        trainer = Trainer(run, train_step, reporter)
+        trainer = Trainer(run, metrics, display)
         with deferred_signals() as poll_signal:
             if is_coordinator() and not (run.has_ended and run.first_step):
-                _write_config(run)
+                path = os.path.join(run.workdir, "config.json")
+                write_file(path, config_lib.to_json(run.config).encode())
             signal = trainer.train(poll_signal)
         if signal:
-            reporter.print_line(
-                f"{signal}: saved at step {run.step} of {run.total_steps}; "
-                "run the same command to resume"
-            )
+            where = f"step {run.step} of {run.total_steps}"
+            display.print_line(f"{signal}: saved at {where}; run the same command to resume")
             return Result(run.step, signal, None)
         # All is saved: from here on a signal ends the process at once.
         evaluation = trainer.evaluate_all()
-        reporter.summarize(evaluation)
+        display.print_line("done\n" + align(trainer.summary(evaluation)))
         return Result(run.step, None, evaluation)
 
 
 class Trainer:
-    """Takes the steps of a run, and evaluates, samples and saves between them."""
+    """Takes the steps of a run; evaluates, samples and saves between them; reports on all of it.
 
-    def __init__(self, run: Run, train_step: RecompilationCounter, reporter: Reporter) -> None:
+    `metrics` is None in processes that are not the coordinator.
+    """
+
+    def __init__(self, run: Run, metrics: MetricsWriter | None, display: Display) -> None:
+        config = run.config
         self._run = run
-        self._train_step = train_step
-        self._reporter = reporter
-        self._evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
+        self._metrics = metrics
+        self._display = display
+        self._timer = StepTimer(0.0 if metrics is None else metrics.seconds)
+        self._train_step: Any = make_train_step(config, run.optimizer, run.mesh)
+        self._evaluator = Evaluator(config, run.corpus.tokenizer.pad_id, run.mesh)
+        self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
+        size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
+        mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
+        self._model = f"{config.model.block} {mixer} model, {size}"
 
     def train(self, poll_signal: PollSignal) -> str | None:
         """Take the remaining steps and save; return the name of the signal that ended the run."""
-        run, reporter, train = self._run, self._reporter, self._run.config.train
-        reporter.print_header()
-        profile_steps = train.profile_steps if is_coordinator() else 0
-        profile = Profile(run.workdir, profile_steps, reporter.print_line, reporter.timer.paused)
-        with self._train_step, profile:
+        run, train = self._run, self._run.config.train
+        self._print_header()
+        with contextlib.ExitStack() as profile:
             if not run.has_ended:
                 self._take_steps(poll_signal, profile)
             signal, is_new = poll_signal(run.step), run.step > run.first_step
@@ -128,19 +142,20 @@ class Trainer:
                 run.save(wait=True)
         return poll_signal(run.step)
 
-    def _take_steps(self, poll_signal: PollSignal, profile: Profile) -> None:
+    def _take_steps(self, poll_signal: PollSignal, profile: contextlib.ExitStack) -> None:
         """Take steps until the run ends or a signal is received."""
-        run, timer, train = self._run, self._reporter.timer, self._run.config.train
+        run, train = self._run, self._run.config.train
         actions = (
             (self.evaluate, train.eval_every),
             (self.sample, train.sample_every),
             (run.save, train.save_every),
         )
-        batch = run.next_batch()
+        batch: Any = run.next_batch()  # None only after the last step
         pending: StepMetrics | None = None
-        timer.start()
+        self._timer.start()
         while not run.has_ended and not poll_signal(run.step):
-            with profile.step(run.step + 1, run.state):
+            self._start_or_stop(profile)
+            with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
                 run.state, metrics = self._train_step(run.state, batch)
             run.step += 1
             batch = run.next_batch()
@@ -151,50 +166,87 @@ class Trainer:
             if due and run.step < run.total_steps:
                 self._record(run.step, metrics)
                 pending = None
-                with timer.paused():
+                with self._timer.paused():
                     for action in due:
                         action()
         if pending is not None:
             self._record(run.step, pending)
-        timer.stop()
 
-    def _record(self, step: int, metrics: StepMetrics) -> None:
+    def _start_or_stop(self, profile: contextlib.ExitStack) -> None:
+        """Profile ``profile_steps`` steps of this process, whole ones, for TensorBoard."""
+        run, steps = self._run, self._run.config.train.profile_steps
+        taken = run.step - run.first_step - WARMUP_STEPS
+        if steps and taken in (0, steps) and is_coordinator():
+            jax.block_until_ready(run.state)
+            if taken == steps:
+                profile.close()
+                return
+            folder = os.path.join(run.workdir, "tensorboard")
+            needed = f"`tensorboard --logdir {run.workdir}` (pip install tensorboard xprof)"
+            line = f"profile: {folder}/plugins/profile; see {needed}"
+            profile.callback(self._display.print_line, line)
+            profile.enter_context(jax.profiler.trace(folder))
+
+    def _record(self, step: int, on_device: StepMetrics) -> None:
         """Wait for the metrics of a step, add them to the totals and report them."""
-        host: Any = StepMetrics(*(x.item() for x in jax.device_get(metrics)))
-        self._reporter.timer.tick(host.predictions)
-        is_skipped = host.consecutive_skips > 0
-        self._run.totals.add(host.loss, host.predictions, skipped=is_skipped)
-        check_skips(step, host.consecutive_skips, self._run.config.train)
-        self._reporter.step(step, host)
+        metrics: Any = StepMetrics(*(x.item() for x in jax.device_get(on_device)))
+        run, timer, train = self._run, self._timer, self._run.config.train
+        timer.tick(metrics.predictions)
+        is_skipped = metrics.consecutive_skips > 0
+        run.totals.add(metrics.loss, metrics.predictions, skipped=is_skipped)
+        check_skips(step, metrics.consecutive_skips, train)
+        left = (run.total_steps - step) * timer.seconds_per_step
+        self._display.update(step, metrics.loss, timer.tokens_per_second, left)
+        if train.log_every and (step % train.log_every == 0 or step == run.total_steps):
+            self._write(
+                step,
+                "train",
+                loss=run.totals.pop_mean_loss(),
+                gradient_norm=metrics.gradient_norm,
+                # A skipped update does not advance the counter of the schedule.
+                learning_rate=float(self._learning_rate(step - 1 - metrics.skipped_updates)),
+                tokens=run.totals.tokens,
+                seconds=timer.total_seconds,
+                tokens_per_second=timer.tokens_per_second,
+                skipped_updates=metrics.skipped_updates,
+                recompilations=self._recompilations,
+            )
+        if is_skipped:
+            self._display.print_line(f"step {step}: loss or gradient not finite, update skipped")
 
     def evaluate(self) -> None:
         """Evaluate ``eval_tokens`` tokens, report them and decide on early stopping."""
-        run, result = self._run, self._measure(self._run.config.train.eval_tokens)
+        run, result = self._run, self._measure("validation", self._run.config.train.eval_tokens)
         if result is not None:
             is_scheduled = run.step % run.config.train.eval_every == 0
             run.history.add(run.step, result, is_scheduled=is_scheduled)
             run.stopped_early = run.has_stopped_improving()
-            self._reporter.evaluation("validation", result)
+            scores = f"{result}, {result.predictions:,} predictions"
+            self._display.print_line(f"step {run.step}: validation {scores}")
 
     def evaluate_all(self) -> Evaluation | None:
-        """Evaluate and report the whole validation split; None if nothing is held out."""
-        result = self._measure(limit_tokens=0)
-        if result is not None:
-            self._reporter.evaluation("held_out", result)
-        return result
+        """Evaluate the whole validation split; None if nothing is held out."""
+        return self._measure("held_out", limit_tokens=0)
 
-    def _measure(self, limit_tokens: int) -> Evaluation | None:
-        """Evaluate the current state, unless that was done on the same tokens."""
+    def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
+        """Evaluate the current state, unless that was done on the same tokens, and write a row."""
         run, split = self._run, self._run.corpus.validation
         if split is None:
             return None
         predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
-        if run.latest_evaluation is not None:
-            step, result = run.latest_evaluation
-            if (step, result.predictions) == (run.step, predictions):
-                return result
-        result = self._evaluator(run.state.params, split, limit_tokens)
-        run.latest_evaluation = run.step, result
+        step, result = run.latest_evaluation or (None, None)
+        if result is None or (step, result.predictions) != (run.step, predictions):
+            result = self._evaluator(run.state.params, split, limit_tokens)
+            run.latest_evaluation = run.step, result
+        self._write(
+            run.step,
+            kind,
+            loss=result.nats_per_token,
+            bits_per_byte=result.bits_per_byte,
+            predictions=result.predictions,
+            tokens=run.totals.tokens,
+            seconds=self._timer.total_seconds,
+        )
         return result
 
     def sample(self) -> None:
@@ -205,9 +257,7 @@ class Trainer:
             prompt = train.sample_prompt
             graph, abstract = abstract_model(run.config.model)
             try:
-                if template := run.config.data.template:
-                    message = {"role": "user", "content": prompt}
-                    prompt = ChatTemplate(template).render_next([message])
+                prompt = sample_text(run.config, prompt)
                 (text,) = generate_text(
                     nnx.merge(graph, in_layout_of(abstract, params)),
                     run.corpus.tokenizer,
@@ -218,8 +268,65 @@ class Trainer:
                 )
             except (UserError, TemplateError) as error:  # training goes on without a sample
                 text = f" ({error})"
-            self._reporter.sample(prompt + text)
+            self._write(run.step, "sample", text=prompt + text)
+            self._display.print_line(f"step {run.step}: sample: {prompt}{text}")
         barrier("sample")
+
+    def _print_header(self) -> None:
+        """Print model, devices, data and first step."""
+        run, config, corpus = self._run, self._run.config, self._run.corpus
+        on_devices = f"{config.model.precision}, on {describe(run.mesh)}"
+        lines = [f"{self._model}, {on_devices}; {corpus.summary}"]
+        if warning := corpus.warning(config.data.validation_fraction):
+            lines.append(f"warning: {warning}")
+        if config.mesh.pipeline > 1:
+            length = config.train.bptt_window or config.data.sequence_length
+            lines.append(describe_stages(length, config.mesh.pipeline))
+        if run.first_step:
+            lines.append(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
+        elif config.train.init_from:
+            lines.append(f"parameters from {config.train.init_from}")
+        lines += run.changes
+        if run.first_step >= run.total_steps:
+            lines.append("all steps are done; raise --config.train.steps or epochs for more")
+        elif run.stopped_early:
+            lines.append(run.history.reason())
+        for line in lines:
+            self._display.print_line(line)
+
+    def summary(self, evaluation: Evaluation | None) -> dict[str, str]:
+        """Return the lines of the summary of a run that has ended, and draw its loss curve.
+
+        `evaluation` has the scores of the whole validation split.
+        """
+        run, timer = self._run, self._timer
+        lines = {
+            "steps": f"{run.step:,}",
+            "training time": format_duration(timer.total_seconds),
+            "skipped updates": f"{int(run.state.skipped_updates)}",
+            "recompilations": f"{self._recompilations}",
+        }
+        if run.step > run.first_step:
+            lines["training time"] += f", of which {timer.first:.1f} s for the first step"
+            lines["speed"] = f"{timer.tokens_per_second:,.0f} tokens/s"
+        if evaluation is not None:
+            lines["all held-out text"] = f"{evaluation}, {evaluation.predictions:,} predictions"
+        lines |= run.history.summary(stopped_early=run.stopped_early)
+        if is_coordinator():
+            lines["loss curve"] = plot_loss(run.workdir, self._model)
+        script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
+        command = name_commands(f"python scripts/{script}.py")
+        lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
+        return lines
+
+    @property
+    def _recompilations(self) -> int:
+        """Compilations of the train step after the first: shapes and dtypes should be constant."""
+        return max(self._train_step._cache_size() - 1, 0)
+
+    def _write(self, step: int, kind: str, **values: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, kind, **values)
 
 
 @contextlib.contextmanager
@@ -261,21 +368,9 @@ def deferred_signals() -> Iterator[PollSignal]:
 
 def check_skips(step: int, consecutive: int, config: TrainConfig) -> None:
     """Raise `UserError` if consecutive skips have reached ``max_skipped_updates``."""
-    if consecutive < config.max_skipped_updates:
-        return
-    steps = "1 step" if consecutive == 1 else f"{consecutive} consecutive steps"
-    raise UserError(
-        f"the loss or its gradient was not finite in {steps}, up to step {step} (batch {step - 1}, "
-        f"seed {config.seed}); parameters were last updated at step {step - consecutive}: lower "
-        "--config.optimizer.learning_rate"
-    )
-
-
-def _write_config(run: Run) -> None:
-    path = os.path.join(run.workdir, "config.json")
-    try:
-        write_file(path, config_lib.to_json(run.config).encode())
-    except OSError as error:
+    if consecutive >= config.max_skipped_updates:
         raise UserError(
-            f"{path}: {error.strerror}; remove it, or choose another --workdir"
-        ) from error
+            f"the loss or its gradient was not finite in {counted(consecutive, 'consecutive step')}"
+            f", up to step {step} (batch {step - 1}, seed {config.seed}); parameters were last "
+            f"updated at step {step - consecutive}: lower config.optimizer.learning_rate"
+        )

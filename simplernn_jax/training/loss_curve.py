@@ -4,9 +4,6 @@ import io
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
-
-from absl import logging
 
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import write_file
@@ -16,35 +13,22 @@ FILE_NAME = "loss_curve.png"
 
 MAX_TITLE_LENGTH = 75
 
-HEADROOM = 0.35
-"""Space above the losses after the beginning, as a fraction of their range."""
-
-MARGIN = 0.08
-"""Space below all losses, and above if none is higher, as a fraction of their range."""
-
-BEGINNING = 0.1
-"""Fraction of initial steps whose losses may be clipped by the y-axis."""
+BEGINNING, HEADROOM = 0.1, 0.35
+"""Fraction of initial steps whose losses may be clipped by the y-axis; space above the others, as a
+fraction of their range."""
 
 Series = tuple[list[int], list[float]]
 """Steps and losses; a loss that was not finite is NaN, a gap in the curve."""
 
 
-class LossCurves(NamedTuple):
-    """Losses of a run by step."""
-
-    train: Series
-    validation: Series
-    """Losses of `comparable` evaluations."""
-
-
-def plot_loss(workdir: str, model: str) -> str | None:
+def plot_loss(workdir: str, model: str) -> str:
     """Plot training and validation loss from ``metrics.jsonl``; `model` is named in the title.
 
     The loss axis is scaled to the losses after the first steps, and the best validation loss is
     marked with its value.
 
     Returns:
-      The plot's path; None, after a warning, if it cannot be written.
+      The plot's path.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -57,10 +41,13 @@ def plot_loss(workdir: str, model: str) -> str | None:
         axes.plot(*train, linewidth=1.2, color="#9ab8d8", label="training")
     if validation[0]:
         axes.plot(*validation, marker="o", markersize=5, color="#c44e17", label="validation")
-        _mark_best(axes, validation)
-    limits = loss_limits(train, validation)
-    if limits is not None:
-        axes.set_ylim(limits)
+    points = [(loss, -step) for step, loss in zip(*validation, strict=True) if loss == loss]
+    if points:
+        loss, step = min(points)[0], -min(points)[1]
+        # The value is in the legend: next to the point it would cover a curve.
+        label = f"best {loss:.3f} at step {step:,}"
+        axes.plot(step, loss, "ko", markersize=12, markerfacecolor="none", label=label)
+    axes.set_ylim(top=highest_loss(train, validation))
     title = f"{os.path.basename(os.path.abspath(workdir))}: {model}"
     axes.set_title(one_line(title, MAX_TITLE_LENGTH), fontsize=15, parse_math=False)
     axes.set_xlabel("optimizer step", fontsize=15)
@@ -75,19 +62,15 @@ def plot_loss(workdir: str, model: str) -> str | None:
     path = os.path.join(workdir, FILE_NAME)
     content = io.BytesIO()
     figure.savefig(content, dpi=120)
-    try:
-        write_file(path, content.getvalue())
-    except OSError as error:
-        logging.warning("%s: %s; the loss curve is not plotted", path, error.strerror or error)
-        return None
+    write_file(path, content.getvalue())
     return path
 
 
-def loss_curves(rows: Iterable[Row]) -> LossCurves:
-    """Return the training and the validation losses among the rows of ``metrics.jsonl``."""
+def loss_curves(rows: Iterable[Row]) -> tuple[Series, Series]:
+    """Return training losses and losses of `comparable` evaluations, from ``metrics.jsonl``."""
     rows = [row for row in rows if "loss" in row]
     train = [row for row in rows if row["kind"] == "train"]
-    return LossCurves(_series(train), _series(comparable(rows)))
+    return _series(train), _series(comparable(rows))
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
@@ -100,29 +83,14 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
     return [row for row in evaluations if row.get("predictions") == last]
 
 
+def highest_loss(*curves: Series) -> float | None:
+    """Return the top of a loss axis that shows all losses except high ones at the start."""
+    points = [point for curve in curves for point in zip(*curve, strict=True)]
+    newest = max((step for step, _ in points), default=0)
+    losses = [loss for step, loss in points if math.isfinite(loss) and step >= BEGINNING * newest]
+    return max(losses) + HEADROOM * (max(losses) - min(losses)) + 0.01 if losses else None
+
+
 def _series(rows: Sequence[Row]) -> Series:
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
     return [row["step"] for row in rows], losses
-
-
-def _mark_best(axes: Any, validation: Series) -> None:
-    points = [(loss, -step) for step, loss in zip(*validation, strict=True) if loss == loss]
-    if points:
-        loss, step = min(points)[0], -min(points)[1]
-        # The value is in the legend: next to the point it would cover a curve.
-        ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "black"}
-        axes.plot(step, loss, linestyle="none", label=f"best {loss:.3f} at step {step:,}", **ring)
-
-
-def loss_limits(train: Series, validation: Series) -> tuple[float, float] | None:
-    """Return limits of the loss axis that show all losses except high ones at the start."""
-    points = [*zip(*train, strict=True), *zip(*validation, strict=True)]
-    newest = max((step for step, _ in points), default=0)
-    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
-    if not points:
-        return None
-    losses = [loss for _, loss in points]
-    low = min(losses)
-    high = max([loss for step, loss in points if step >= BEGINNING * newest] or losses)
-    size = max(high - low, 0.02 * abs(high), 1e-3)
-    return low - MARGIN * size, min(high + HEADROOM * size, max(losses) + MARGIN * size)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from flax import nnx
 
 from simplernn_jax import config as config_lib
@@ -16,15 +15,14 @@ from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts, read
 from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
-from simplernn_jax.data.bpe import PREFIX
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
 from simplernn_jax.data.corpora import absolute_source
 from simplernn_jax.data.evaluation_batches import check_scorable
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.source_files import glob_folder
 from simplernn_jax.data.store_files import CorruptStore
-from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
-from simplernn_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare_corpus
+from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.loading import is_exported, load_exported, read_run
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
@@ -37,15 +35,8 @@ from simplernn_jax.parallel.distributed import (
     run_on_coordinator_first,
 )
 
-MAX_DEFAULT_PROMPT = 40
-"""Maximum length of the default prompt of samples, in characters."""
-
-_TOKENS_SEARCHED = 4096
-
 _FREE_FIELDS = ("dropout", "precision", "state_precision")
 """Fields of the model in which fine-tuning may differ."""
-
-_BUILT_IN_TOKENIZERS = ("byte", "char")
 
 _RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings")
 """Fields without an effect on plain layers."""
@@ -56,7 +47,7 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
 
     The model's vocabulary is at least the tokenizer's, the paths of ``source``, ``cache_dir`` and
     ``init_from`` are absolute, and ``template`` is a text. With ``init_from``, the tokenizer is
-    that of its run. Of several processes, process 0 tokenizes first: the others use its tokens, or
+    its run's. Of several processes, process 0 tokenizes first: the others use its tokens, or
     tokenize the text again if ``cache_dir`` is on a local disk.
 
     Raises:
@@ -83,13 +74,13 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     template = load_template(config.data.template) if config.data.template else ""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))
     if saved is not None:
-        _check_same_batches(config, saved[0])
         _check_source(config.data.source, saved[0].data.source, workdir)
+        _check_same_batches(config, saved[0])
         tokenizer = tokenizer_from_json(saved[1])
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
-        tokens_folder(config, workdir),
+        _absolute(config.data.cache_dir) or os.path.join(workdir, "tokens"),
         tokenizer=tokenizer,
         exclude=(workdir,),
     )
@@ -109,11 +100,6 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
         check_same_model(config, saved[0])
         _check_same_optimizer(config, saved[0])
     return config, corpus
-
-
-def tokens_folder(config: Config, workdir: str) -> str:
-    """Return the folder of the tokenized corpora of a run."""
-    return _absolute(config.data.cache_dir) or os.path.join(workdir, "tokens")
 
 
 def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
@@ -141,18 +127,18 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
         raise UserError(f"{path}: has no content hash of its text; use another checkpoint")
     tokenizer = tokenizer_from_json(tokenizer_json)
     folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
-    problem = f"tokenized text not found in {folder}"
+    problem = "not found"
     try:
         corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
     except CorruptStore as error:
-        problem = f"tokenized text in {folder} is corrupted ({error})"
+        problem = f"corrupted ({error})"
     if not source:
-        original = f" (originally {config.data.cache_dir})" if config.data.cache_dir else ""
         raise UserError(
-            f"{problem}; pass --cache_dir{original} or --corpus_source (originally "
-            f"{config.data.source})"
+            f"tokenized text in {folder}: {problem}; pass --cache_dir, originally "
+            f"{config.data.cache_dir or folder}, or --corpus_source, originally "
+            f"{config.data.source}"
         )
     if config.data.template:
         ChatTemplate(config.data.template)  # a path is not a template
@@ -168,21 +154,14 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
     return corpus
 
 
-_SCHEDULE = (
-    *("train.steps", "train.epochs"),
-    *("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.final_learning_rate"),
-)
-"""Fields that change the learning rate of later steps."""
-
-
 def changed_fields(current: Config, saved: Config) -> list[str]:
     """Return a line for each field of a resumed run that differs from its checkpoint."""
-    lines, before = [], config_lib.by_field(saved)
-    for name, new in config_lib.by_field(current).items():
-        if new != before[name] and name != "data.cache_dir":  # which has no effect on training
-            note = "; this rescales the learning rate schedule" if name in _SCHEDULE else ""
-            lines.append(f"--config.{name}: changed from {before[name]!r} to {new!r}{note}")
-    return lines
+    before = config_lib.by_field(saved)
+    return [
+        f"--config.{name}: changed from {before[name]!r} to {new!r}"
+        for name, new in config_lib.by_field(current).items()
+        if new != before[name] and name != "data.cache_dir"  # which has no effect on training
+    ]
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
@@ -191,7 +170,7 @@ def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     if steps >= 2**31:
         raise UserError(
-            f"--config.train.epochs={config.train.epochs} gives {steps:,} steps; the maximum is "
+            f"config.train.epochs={config.train.epochs} gives {steps:,} steps; the maximum is "
             "2**31 - 1"
         )
     return steps
@@ -201,50 +180,27 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
-def _chat_prompt(config: Config, corpus: TokenizedCorpus) -> str:
-    """Return the prompt, a user message; an empty one if the default cannot be encoded."""
-    template = ChatTemplate(config.data.template)
-    prompt = config.train.sample_prompt
-    while True:
-        try:
-            corpus.tokenizer.encode(template.render_next([{"role": "user", "content": prompt}]))
-            return prompt
-        except (TemplateError, UserError) as error:
-            if prompt != TrainConfig.sample_prompt:
-                raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
-            prompt = ""
-
-
 def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
-    """Return the prompt, or a line of text if the tokenizer cannot encode the default one.
+    """Return the prompt of samples, which is encoded here, before training.
 
-    A user-supplied prompt is validated here, before training.
+    An empty one replaces the default if the tokenizer cannot encode that.
     """
     prompt = config.train.sample_prompt
-    if not config.train.sample_every:
-        return prompt
-    if config.data.template:
-        return _chat_prompt(config, corpus)
     try:
-        corpus.tokenizer.encode(prompt)
-    except UserError as error:
+        if config.train.sample_every:
+            corpus.tokenizer.encode(sample_text(config, prompt))
+    except (TemplateError, UserError) as error:
         if prompt != TrainConfig.sample_prompt:
-            raise UserError(f"--config.train.sample_prompt={prompt!r}: {error}") from error
-        split = corpus.validation or corpus.train
-        line = _first_line(split, corpus.tokenizer)
-        logging.info(
-            "the tokenizer cannot encode the default sample prompt %r; using %r from the %s text",
-            *(prompt, line, "held-out" if corpus.validation else "training"),
-        )
-        return line
+            raise UserError(f"config.train.sample_prompt={prompt!r}: {error}") from error
+        return ""
     return prompt
 
 
-def _first_line(split: TokenSplit, tokenizer: Tokenizer) -> str:
-    """Return the beginning of the first nonblank line; "" if the first tokens hold none."""
-    text = tokenizer.decode(split.tokens[:_TOKENS_SEARCHED])
-    lines = [line.strip() for line in text.splitlines()]
-    return next(filter(None, lines), "")[:MAX_DEFAULT_PROMPT]
+def sample_text(config: Config, prompt: str) -> str:
+    """Return the text that a sample continues: the prompt, or a chat with that message."""
+    if not config.data.template:
+        return prompt
+    return ChatTemplate(config.data.template).render_next([{"role": "user", "content": prompt}])
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:
@@ -285,7 +241,7 @@ def _check_source(given: str, saved: str, workdir: str) -> None:
 def _check_same_batches(current: Config, saved: Config) -> None:
     """Check that the data settings match; otherwise the saved data position is invalid.
 
-    The sources are compared by `_check_source`, and their content when the state is restored.
+    The sources are compared by their content, when the state is restored.
     """
     same = {name: getattr(saved.data, name) for name in ("cache_dir", "max_expansion", "source")}
     data = dataclasses.replace(current.data, **same)
@@ -295,7 +251,7 @@ def _check_same_batches(current: Config, saved: Config) -> None:
     if fields:
         raise UserError(
             f"the checkpoint has different data settings: {'; '.join(fields)}; use the same "
-            "--config.data and seed values, omit --config, or use another --workdir"
+            "config.data and seed values, omit --config, or use another --workdir"
         )
 
 
@@ -314,7 +270,7 @@ def with_initial_model(config: Config) -> tuple[Config, Tokenizer | None]:
         initial = dataclasses.replace(config, model=weights.config)
     elif not CheckpointFolder(path).steps():
         raise UserError(
-            f"--config.train.init_from: no checkpoint in {path}; name the folder of a run or export"
+            f"config.train.init_from: no checkpoint in {path}; name the folder of a run or export"
         )
     else:
         initial, tokenizer_json, _ = read_config(path, BEST)
@@ -328,8 +284,9 @@ def with_initial_model(config: Config) -> tuple[Config, Tokenizer | None]:
         raise UserError(
             f"{_where(config)} has a different model: {'; '.join(fields)}; omit these fields"
         )
-    if tokenizer is not None and config.data.is_given("tokenizer"):
-        _check_same_tokenizer(config, initial, tokenizer)
+    found = initial.data.tokenizer
+    if tokenizer is not None and filled.data.tokenizer != found:
+        raise UserError(f"{_where(config)} has the tokenizer {found}; omit config.data.tokenizer")
     return filled, tokenizer
 
 
@@ -365,7 +322,7 @@ def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> n
         if wanted.shape != found.shape:
             raise UserError(
                 f"{_where(config)} has an array {list(found.shape)} where the model has "
-                f"{list(wanted.shape)}; use the same --config.model.vocab_size"
+                f"{list(wanted.shape)}; use the same config.model.vocab_size"
             )
     if shardings is None:
         return params
@@ -386,15 +343,5 @@ def _load(path: str) -> LanguageModel | None:
     return load_gla_checkpoint(path) if is_hugging_face_folder(path) else None
 
 
-def _check_same_tokenizer(config: Config, initial: Config, tokenizer: Tokenizer) -> None:
-    wanted, found = config.data.tokenizer, initial.data.tokenizer
-    if any(spec in _BUILT_IN_TOKENIZERS or spec.startswith(PREFIX) for spec in (wanted, found)):
-        is_same = wanted == found
-    else:  # a path differs between machines, and an export has only its last part
-        is_same = load_tokenizer(wanted, None).to_json() == tokenizer.to_json()
-    if not is_same:
-        raise UserError(f"{_where(config)} has the tokenizer {found}; omit --config.data.tokenizer")
-
-
 def _where(config: Config) -> str:
-    return f"--config.train.init_from={config.train.init_from}"
+    return f"config.train.init_from={config.train.init_from}"

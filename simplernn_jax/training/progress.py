@@ -2,17 +2,12 @@
 
 import dataclasses
 import math
-import os
 
-from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import counted
 from simplernn_jax.training.evaluate import Evaluation
 
 OVERFITTING_MARGIN = 0.01
 """Relative increase over the best loss that triggers the overfitting hint."""
-
-DISPLAYED_DIFFERENCE = 0.00005
-"""Nats per token; smaller differences would be printed as 0.0000."""
 
 
 @dataclasses.dataclass
@@ -88,27 +83,17 @@ class ValidationHistory:
             "raise --config.train.early_stopping_patience, or set it to 0, to train more"
         )
 
-    def summary(self, workdir: str, *, stopped_early: bool = False) -> dict[str, str]:
-        """Return lines of the summary if the run ended early or was better before its end.
-
-        Args:
-          workdir: folder of the run, which may hold a checkpoint of the best step.
-          stopped_early: the run did not take all of its steps.
-        """
+    def summary(self, *, stopped_early: bool) -> dict[str, str]:
+        """Return lines of the summary if the run ended early or was better before its end."""
         lines = {"early stopping": self.reason()} if stopped_early else {}
         if self.best_loss is None or self.best_step == self.last_step:
             return lines
         higher = math.inf if self.last_loss is None else self.last_loss - self.best_loss
-        if higher < DISPLAYED_DIFFERENCE:
-            return lines
         best = f"{self.best_loss:.4f} nats/token at step {self.best_step}"
         lines["best validation"] = f"{best}, {higher:.4f} lower than at step {self.last_step}"
-        if higher < OVERFITTING_MARGIN * self.best_loss:
-            return lines
-        if os.path.isdir(CheckpointFolder(workdir).step_path(self.best_step or 0)):
-            hint = "--checkpoint best loads the model of that step"
-        else:
-            hint = "no checkpoint of that step is kept (make eval_every a multiple of save_every)"
-        advice = "train on more text, with --config.model.dropout, or for fewer steps"
-        lines["overfitting"] = f"{hint}; {advice}"
+        if higher >= OVERFITTING_MARGIN * self.best_loss:
+            lines["overfitting"] = (
+                "train on more text, with --config.model.dropout, or for fewer steps; --checkpoint "
+                "best loads the best model saved (make eval_every a multiple of save_every)"
+            )
         return lines

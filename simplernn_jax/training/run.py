@@ -1,6 +1,5 @@
 """A training run: its data, its state and its checkpoints."""
 
-import contextlib
 import copy
 import dataclasses
 import os
@@ -107,16 +106,9 @@ class Run:
         check_workdir(workdir)
         self.workdir = os.path.abspath(workdir)
         self.mesh = make_mesh(config.mesh)
-        is_new = not os.path.isdir(self.workdir)
         os.makedirs(self.workdir, exist_ok=True)
         _check_shared(self.workdir)
-        try:
-            self.config, self.corpus = prepare(config, self.workdir)
-        except UserError:
-            if is_new:
-                with contextlib.suppress(OSError):  # it is not empty
-                    os.rmdir(self.workdir)
-            raise
+        self.config, self.corpus = prepare(config, self.workdir)
         check_fits(self.config, self.mesh)
         check_mesh(self.config.model, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)

@@ -76,6 +76,8 @@ def test_cases_follow_from_their_number_and_the_seed(workers):
 
 
 @pytest.mark.oldest_python
+# Of TensorStore's threads, once Orbax has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_corruption_that_nothing_detects_is_found(tmp_path, monkeypatch):
     """Without checksums, parameters that were overwritten are loaded, or Orbax fails in its way."""
 

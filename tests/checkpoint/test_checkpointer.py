@@ -2,14 +2,10 @@
 
 import contextlib
 import errno
-import functools
 import gc
-import logging
 import os
 import re
-import resource
 import shutil
-import sys
 import threading
 import types
 from pathlib import Path
@@ -26,20 +22,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
-from odd_files import put_odd_file
 from references import assert_same_bytes
 from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint import contents, manifest
-from simplernn_jax.checkpoint.checkpointer import (
-    Checkpointer,
-    Restored,
-    check_same_model,
-    drop_repeated_logs,
-    read_config,
-)
-from simplernn_jax.checkpoint.contents import Quality, read_arrays
+from simplernn_jax.checkpoint import manifest
+from simplernn_jax.checkpoint.checkpointer import Checkpointer, Restored, read_config
+from simplernn_jax.checkpoint.contents import Quality
 from simplernn_jax.checkpoint.folder import check_workdir
 from simplernn_jax.config import Config, ModelConfig, TrainConfig
 from simplernn_jax.errors import UserError
@@ -100,7 +89,7 @@ def assert_restores(workdir: Path, step: int) -> None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("[0-9]*"))
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def test_restores_every_byte(tmp_path):
@@ -109,20 +98,6 @@ def test_restores_every_byte(tmp_path):
     assert (restored.step, restored.data_state) == (3, {"next_index": 3})
     assert (restored.config, restored.tokenizer_json) == (config(), TOKENIZER)
     assert_same_bytes(restored.state, make_state(3))
-
-
-def test_restored_state_trains_with_the_program_of_the_first_run(two_steps):
-    restored = restore(two_steps)
-    step = jax.jit(
-        lambda state: jax.tree.map(
-            lambda leaf: leaf ^ True if leaf.dtype == bool else leaf + leaf, state
-        ),
-        donate_argnums=0,
-    )
-    first = step(make_state(2))
-    second = step(restored.state)
-    assert step._cache_size() == 1
-    assert_same_bytes(second, first)
 
 
 DATA, BOTH, ONE = ({"data": 4}, {"fsdp": 2, "tensor": 4}, {"data": 1})
@@ -184,23 +159,6 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7", "lock"]
 
 
-def test_saving_a_step_again_changes_nothing(tmp_path):
-    with open_checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(5, make_state(5), {}, wait=True)
-        checkpointer.save(5, make_state(6), {}, wait=True)
-    with open_checkpointer(tmp_path) as checkpointer:
-        restored = checkpointer.restore(abstract_state())
-        checkpointer.save(5, make_state(6), {})
-    assert_same_bytes(restored.state, make_state(5))
-
-
-def test_a_waiting_save_is_complete(tmp_path):
-    with open_checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, make_state(1), {}, wait=True)
-        assert manifest.find_corruption(str(tmp_path / "checkpoints" / "1")) is None
-        assert read_config(str(tmp_path)) == (config(), TOKENIZER, 1)
-
-
 def add_file(file: Path) -> None:
     file.with_name("more").write_bytes(b"")
 
@@ -219,7 +177,7 @@ def two_steps(saved, tmp_path):
     return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
-DAMAGES = [flip_bit, cut_off, os.remove]
+DAMAGES = [flip_bit, os.remove]
 MANIFEST, ARRAYS, QUALITY = "manifest.sha256", "state/manifest.ocdbt", "quality/metadata"
 
 
@@ -228,7 +186,7 @@ MANIFEST, ARRAYS, QUALITY = "manifest.sha256", "state/manifest.ocdbt", "quality/
     [
         *((damage, MANIFEST) for damage in DAMAGES),
         *((damage, ARRAYS) for damage in (cut_off, add_file)),
-        *((damage, QUALITY) for damage in (flip_bit, functools.partial(put_odd_file, "fifo"))),
+        (flip_bit, QUALITY),
     ],
 )
 def test_a_corrupt_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplog, damage, name):
@@ -240,10 +198,9 @@ def test_a_corrupt_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplo
     assert re.search(rf"checkpoints/2 is corrupted: (\S*/)?{re.escape(named)} ", caplog.text)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_does_not_start_over_when_no_checkpoint_is_intact(two_steps, damage):
+def test_does_not_start_over_when_no_checkpoint_is_intact(two_steps):
     for step in "12":
-        damage(two_steps / "checkpoints" / step / MANIFEST)
+        flip_bit(two_steps / "checkpoints" / step / MANIFEST)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no intact checkpoint is left .* restore an intact"):
             restore(two_steps)
@@ -270,17 +227,6 @@ def test_an_unfinished_save_is_discarded_without_alarm(tmp_path, caplog):
     assert_restores(tmp_path, 2)
 
 
-def test_an_unfinished_first_save_starts_from_the_beginning(tmp_path):
-    assert restore(tmp_path) is None
-    leave_unfinished(tmp_path, 1)
-    with pytest.raises(UserError, match="no checkpoint in"):
-        read_config(str(tmp_path))
-    left = os.listdir(tmp_path / "checkpoints")
-    assert len(left) == 3, "a reader must not disturb a running save"
-    assert restore(tmp_path) is None
-    assert steps_in(tmp_path / "checkpoints") == []
-
-
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
     with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
@@ -302,34 +248,11 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
     assert_restores(tmp_path, 1)
 
 
-def test_a_background_save_that_the_disk_rejects_is_one_error(tmp_path, capfd, caplog):
-    """Reports of Orbax and of TensorStore's threads only repeat the error."""
-    keys = jax.random.split(jax.random.key(0), 40)
-    state = {f"layer_{i}": jax.random.normal(key, (30_011,)) for i, key in enumerate(keys)}
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with open_checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"values": jnp.zeros(3)}, {}, wait=True)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
-            checkpointer.save(2, state, {})
-            with pytest.raises(UserError, match=r"step 2 could not be saved.*: File too large: "):
-                checkpointer.save(3, state, {})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    gc.collect()  # of forgotten futures
-    assert capfd.readouterr() == ("", "")
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
-    # A thread of TensorStore may have written once more after `close` freed the space.
-    save_steps(tmp_path)
-    assert steps_in(tmp_path / "checkpoints") == [1]
-
-
-@pytest.mark.parametrize("name", ["2.unfinished", "state"])
-def test_a_folder_that_the_disk_rejects_leaves_no_thread(tmp_path, monkeypatch, name):
+def test_a_folder_that_the_disk_rejects_leaves_no_thread(tmp_path, monkeypatch):
     """A thread that waits for it would keep the process from ending."""
 
     def refuse(path, *arguments, **options):
-        if Path(path).name == f"{name}.orbax-checkpoint-tmp":
+        if Path(path).name == "2.unfinished.orbax-checkpoint-tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         make(path, *arguments, **options)
 
@@ -347,13 +270,6 @@ def test_a_folder_that_the_disk_rejects_leaves_no_thread(tmp_path, monkeypatch, 
     assert_restores(tmp_path, 1)
 
 
-def test_another_model_is_named_before_arrays_are_read(two_steps):
-    other = Checkpointer(str(two_steps), config(num_layers=2), TOKENIZER, keep_last=2, keep_best=0)
-    with contextlib.closing(other), pytest.raises(UserError, match="is 2, checkpoint has 4"):
-        other.restore(abstract_state())
-    check_same_model(config(), config())
-
-
 def test_another_optimizer_is_named(two_steps):
     state = make_state(0)
     state["opt_state"] = optax.sgd(1e-3, momentum=0.9).init(state["params"])
@@ -364,82 +280,20 @@ def test_another_optimizer_is_named(two_steps):
         checkpointer.restore(state)
 
 
-@pytest.mark.parametrize("wrong", [None, 5, b"runs", "", "a\0b"])
-def test_load_model_of_an_invalid_workdir(wrong):
-    with pytest.raises(UserError, match=r"^workdir=.*: must be the path of a folder"):
-        load_model(wrong)
-
-
 def test_only_one_process_trains_in_a_workdir(tmp_path):
     with open_checkpointer(tmp_path), pytest.raises(UserError, match="another process is training"):
         open_checkpointer(tmp_path)
     assert restore(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["run [2]", "what?", "a*b", "back\\slash", "gs:", "logs:/a", "gs://a", "\udcff"]
-)
+@pytest.mark.parametrize("name", ["run [2]", "back\\slash", "gs:", "logs:/a", "gs://a"])
 def test_a_path_that_cannot_be_saved_to_is_rejected_before_anything_is_made(tmp_path, name):
     workdir = name if "://" in name else str(tmp_path / name)
-    with pytest.raises(UserError, match=r"^--workdir .*; (rename|mount) "):
+    with pytest.raises(UserError, match=r"^workdir=.*; (rename|mount) "):
         check_workdir(workdir)
-    with pytest.raises(UserError, match=r"^--workdir "):
+    with pytest.raises(UserError, match=r"^workdir="):
         Checkpointer(workdir, config(), TOKENIZER, keep_last=2, keep_best=0)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_link_makes_a_path_with_brackets_usable(tmp_path):
-    (tmp_path / "run [2]").mkdir()
-    (tmp_path / "run").symlink_to(tmp_path / "run [2]")
-    save_steps(tmp_path / "run", 3)
-    assert read_config(str(tmp_path / "run [2]"))[2] == 3
-
-
-def test_a_save_that_reads_back_differently_never_counts(tmp_path, monkeypatch):
-    """Orbax merged nothing where it took a path for a pattern, and raised nothing."""
-    save_steps(tmp_path, 1)
-
-    def changed(name, change):
-        def read(path, names):
-            arrays = read_arrays(path, names)
-            if name in arrays:
-                arrays[name] = change(arrays[name])
-            return arrays
-
-        return read
-
-    for function, message in [
-        (changed("extra/half", lambda x: x[::-1]), "extra/half is not what was written"),
-        (changed("step", lambda x: 0), "step is missing"),
-        (changed("step", lambda x: x[None]), "step has a different shape or dtype"),
-        (changed("step", lambda x: x.astype(np.float32)), "step has a different shape or dtype"),
-    ]:
-        with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
-            patch.setattr(contents, "read_arrays", function)
-            checkpointer.save(2, make_state(2), {})
-            match = rf"step 2 could not be saved.*read-back verification failed.*{message}.*intact"
-            with pytest.raises(UserError, match=match):
-                checkpointer.save(3, make_state(3), {})
-        assert steps_in(tmp_path / "checkpoints") == [1]
-    assert_restores(tmp_path, 1)
-
-
-def test_a_save_does_not_read_the_shapes_of_all_arrays(tmp_path, monkeypatch):
-    """TensorStore never frees the JSON that it makes of them."""
-    monkeypatch.setattr(contents, "saved_leaves", None)
-    save_steps(tmp_path, 1)
-    assert steps_in(tmp_path / "checkpoints") == [1]
-
-
-def test_a_save_that_takes_too_long_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
-    with open_checkpointer(tmp_path) as checkpointer:
-        give_up = mock.Mock(side_effect=TimeoutError("completed 0/7 futures but timed out"))
-        # Orbax's limit outlasts a clock that goes from 1970 to today.
-        assert checkpointer._writer._async_manager._timeout_secs > 60 * 365 * 24 * 3600
-        monkeypatch.setattr(checkpointer._writer, "wait_until_finished", give_up)
-        with pytest.raises(UserError, match="the clock of this machine jumped") as caught:
-            checkpointer.save(1, make_state(1), {}, wait=True)
-    assert "space" not in str(caught.value)
 
 
 def test_a_checkpoint_copied_over_a_newer_one_is_corruption(two_steps, caplog):
@@ -453,27 +307,6 @@ def test_a_checkpoint_copied_over_a_newer_one_is_corruption(two_steps, caplog):
     assert_restores(two_steps, 2)
 
 
-def test_a_corrupt_checkpoint_that_cannot_be_moved_aside_is_an_error(two_steps):
-    (two_steps / "checkpoints_damaged").write_bytes(b"")
-    flip_bit(two_steps / "checkpoints" / "2" / "data" / "metadata")
-    with pytest.raises(UserError, match=r"2 is corrupted: data/metadata .*; it cannot be moved"):
-        restore(two_steps)
-    assert steps_in(two_steps / "checkpoints") == [1, 2]
-
-
-def test_folders_that_are_not_steps_are_ignored(two_steps):
-    for name in ("007", "9" * 200, "٣", "1 "):
-        (two_steps / "checkpoints" / name).mkdir()
-    assert read_config(str(two_steps))[2] == 2
-
-
-def test_a_pipe_in_place_of_the_lock_is_an_error(two_steps):
-    put_odd_file("fifo", two_steps / "checkpoints" / "lock")
-    with pytest.raises(UserError, match="checkpoints/lock: not a regular file; remove it"):
-        restore(two_steps)
-    assert read_config(str(two_steps))[2] == 2
-
-
 def test_load_model_under_x64(tmp_path):
     run = str(untrained_run(tmp_path, **HYBRID))
     expected, tokenizer, _ = load_model(run)
@@ -483,51 +316,3 @@ def test_load_model_under_x64(tmp_path):
         tokens = jnp.array([[tokenizer.bos_id, 3, 5, 7]])
         forward = nnx.jit(lambda model, tokens: model(tokens)[0])
         chex.assert_trees_all_close(forward(model, tokens), forward(expected, tokens), atol=1e-5)
-
-
-@pytest.fixture
-def unraisable(monkeypatch):
-    """Reports that reach the hook that was there before."""
-    seen = []
-    monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    drop_repeated_logs()
-    drop_repeated_logs()
-    return seen
-
-
-def test_only_closed_event_loops_and_coroutines_of_orbax_are_dropped(unraisable):
-    def report(error, of=None):
-        sys.unraisablehook(
-            types.SimpleNamespace(exc_type=type(error), exc_value=error, object=of, err_msg=None)
-        )
-
-    report(RuntimeError("Event loop is closed"))
-    code = types.SimpleNamespace(co_filename="/site-packages/orbax/checkpoint/serialization.py")
-    report(RuntimeError("coroutine ignored GeneratorExit"), of=types.SimpleNamespace(cr_code=code))
-    assert unraisable == []
-    report(RuntimeError("Event loop is closed"), of=print)
-    report(RuntimeError("another"))
-    report(ValueError("Event loop is closed"))
-    assert len(unraisable) == 3
-
-
-def test_only_the_forgotten_tasks_and_futures_of_a_save_are_dropped(unraisable, caplog):
-    logger = logging.getLogger("asyncio")
-    message = "Task exception was never retrieved\nfuture: <Task defined at %s>"
-    logger.error(message, "/site-packages/orbax/checkpoint/serialization.py:188")
-    assert caplog.messages == []
-    logger.error(
-        "Future exception was never retrieved\nfuture: <Future finished exception=ValueError("
-        '\'UNKNOWN: Error writing "values/0.0" in OCDBT database at local file "/runs/a/": Failed '
-        "to open: \"/runs/a/d/1b3f\": Input/output error [os_error_code=\\'5\\']')>"
-    )
-    future = "Future exception was never retrieved\nfuture: <Future finished exception=OSError(28)>"
-    for name in ("/site-packages/orbax/checkpoint/path/async_path.py", "/elsewhere/other.py"):
-        try:
-            exec(compile("raise OSError(28, 'No space left on device')", name, "exec"))
-        except OSError as error:
-            logger.error(future, exc_info=error)
-    assert caplog.messages == [future]
-    logger.error(message, "/elsewhere/other.py:188")
-    logger.error("something else of /orbax/checkpoint/")
-    assert len(caplog.messages) == 3

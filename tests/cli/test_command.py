@@ -34,26 +34,12 @@ def test_version():
     [
         (["trian"], "'trian': no such command; did you mean 'train'?; simplernn --help"),
         (["--workdir=x"], "'--workdir=x': no such command; simplernn --help lists them"),
-        (["\x1b[2J\n"], "'\\x1b[2J\\n': no such command"),
         (["completion"], "name your shell: simplernn completion bash, or zsh"),
         (["completion", "fish"], "'fish': no such shell"),
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, part):
     assert_refused(run_python(*MODULE, *arguments), part)
-
-
-def test_a_missing_script_breaks_its_command_only(tmp_path):
-    (tmp_path / "simplernn_jax").symlink_to(ROOT / "simplernn_jax")
-    code = "from simplernn_jax import project, __main__; project.ROOT = project.Path('.')"
-    result = run_python("-c", f"{code}; print(__main__.main())", "benchmark", cwd=tmp_path)
-    assert result.output == "2\n"
-    assert result.errors == (
-        "error: benchmark: only in a checkout of simplernn_jax; run scripts/benchmark.py there\n"
-    )
-    shown = run_python("-c", f"{code}; print(__main__.main())", cwd=tmp_path)
-    assert "completion" in shown.output
-    assert "train" not in shown.output
 
 
 def test_nothing_slow_is_imported_before_the_command_is_known():
@@ -73,36 +59,8 @@ def test_help_and_errors_name_the_command():
     assert_refused(refused, "error: name a benchmark: simplernn benchmark ops|")
 
 
-def test_scripts_keep_their_names():
-    shown = run_python("scripts/train.py", "--help")
-    assert "python scripts/train.py --config configs/base.py --workdir runs/base" in shown.output
-    assert "usage: python scripts/train.py [--flag=value ...]" in shown.output
-
-
 def test_a_configuration_goes_by_its_name_from_any_folder(tmp_path):
     (tmp_path / "tiny").mkdir()  # a folder of that name is not in the way
     flags = ["--config=tiny", "--config.model.num_layers=0"]
     result = run_python(*MODULE, "train", *flags, "--workdir=w", cwd=tmp_path)
     assert "num_layers" in result.errors
-    near = run_python(*MODULE, "train", "--config=tinny", "--workdir=w", cwd=tmp_path)
-    assert near.errors == "error: --config=tinny: no such file; did you mean 'tiny'?\n"
-    (tmp_path / "base").write_text("x")
-    given = run_python(*MODULE, "train", "--config=base", "--workdir=w", cwd=tmp_path)
-    assert "--config=base: not a Python file" in given.errors
-
-
-def test_options_of_the_interpreter_stay(tmp_path):
-    (tmp_path / "mine.py").write_text("import sys\nraise SystemError(sys.flags.dev_mode)\n")
-    result = run_python("-X", "dev", *MODULE, "train", "--config=mine.py", cwd=tmp_path)
-    assert "SystemError: True" in result.errors
-
-
-def test_a_signal_before_the_script_runs_is_handled_by_it(tmp_path):
-    (tmp_path / "start.py").write_text(
-        "import os, signal; from simplernn_jax.__main__ import main; execv = os.execv\n"
-        "os.execv = lambda *a: (signal.raise_signal(signal.SIGTERM), execv(*a))\n"
-        "main()\n"
-    )
-    result = run_python("start.py", "train", "--config=tiny", "--workdir=w", cwd=tmp_path)
-    assert result.code == 75
-    assert result.errors.startswith("SIGTERM: stopped before the run started")

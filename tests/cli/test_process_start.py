@@ -72,47 +72,29 @@ def test_large_buffers_use_huge_pages(script, environment, expected):
     assert result.stdout == f"{expected} ['a b', '-c']\n"
 
 
-@pytest.mark.parametrize(
-    "debugger", [["-m", "pdb", "-c", "continue"], ["-i"], ["-m", "trace", "-t"]]
-)
+@pytest.mark.parametrize("debugger", [["-m", "pdb", "-c", "continue"], ["-i"]])
 def test_a_process_under_a_debugger_is_not_replaced(script, debugger):
     result = run(*debugger, script, shell="</dev/null")
     assert "None []" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("environment", "code", "output", "error"),
-    [
-        (None, 2, "", "has no absl; run `bash scripts/train.sh`"),
-        ("printf '%s,' \"$@\"; exit 7", 7, "{script},a b,--x,", ""),
-        (f'exec {sys.executable} -S "$@"', 2, "", "has no absl"),  # which is not tried again
-    ],
-)
+@pytest.mark.parametrize("has_environment", [False, True])
 def test_a_python_without_the_packages_is_replaced_by_the_environment_beside_the_script(
-    script, environment, code, output, error
+    script, has_environment
 ):
-    if environment is not None:
-        python = script.parents[2] / ".venv" / "bin" / "python"
+    if has_environment:
+        python = script.parents[1] / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
-        python.write_text(f"#!/bin/sh\n{environment}\n")
+        python.write_text("#!/bin/sh\nprintf '%s,' \"$@\"; exit 7\n")
         python.chmod(0o755)
     result = run("-S", script, "a b", "--x")
-    assert (result.returncode, result.stdout) == (code, output.format(script=script))
-    assert error in result.stderr
-    if code == 2:
+    if has_environment:
+        assert (result.returncode, result.stdout) == (7, f"{script},a b,--x,")
+    else:
+        assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith("error: Python 3.")
+        assert "has no absl; run `bash scripts/train.sh`" in result.stderr
         assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_become_empty_ones(script, closed):
-    code = "import os; os.write(os.open('kept', os.O_CREAT | os.O_WRONLY), b'kept')"
-    script.write_text(f"{SCRIPT}\nos.chdir(os.path.dirname(__file__))\n{code}\n")
-    result = run(script, shell=closed)
-    assert result.returncode == 0
-    assert ("None" in result.stdout or "hugetlb" in result.stdout) == (closed == "2>&-")
-    assert result.stderr == ("error of the script\n" if closed == ">&-" else "")
-    assert (script.parent / "kept").read_text() == "kept"
 
 
 STUBBORN = """
@@ -123,10 +105,6 @@ if __name__ == "__main__":
 
 import time
 
-from simplernn_jax.cli import process_start
-
-if {started}:
-    process_start.run_starts()
 print("ready", flush=True)
 while True:
     try:
@@ -137,17 +115,11 @@ while True:
 
 
 @pytest.mark.parametrize(
-    ("resumes", "started", "number", "code"),
-    [
-        (True, False, signal.SIGINT, 130),
-        (True, False, signal.SIGTERM, 75),
-        (True, True, signal.SIGINT, 75),
-        (False, False, signal.SIGINT, 130),
-        (False, False, signal.SIGTERM, 143),
-    ],
+    ("resumes", "number", "code"),
+    [(True, signal.SIGINT, 75), (False, signal.SIGINT, 130), (False, signal.SIGTERM, 143)],
 )
-def test_a_signal_ends_the_process_at_once(script, resumes, started, number, code):
-    script.write_text(STUBBORN.format(resumes=resumes, started=started))
+def test_a_signal_ends_the_process_at_once(script, resumes, number, code):
+    script.write_text(STUBBORN.format(resumes=resumes))
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -158,40 +130,3 @@ def test_a_signal_ends_the_process_at_once(script, resumes, started, number, cod
     assert errors.startswith(f"{number.name}: stopped")
     assert errors.count("\n") == 1
     assert ("the same command" in errors) == resumes
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_python_ends_does_not_change_the_exit_code(script, number):
-    ending = (
-        "import os, sys, threading\n"
-        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        "class Last:\n"
-        "    def __del__(self, kill=os.kill, process=os.getpid()):\n"
-        f"        kill(process, {int(number)})\n"
-        "last = Last()\n"
-        "sys.exit(75)\n"
-    )
-    script.write_text(script.read_text() + ending)
-    assert run(script).returncode == 75
-
-
-@with_huge_pages
-def test_a_signal_while_the_process_is_replaced_is_handled_afterwards(script):
-    text = script.read_text().replace(
-        "import bootstrap\n",
-        "import bootstrap\nimport os, signal\n"
-        "os.execv = lambda *a, execv=os.execv: (signal.raise_signal(signal.SIGINT), execv(*a))\n",
-        1,
-    )
-    script.write_text(text.replace("print(", 'print("too late",', 1))
-    result = run(script)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "SIGINT: stopped\n")
-
-
-def test_a_variable_that_jax_cannot_parse_is_one_line(script):
-    result = run(script, JAX_ENABLE_X64="maybe")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "error: JAX_ENABLE_X64=maybe: invalid truth value 'maybe' for environment "
-        "'JAX_ENABLE_X64'; correct or unset it\n"
-    )

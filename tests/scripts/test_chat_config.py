@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from processes import assert_refused, run_python, run_scripts
+from processes import run_python, run_scripts
 
 CONVERSATIONS, QUESTIONS = 500, 50
 
@@ -37,12 +37,3 @@ def test_a_trained_model_answers_over_fifty_turns(tmp_path):
     answers = answered.output.splitlines()
     right = sum(a == b for a, b in zip(answers, contents[1::2], strict=True))
     assert right >= QUESTIONS - 1, list(zip(contents[::2], answers, strict=True))
-
-
-def test_conversations_follow_from_the_seed(tmp_path):
-    def make(name, *flags):
-        run_python("scripts/make_conversations.py", tmp_path / name, "--conversations=3", *flags)
-        return (tmp_path / name).read_bytes()
-
-    assert make("a") == make("b") != make("c", "--seed=1")
-    assert_refused(run_python("scripts/make_conversations.py"), "name one file")

@@ -77,8 +77,6 @@ def test_bad_flags_are_one_line_and_exit_code_2():
         (["--workdir", "x", "--out", "README.md", "--text", "a"], "--out=README.md: File exists"),
         (["--workdir", "x", "--out", "README.md/y", "--text", "a"], "README.md/y: Not a directory"),
         (x_to_y, "no --text"),
-        ([*x_to_y, "--text", "a", "--text_file", "b"], "mutually exclusive"),
-        ([*x_to_y, "--text_file", "missing"], "/missing: no such file or directory; create it, or"),
         ([*x_to_y, "--text", "a", "--map_tokens", "5000"], "map_tokens"),
         (["--workdir", "nowhere", "--out", "scripts", "--text", "a"], "no checkpoint in"),
     )

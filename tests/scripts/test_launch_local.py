@@ -11,6 +11,7 @@ import pytest
 from processes import start_python
 
 import launch_local
+from simplernn_jax.errors import UserError
 
 STAND_IN = """
 import json, os, signal, sys, time
@@ -89,22 +90,14 @@ def test_killing_the_launcher_kills_all(launch):
     assert len(started) == 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"], ["65"], ["1" * 5000]])
-def test_wrong_arguments_print_the_usage(capsys, arguments):
-    assert launch_local.main(arguments) == 2
-    expected = "error: specify the number of processes, 1 to 64: bash scripts/"
-    assert capsys.readouterr().err.startswith(expected)
-
-
-def test_help(capsys):
-    assert launch_local.main(["--help"]) == 0
-    assert "DEVICES_PER_PROCESS" in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [[], ["--config", "c"], ["0"], ["65"]])
+def test_a_wrong_number_of_processes_is_an_error(arguments):
+    with pytest.raises(UserError, match="specify the number of processes, 1 to 64: bash scripts/"):
+        launch_local.main(arguments)
 
 
 @pytest.mark.parametrize("devices", ["0", "two", "1000000000"])
-def test_an_invalid_number_of_devices(capsys, monkeypatch, devices):
+def test_a_wrong_number_of_devices_is_an_error(monkeypatch, devices):
     monkeypatch.setenv("DEVICES_PER_PROCESS", devices)
-    assert launch_local.main(["2"]) == 2
-    assert capsys.readouterr().err.startswith(
-        f"error: DEVICES_PER_PROCESS='{devices}' is not a valid number"
-    )
+    with pytest.raises(UserError, match=f"DEVICES_PER_PROCESS='{devices}': specify 1 to"):
+        launch_local.start(2, [])

@@ -75,7 +75,7 @@ def test_a_prefix_is_prefilled_once_and_continues_in_several_ways(workdir, tmp_p
     assert len("grö" + begun[0]) + len(end) > len(whole)
 
 
-def test_a_file_that_is_no_state_and_too_many_samples_are_refused(workdir):
+def test_a_file_that_is_no_state_and_too_many_samples_are_rejected(workdir):
     path = workdir / "config.json"
     path.touch()
     no_state, too_many = samples(
@@ -91,15 +91,11 @@ def test_bad_flags_are_one_line_and_exit_code_2():
         ([], "no --workdir"),
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--temperature", "-1"], "temperature"),
-        (["--workdir", "x", "--top_k", "three"], "top_k"),
         (["--workdir", "x", "--top_p", "1.5"], "top_p"),
-        (["--workdir", "x", "--num_samples", "0"], "num_samples"),
         (
             ["--workdir", "x", "--save_state", "no/folder"],
             "no/folder: its folder does not exist; create",
         ),
-        (["--workdir", "x", "--save_state", "tests"], "/tests: a folder; specify a file"),
-        (["--workdir", "x", "--save_state", "/dev/null"], "/dev/null: not a regular file; choose"),
         (["--workdir", "x", "--prompt", "a", "--prompt_file", "b"], "mutually exclusive"),
         (["--workdir", "x", "--prompt_file", "missing.txt"], "missing.txt"),
         (["--workdir", "x", "--prompt_file", "-"], "invalid UTF-8 at byte 2"),

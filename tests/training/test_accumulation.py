@@ -120,13 +120,6 @@ def test_truncated_windows_are_the_sum_of_their_own_gradients():
 
 
 @pytest.mark.oldest_python
-def test_a_window_of_the_whole_sequence_truncates_nothing():
-    with jax.enable_x64(True):
-        found = step_of(block="plain", bptt_window=LENGTH)(make_batch())
-    assert_same(found, whole_sequences(block="plain"), 1e-13)
-
-
-@pytest.mark.oldest_python
 def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
     fields = {"block": "plain", "mode": "window", "gradient_accumulation": 2}
     with jax.enable_x64(True):

@@ -121,15 +121,6 @@ def test_a_split_without_predictions_is_rejected():
         evaluation(split=make_split([0], cut_front=1))
 
 
-def test_scores_are_the_losses_of_their_batches():
-    parts = list(EVALUATOR.scores(params(), SPLIT, 61))
-    for part in parts:
-        np.testing.assert_array_equal(np.asarray(part.nats)[~part.batch.loss_mask], 0)
-        assert float(part.total) == pytest.approx(float(np.sum(part.nats)), rel=1e-6)
-    total = sum(float(part.total) for part in parts)
-    assert total / 61 == pytest.approx(evaluation(limit_tokens=61).nats_per_token)
-
-
 def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
     length, stride = 11, 4
     result = EVALUATOR(params(), SPLIT, contexts=Contexts(length, stride))

@@ -9,19 +9,18 @@ import jax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from small_runs import save_untrained, small_config, stop_after, untrained_run, write_corpus
-from small_tokenizers import byte_level
+from small_runs import save_untrained, small_config, untrained_run, write_corpus
 
 from simplernn_jax import load_model
 from simplernn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from simplernn_jax.errors import UserError
-from simplernn_jax.export.exporting import new_folder, without_paths
+from simplernn_jax.export.exporting import new_folder
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.loop import train
-from simplernn_jax.training.preparation import prepare, with_initial_model
+from simplernn_jax.training.preparation import prepare
 from simplernn_jax.training.run import Run
 
 
@@ -97,7 +96,7 @@ def test_the_model_and_tokenizer_are_those_of_the_other_run_unless_given(tmp_pat
 def test_values_that_are_assigned_are_given_even_if_they_are_the_defaults(tmp_path):
     for section, name, problem in (
         ("model", "num_heads", "model: num_heads is 4, checkpoint has 1; omit these fields"),
-        ("data", "tokenizer", "has the tokenizer char; omit --config.data.tokenizer"),
+        ("data", "tokenizer", "has the tokenizer char; omit config.data.tokenizer"),
     ):
         config = defaults(untrained_run(tmp_path / name, tokenizer="char"), tmp_path)
         fields = getattr(config, section)
@@ -121,16 +120,6 @@ def test_on_a_mesh(tmp_path, mesh):
     )
 
 
-@pytest.mark.oldest_python
-def test_resuming_needs_no_other_run(initial, tmp_path, monkeypatch):
-    config = fine_tuned(initial, tmp_path)
-    stop_after(monkeypatch, 5)
-    assert train(config, str(tmp_path / "run")).step == 5
-    shutil.rmtree(initial)
-    monkeypatch.undo()
-    assert train(config, str(tmp_path / "run")).step == 40
-
-
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -151,24 +140,6 @@ def test_an_export_is_a_start(initial, tmp_path, mesh):
     assert_starts_with(model, fine_tuned(out, tmp_path, **mesh), tmp_path)
     problem = "a different model: hidden_dim is 16"
     assert_rejected(fine_tuned(out, tmp_path, hidden_dim=16), tmp_path, problem)
-
-
-def test_tokenizers_are_compared_by_content(tmp_path):
-    for name, tokenizer in (("a", byte_level()), ("b", byte_level(add_prefix_space=True))):
-        (tmp_path / name).mkdir()
-        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
-    source, tokenizer = write_corpus(tmp_path / "texts"), str(tmp_path / "a" / "tokenizer.json")
-    save_untrained(small_config(source=source, tokenizer=tokenizer), tmp_path / "initial")
-    model, loaded, config = load_model(str(tmp_path / "initial"))
-    out = tmp_path / "export"
-    export(out, model, loaded, without_paths(config))
-    shutil.copytree(tmp_path / "a", tmp_path / "moved")
-    for initial in (out, tmp_path / "initial"):
-        same = fine_tuned(initial, tmp_path, tokenizer=str(tmp_path / "moved" / "tokenizer.json"))
-        assert with_initial_model(same)[1].to_json() == loaded.to_json()
-        for other in (str(tmp_path / "b" / "tokenizer.json"), "byte"):
-            with pytest.raises(UserError, match=r"has the tokenizer .*json; omit"):
-                with_initial_model(fine_tuned(initial, tmp_path, tokenizer=other))
 
 
 @pytest.mark.oldest_python
@@ -195,6 +166,6 @@ def test_pytorch_weights_are_a_start(tmp_path):
     assert_starts_with(model, fine_tuned(path, tmp_path, **plain), tmp_path)
     for fields, problem in (
         (plain | {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
-        (plain | {"vocab_size": 301}, "use the same --config.model.vocab_size"),
+        (plain | {"vocab_size": 301}, "use the same config.model.vocab_size"),
     ):
         assert_rejected(fine_tuned(path, tmp_path, **fields), tmp_path, problem)

@@ -3,29 +3,24 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint.contents import saved_quality
+from simplernn_jax.checkpoint.contents import read_quality
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.config import TrainConfig
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
-from simplernn_jax.training import loop, reporter, run
-from simplernn_jax.training.loop import SIGNALS, check_skips, deferred_signals, train
+from simplernn_jax.training import loop, run
+from simplernn_jax.training.loop import deferred_signals, train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
 
@@ -55,7 +50,7 @@ def whole(tmp_path_factory):
 )
 def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     source = write_corpus(tmp_path / "text")
-    config = small_config(block, source=source, mode=mode, save_every=11, log_every=1, **fields)
+    config = small_config(block, source=source, mode=mode, save_every=11, log_every=3, **fields)
     whole = train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         stop_after(patch, 17)
@@ -71,45 +66,18 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     kinds = {name.split("/")[0] for name in expected}
     assert {"params", "opt_state", "rng"} <= kinds
     assert ("carried" in kinds) == (mode == "stream")
-    # The same losses in the same order, none twice.
-    rows = [
-        [(row["step"], row["kind"], row["loss"]) for row in read_metrics(str(tmp_path / name))]
-        for name in ("whole", "parts")
-    ]
-    assert rows[0] == rows[1]
-    assert [step for step, kind, _ in rows[0] if kind == "train"] == list(range(1, 41))
+    # The same rows in the same order, none twice, although one is the mean of steps 16 to 18.
+    names = ("step", "kind", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates")
+    whole, parts = (
+        [[row.get(name) for name in names] for row in read_metrics(str(tmp_path / folder))]
+        for folder in ("whole", "parts")
+    )
+    assert whole == parts
+    assert [row[0] for row in whole if row[1] == "train"] == [*range(3, 40, 3), 40]
 
 
 def with_train(config, **fields):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
-
-
-@pytest.mark.oldest_python
-def test_a_metrics_row_is_the_mean_since_the_last_one_across_an_interruption(
-    whole, tmp_path, monkeypatch
-):
-    config = with_train(whole[0], log_every=9)
-    train(config, str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 13)
-        train(config, str(tmp_path / "parts"))
-    train(config, str(tmp_path / "parts"))
-    each = read_metrics(str(whole[1]))
-    whole, parts = (read_metrics(str(tmp_path / name)) for name in ("whole", "parts"))
-
-    predictions = np.diff([0] + [row["tokens"] for row in each])
-    assert len(set(predictions)) > 1  # sequences reach into the next document
-    groups = [slice(start, min(start + 9, 40)) for start in range(0, 40, 9)]
-    losses = np.asarray([row["loss"] for row in each])
-    expected = [np.average(losses[group], weights=predictions[group]) for group in groups]
-    np.testing.assert_allclose([row["loss"] for row in whole], expected, rtol=1e-12)
-    for name in ("step", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates"):
-        assert [row[name] for row in parts] == [row[name] for row in whole], name
-    assert [row["tokens"] for row in whole] == [predictions[: group.stop].sum() for group in groups]
-    for rows in (whole, parts):
-        seconds = [row["seconds"] for row in rows]
-        assert seconds == sorted(seconds)
-        assert seconds[0] > 0
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +122,6 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert read_metrics(str(workdir)) == rows
     output = capsys.readouterr().out
     assert "all steps are done" in output
-    loss = f"{result.evaluation.nats_per_token:.4f}"  # after 5 steps
-    assert f"  warning            {loss} nats/token is not clearly better than uniform" in output
-    assert "guessing (5.5568); train for more steps, or with another --config.optim" in output
     assert "first step" not in output
     train(with_train(config, steps=3), workdir)  # "all steps are done": it keeps its configuration
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
@@ -186,35 +151,6 @@ def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
     assert "error: the checkpoint has a different model: hidden_dim is 9" in refused.errors
     assert_refused(other, "the checkpoint has different data settings: ")
     assert_refused(none, "--workdir=new: not a run; check the path, or start a run there with --c")
-
-
-def test_a_workdir_whose_configuration_is_unreadable_is_one_line(finished, tmp_path):
-    config, workdir = finished
-    (tmp_path / "checkpoints").mkdir()
-    path = tmp_path / "config.json"
-    values = json.loads((workdir / "config.json").read_text())
-    for text, problem in (
-        ("{", "invalid JSON"),
-        (json.dumps(values | {"modle": 1}), "modle: no such field; did you mean 'model'?"),
-        (json.dumps(values).replace(config.data.source, "gone"), "gone: no such file or folder"),
-    ):
-        path.write_text(text)
-        (result,) = run_scripts(("scripts/train.py", "--workdir", tmp_path))
-        assert (result.code, "Traceback" in result.errors) == (2, False)
-        assert problem in result.errors
-        assert f"{path}" in result.errors
-
-
-@pytest.mark.parametrize("is_fast", [False, True])
-def test_says_where_bfloat16_is_slower(tmp_path, monkeypatch, capsys, is_fast):
-    monkeypatch.setattr(reporter, "has_fast_bfloat16", lambda: is_fast)
-    config = small_config(source=write_corpus(tmp_path / "text"), precision="bfloat16", steps=1)
-    train(config, str(tmp_path / "run"))
-    notice = "on this processor: --config.model.precision=float32 saves the conversions"
-    output = capsys.readouterr().out
-    assert (notice in output) == (not is_fast)
-    # Nothing is held out, and one step teaches nothing.
-    assert "nats/token is not clearly better than uniform guessing (5.5568)" in output
 
 
 def test_another_text_is_rejected_and_the_run_unchanged(finished):
@@ -257,30 +193,20 @@ def test_profiles_change_nothing_and_may_be_requested_on_resume(
     (second,) = (path for path in profiles(tmp_path / "parts") if path != first)
     assert b"train_step" in first.read_bytes()
     assert b"train_step" in second.read_bytes()
-    assert f"profile of 2 steps: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
+    assert f"profile: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
     assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(whole[1])
 
 
-def test_a_recompiled_step_is_counted_and_shown(whole, tmp_path, monkeypatch, caplog, capsys):
-    class OneShorterBatch:
-        def __init__(self, batches):
-            self._batches = batches
-            self.get_state, self.set_state = batches.get_state, batches.set_state
+def test_a_recompiled_step_is_counted_and_shown(whole, tmp_path, monkeypatch, capsys):
+    def other_dtype(self):
+        batch = next_batch(self)
+        return batch._replace(tokens=batch.tokens.astype("int16")) if self.step == 3 else batch
 
-        def __next__(self):
-            batch = next(self._batches)
-            if self.get_state()["next_index"] != 4:
-                return batch
-            return batch._replace(
-                **{name: getattr(batch, name)[:, 1:] for name in batch._fields if name != "reset"}
-            )
-
-    make_batches = run.make_batches
-    monkeypatch.setattr(run, "make_batches", lambda *args: OneShorterBatch(make_batches(*args)))
+    next_batch = run.Run.next_batch
+    monkeypatch.setattr(run.Run, "next_batch", other_dtype)
     train(whole[0], str(tmp_path / "run"))
     counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
     assert (counts[0], counts[-1]) == (0, 1)
-    assert "the train step was recompiled at call 4" in caplog.text
     assert re.search(r"recompilations +1\n", capsys.readouterr().out)
 
 
@@ -298,19 +224,15 @@ SENTENCES = (
 def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, capsys):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
-    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2)
+    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2, steps=3)
     train(config, "run")
-    before = newest_checkpoint(tmp_path / "run")
-    config.train.steps = 41
-    assert train(config, "run").step == 41
-    assert "--config.train.steps: changed from 40 to 41; this rescales" in capsys.readouterr().out
-    after = newest_checkpoint(tmp_path / "run")
-    train(config, "another")
-    assert train(config, "run").step == 41
-    hashes = [kept["position in the data"]["content_hash"] for kept in (before, after)]
-    assert hashes[0] == hashes[1] == open_saved_corpus("run", cache_dir="tokens").content_hash
+    before = newest_checkpoint(tmp_path / "run")["position in the data"]["content_hash"]
+    config.train.steps = 4
+    assert train(config, "run").step == 4
+    assert "--config.train.steps: changed from 3 to 4" in capsys.readouterr().out
+    after = newest_checkpoint(tmp_path / "run")["position in the data"]["content_hash"]
     shutil.rmtree(tmp_path / "tokens")
-    assert open_saved_corpus("run", source=".").content_hash == hashes[0]
+    assert before == after == open_saved_corpus("run", source=".").content_hash
 
 
 @pytest.mark.oldest_python
@@ -333,7 +255,7 @@ def test_a_sample_of_a_chat_model_answers_the_prompt(tmp_path):
     )
 
 
-def test_overfits_six_sentences_and_generates_them(tmp_path, capsys):
+def test_overfits_six_sentences_and_generates_them(tmp_path):
     source = tmp_path / "sentences.jsonl"
     source.write_text("".join(json.dumps({"user": "", "bot": s}) + "\n" for s in SENTENCES))
     config = small_config(
@@ -353,7 +275,6 @@ def test_overfits_six_sentences_and_generates_them(tmp_path, capsys):
         sample_tokens=3,
     )
     train(config, str(tmp_path / "run"))
-    assert "uniform guessing" not in capsys.readouterr().out
     rows = read_metrics(str(tmp_path / "run"))
     assert np.mean([row["loss"] for row in rows if row["kind"] == "train"][-3:]) < 0.1
     (sample,) = (row for row in rows if row["kind"] == "sample")
@@ -397,19 +318,6 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     assert newest_checkpoint(tmp_path / "run")["number of steps"] == 500
 
 
-def test_a_signal_before_the_first_step_ends_a_resumable_run(tmp_path):
-    process = start_python(*command(tmp_path))
-    while not (tmp_path / "run").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "Traceback" not in errors
-    assert (
-        "SIGINT: stopped; run the same command to resume\n" in errors or "SIGINT: saved" in output
-    )
-
-
 def test_a_loss_that_is_never_finite_ends_a_run(tmp_path, capsys):
     config = small_config(
         source=write_corpus(tmp_path / "text"),
@@ -418,14 +326,8 @@ def test_a_loss_that_is_never_finite_ends_a_run(tmp_path, capsys):
         sample_every=1,
         sample_tokens=1,
     )
-    message = (
-        r"the loss or its gradient was not finite in 2 consecutive steps, up to step (\d+) "
-        r"\(batch (\d+), seed 0\); parameters were last updated at step (\d+): .*"
-    )
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match="not finite in 2 consecutive steps, up to step"):
         train(config, str(tmp_path / "run"))
-    step, batch, updated = map(int, re.match(message, str(raised.value)).groups())
-    assert (batch, updated) == (step - 1, step - 2)
     assert "the model's logits are not finite" in capsys.readouterr().out  # in place of a sample
 
 
@@ -434,32 +336,6 @@ def test_anything_but_a_configuration_is_rejected(tmp_path):
         with pytest.raises(UserError, match=rf"^config: {kind}; pass a simplernn_jax\.Config"):
             train(wrong, str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("limit", "where"), [(1, "1 step"), (3, "3 consecutive steps")])
-def test_the_maximum_of_skipped_updates_ends_a_run(limit, where):
-    config = TrainConfig(max_skipped_updates=limit, seed=5)
-    check_skips(9, limit - 1, config)
-    message = rf"in {where}, up to step 9 \(batch 8, seed 5\); .* at step {9 - limit}:"
-    with pytest.raises(UserError, match=message):
-        check_skips(9, limit, config)
-
-
-def test_a_workdir_that_cannot_hold_checkpoints_is_rejected_before_the_data_is_read(tmp_path):
-    config = small_config(source=str(tmp_path / "missing"))
-    with pytest.raises(UserError, match=r"^--workdir .*run \[2\]: has \[ in its path"):
-        train(config, str(tmp_path / "run [2]"))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_run_without_data_leaves_no_workdir(tmp_path, exists):
-    workdir = tmp_path / "run"
-    if exists:
-        workdir.mkdir()
-    with pytest.raises(UserError, match="missing"):
-        train(small_config(source=str(tmp_path / "missing")), str(workdir))
-    assert workdir.exists() == exists
 
 
 def evaluated_on_20_tokens(folder):
@@ -478,7 +354,7 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
     config = evaluated_on_20_tokens(tmp_path)
     result = train(config, str(tmp_path / "run"))
     folder = CheckpointFolder(str(tmp_path / "run"))
-    qualities = {step: saved_quality(folder.step_path(step)) for step in folder.steps()}
+    qualities = {step: read_quality(folder.step_path(step))[1] for step in folder.steps()}
     assert {36, 40} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
@@ -496,13 +372,6 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
     assert f"all held-out text  {result.evaluation}" in capsys.readouterr().out
 
 
-def test_a_pipe_at_the_path_of_the_configuration_is_rejected(tmp_path):
-    (tmp_path / "run").mkdir()
-    os.mkfifo(tmp_path / "run" / "config.json")
-    with pytest.raises(UserError, match=r"run/config\.json: not a regular file"):
-        train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
-
-
 @pytest.mark.oldest_python
 def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_path, monkeypatch):
     config = evaluated_on_20_tokens(tmp_path)
@@ -511,7 +380,7 @@ def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_
         stop_after(patch, 40)
         assert train(config, str(tmp_path / "cut")) == loop.Result(40, "SIGTERM", None)
     assert train(config, str(tmp_path / "cut")) == whole
-    last = [saved_quality(str(tmp_path / name / "checkpoints" / "40")) for name in ("whole", "cut")]
+    last = [read_quality(str(tmp_path / name / "checkpoints" / "40")) for name in ("whole", "cut")]
     assert last[0] == last[1]
     assert newest_checkpoint(tmp_path / "cut") == newest_checkpoint(tmp_path / "whole")
 
@@ -525,18 +394,6 @@ def test_signals_act_as_before_once_all_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "evaluate_all", evaluate_all)
     train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
     assert handlers == [signal.getsignal(signal.SIGTERM)]
-
-
-def test_a_longer_run_is_compared_with_the_end_of_the_shorter_one(tmp_path):
-    config = small_config(
-        source=write_corpus(tmp_path / "text"), validation_fraction=0.3, eval_every=10, steps=20
-    )
-    shorter = train(config, str(tmp_path / "run"))
-    config.train.steps, config.train.early_stopping_patience = 400, 1
-    config.optimizer.learning_rate = 0.5
-    longer = train(config, str(tmp_path / "run"))
-    assert longer.step == 30
-    assert longer.evaluation.nats_per_token > shorter.evaluation.nats_per_token
 
 
 @pytest.fixture
@@ -563,16 +420,3 @@ def test_the_second_signal_acts_as_before(usual_handlers):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert poll_signal(3) == "SIGTERM"
-
-
-def test_processes_of_a_distributed_run_ask_jax_which_step_is_the_last(monkeypatch):
-    before = [signal.getsignal(number) for number in SIGNALS]
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    for last, expected in ((1, ["SIGTERM", None]), (2, [None, "SIGTERM"])):
-        monkeypatch.setattr(
-            multihost_utils, "reached_preemption_sync_point", lambda step, last=last: step == last
-        )
-        with deferred_signals() as poll_signal:
-            assert [signal.getsignal(number) for number in SIGNALS] == before
-            # As a run that resumes at step 20.
-            assert [poll_signal(step) for step in (20, 21)] == expected

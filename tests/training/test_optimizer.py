@@ -36,11 +36,6 @@ def test_schedule_rises_to_its_peak_and_falls_along_a_cosine():
     assert np.all(np.diff(values[5:]) < 0)
 
 
-def test_schedule_without_warmup_or_decay_is_constant():
-    rate = learning_rate_schedule(settings(warmup_steps=0, final_learning_rate=1.0), STEPS)
-    assert [float(rate(step)) for step in (0, 1, STEPS - 1)] == pytest.approx([0.5] * 3)
-
-
 @pytest.mark.parametrize("total_steps", [1, 3, 5])
 def test_schedule_of_a_run_that_ends_in_its_warmup_is_finite_and_positive(total_steps):
     rate = learning_rate_schedule(settings(), total_steps)

@@ -167,17 +167,6 @@ def test_microbatches_on_one_cpu_device_have_about_1024_tokens(size, length, win
     assert choose_microbatches(given, None) is given
 
 
-def test_automatic_microbatches_equal_the_whole_batch():
-    sizes = {"mode": "stream", "sequence_length": 347}
-    batch = random_batch(0, SIZE, 347, VOCAB)
-    results = []
-    for fields in ({}, {"gradient_accumulation": 1}, {"gradient_accumulation": 2}):
-        state, step = run_of(sgd=True, **sizes, **fields)
-        results.append(step(state, batch))
-    chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
-    assert_same_bytes(results[0], results[2])
-
-
 def test_a_batch_without_predictions_changes_no_parameter():
     state, step = run_of(sgd=True, mode="stream")
     batch = make_batch()
@@ -186,12 +175,6 @@ def test_a_batch_without_predictions_changes_no_parameter():
     assert (float(metrics.loss), int(metrics.predictions)) == (0.0, 0)
     assert_same_bytes(after.params, state.params)
     assert int(after.skipped_updates) == 0
-
-
-@pytest.mark.parametrize("mode", ["window", "document"])
-def test_only_streams_carry_a_state(mode):
-    config = config_of(mode=mode)
-    assert init_train_state(config, SGD).carried == ()
 
 
 @pytest.mark.fewer_cases
@@ -313,14 +296,6 @@ def test_dropout_follows_from_seed_and_step():
     )
     other_dropout = dataclasses.replace(state, rng=other_seed.rng)
     assert float(step(other_dropout, batch)[1].loss) != float(metrics.loss)
-
-
-def test_initial_state_follows_from_the_seed():
-    one, same, other = (init_train_state(config_of(seed=seed), SGD) for seed in (5, 5, 6))
-    assert_same_bytes(one, same)
-    assert np.any(np.asarray(one.rng) != np.asarray(other.rng))
-    differences = jax.tree.map(lambda a, b: np.any(a != b), one.params, other.params)
-    assert all(jax.tree.leaves(differences))
 
 
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32():
