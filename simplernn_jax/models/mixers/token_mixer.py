@@ -166,10 +166,6 @@ def find_mixer(name: str) -> Registered:
     return _registry[name]
 
 
-PLUGINS: dict[str, None] = {}
-"""What `load_plugin` has imported in this process, in order, for processes that it starts."""
-
-
 def load_plugin(plugin: str | os.PathLike[str]) -> None:
     """Import a user's module, which registers mixers.
 
@@ -180,7 +176,6 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
       UserError: it does not exist, or its code raises.
     """
     text = os.fspath(plugin)
-    PLUGINS[text] = None
     if text.endswith(".py") or os.sep in text:
         name = sha256_hex(os.path.realpath(os.path.expanduser(text)))[:16]
         import_file(text, "--plugin", f"simplernn_plugin_{name}")
