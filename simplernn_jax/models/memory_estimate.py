@@ -4,7 +4,7 @@ From shapes alone, before anything is allocated or compiled; only what cannot fi
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ _TRAINING_ADVICE = (
     "config.train.gradient_accumulation, bptt_window or remat"
 )
 
-Estimate = dict[str, float]
+Estimate = Mapping[str, float]
 """Bytes on one device by their use."""
 
 
@@ -138,14 +138,14 @@ def _check(
     memory, needed = device_memory(device), sum(estimate.values())
     if memory is None:
         return 0.0
-    where = device.device_kind
+    where, available = device.device_kind, float(memory)
     if device.platform == "cpu":
-        memory /= 1 + len(others)  # simulated devices share the memory of the machine
+        available /= 1 + len(others)  # simulated devices share the memory of the machine
         where = f"each of {1 + len(others)} devices" if others else "this machine"
-    if needed > memory:
+    if needed > available:
         parts = ", ".join(f"{name} {format_bytes(num)}" for name, num in estimate.items())
         raise UserError(
             f"{task} needs at least {format_bytes(needed)} of memory ({parts}), {where} has "
-            f"{format_bytes(memory)}; {advice}"
+            f"{format_bytes(available)}; {advice}"
         )
-    return needed / memory
+    return needed / available

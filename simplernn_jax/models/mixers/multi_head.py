@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.layers import Dense, fused_dense, kernel_init
 from simplernn_jax.ops.checks import FLOATING, check_array
@@ -28,6 +29,11 @@ def multi_head_options(config: ModelConfig) -> dict[str, Any]:
     if config.block != "plain":
         options |= {"use_bias": False, "output_norm": True, "output_gate": True}
     return options
+
+
+def state_dtype(precision: Any) -> jnp.dtype | None:
+    """Return the dtype of a recurrent state; None is the default, float32 (float64 under x64)."""
+    return None if jnp.dtype(precision) == jnp.float32 else jnp.dtype(precision)
 
 
 class MultiHeadLayer(nnx.Module):
@@ -145,8 +151,7 @@ class MultiHeadLayer(nnx.Module):
           ValueError: shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes.
         """
-        sizes = {"V": self.value_dim // self.num_heads}
-        sizes = check_array("y", y, "... H V", FLOATING, sizes)
+        sizes = check_array("y", y, "... H V", FLOATING, {"V": self.value_dim // self.num_heads})
         if output_gate is not None:
             width = sizes["H"] * sizes["V"]
             check_array("output_gate", output_gate, "... HV", FLOATING, {"HV": width})
@@ -160,6 +165,17 @@ class MultiHeadLayer(nnx.Module):
         if output_gate is not None:
             y = _apply_output_gate(y, output_gate)
         return self.out_proj(y)
+
+    def recurrent_state(self, batch_size: int, dtype: Any) -> RecurrentState:
+        """Return zeros ``[B, H, K, V]``."""
+        heads = self.num_heads
+        return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads), dtype)
+
+    def check_recurrent_state(self, name: str, state: Any, q: jax.Array) -> None:
+        """Check that a state fits queries ``[B, ..., H, K]``; raises ValueError or TypeError."""
+        sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
+        sizes["V"] = self.value_dim // self.num_heads
+        check_array(name, state, "B H K V", FLOATING, sizes)
 
 
 @jax.checkpoint  # y and the gate are saved in any case; the backward pass recomputes silu

@@ -7,7 +7,6 @@ right for any mixer.
 
 import dataclasses
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -132,14 +131,14 @@ def register_mixer(
       check: raises `UserError` for a configuration that the mixer cannot have.
 
     Raises:
-      ValueError: the name is no identifier, or a mixer from another file has it.
+      ValueError: the name is not an identifier, or another mixer has it.
     """
     if not name.isidentifier():
         raise ValueError(f"{name=}: must be an identifier, as in Python")
 
     def register(make: _Make) -> _Make:
-        known = _registry.get(name)
-        if known is not None and _source(known.make) != _source(make):
+        # A module that is imported again, or a cell that is run again, may replace its mixer.
+        if name in _registry and _path_of(_registry[name].make) != _path_of(make):
             raise ValueError(f"mixer {name!r} is already registered; choose another name")
         _registry[name] = Registered(make, options, mesh_axes, check)
         return make
@@ -147,12 +146,8 @@ def register_mixer(
     return register
 
 
-def _source(make: Callable[..., Any]) -> tuple[str, str]:
-    """Return file and name, which a module that is imported again has too."""
-    try:
-        return inspect.getsourcefile(make) or "", make.__qualname__
-    except (OSError, TypeError):  # typed at a prompt
-        return "", make.__qualname__
+def _path_of(make: MakeMixer) -> tuple[str, str]:
+    return make.__module__, make.__qualname__
 
 
 def find_mixer(name: str) -> Registered:
