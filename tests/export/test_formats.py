@@ -92,21 +92,6 @@ def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, 
     assert loaded.greedy(5, 31) == tokens
 
 
-@OF_THE_CONVERTER
-def test_the_names_of_the_onnx_programs(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    find_format("onnx").write(trained(MODELS["hybrid"]), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("prefill.onnx", "decode.onnx", "config.json", "tokenizer.json"),
-        *("example.py", "README.md"),
-    }
-    config = json.loads((tmp_path / "config.json").read_text())
-    session = onnxruntime.InferenceSession(tmp_path / "decode.onnx")
-    assert [x.name for x in session.get_inputs()] == ["tokens", *config["state"]]
-    names = ["logits", *(f"next.{name}" for name in config["state"])]
-    assert [x.name for x in session.get_outputs()] == names
-
-
 def test_bfloat16_models_are_exported_in_float32(tmp_path):
     original = trained({"precision": "bfloat16", "state_precision": "bfloat16"})
     model, exact = original.model, float32_model(original.model)
@@ -238,14 +223,6 @@ def test_rounded_weights(tmp_path, monkeypatch, format_name, kind):
 
 
 @OF_THE_CONVERTER
-def test_large_weights_of_onnx_are_files_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(find_format("onnx"), "MAX_INLINE_BYTES", 0)
-    original = trained(MODELS["plain"])
-    assert_logits(written("onnx", original, tmp_path), original.model)
-    assert (tmp_path / "prefill.onnx.data").stat().st_size > 0
-
-
-@OF_THE_CONVERTER
 def test_the_example_answers_a_message(tmp_path):
     original = trained(MODELS["hybrid"], template=load_template("roles"))
     written("onnx", original, tmp_path)
@@ -362,37 +339,25 @@ def test_corrupt_exports_are_rejected(tmp_path, run):
     name, value = next(iter(weights.items()))
     flipped = bytearray((good / "model.safetensors").read_bytes())
     flipped[-1] ^= 1
-    whole_run = json.loads((good / "simplernn.json").read_text())
-    run = {name: whole_run[name] for name in ("config", "tokenizer")}  # as other programs write it
-    changed = json.loads(json.dumps(whole_run["config"]))
-    changed["model"]["norm_epsilon"] = 0.5
+    run = json.loads((good / "simplernn.json").read_text())
+    changed = json.loads(json.dumps(run))
+    changed["config"]["model"]["norm_epsilon"] = 0.5
+    unsigned = {name: run[name] for name in ("config", "tokenizer")}  # as other programs write it
     words = json.loads(pretrained(word_level(*map(str, range(296)))).to_json())
     damages = {
         "model.safetensors": [
             (b"", "cannot be read"),
-            ((good / "model.safetensors").read_bytes()[:-1], "cannot be read"),
             (bytes(flipped), "corrupted, or changed by"),
-            (safetensors.numpy.save({name: value}), "expected 1 layer, found 0"),
             (safetensors.numpy.save(weights | {"x": value}), "x unexpected"),
             (safetensors.numpy.save(weights | {name: value[:-1]}), "has shape"),
         ],
         "simplernn.json": [
             (b"{", "corrupted"),
-            (b"[]", "not an object"),
+            (json.dumps(changed).encode(), "differs from what was"),
             (json.dumps({"config": run["config"]}).encode(), "its fields are config"),
-            (json.dumps(run | {"sha257": whole_run["sha256"]}).encode(), "its fields are"),
-            (json.dumps(run | {"sha256": None}).encode(), "differs from what was"),
-            (json.dumps(run | {"weights_sha256": "0"}).encode(), "the weights of another model"),
-            (json.dumps(whole_run | {"config": changed}).encode(), "differs from what was"),
-            (json.dumps(run | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
-            (
-                json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(),
-                r"bad/simplernn\.json: .*of kind 'x'",
-            ),
-            (
-                json.dumps(run | {"tokenizer": words}).encode(),
-                "bad: the tokenizer has 300 ids and the model 259",
-            ),
+            (json.dumps(unsigned | {"weights_sha256": "0"}).encode(), "weights of another model"),
+            (json.dumps(unsigned | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
+            (json.dumps(unsigned | {"tokenizer": words}).encode(), "has 300 ids and the model 259"),
         ],
     }
     for file, contents in damages.items():

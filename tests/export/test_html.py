@@ -77,15 +77,6 @@ def test_any_text_is_encoded_alike(pair, text):
     assert page.encode(text) == ids
 
 
-def test_the_script_of_the_page_is_run(tmp_path):
-    module = find_format("html")
-    module.write(trained(MODELS["residual"]), tmp_path)
-    page = (tmp_path / FILE).read_text()
-    (tmp_path / FILE).write_text(page.replace("function fromBase64(", "function renamed("))
-    with pytest.raises(Exception, match="fromBase64 is not defined"):
-        module.load(tmp_path)
-
-
 def test_a_page_without_chat_for_a_template_that_a_page_cannot_render(tmp_path):
     template = "{% for m in messages %}{{ m.content | trim('x') }};{% endfor %}"
     find_format("html").write(trained(MODELS["plain"], template=template), tmp_path)
@@ -120,10 +111,10 @@ def split_by(*parts):
     ("tokenizer", "reason"),
     [
         (word_level("a"), "its model is WordLevel"),
-        (byte_level(tokenizers.normalizers.NFC()), r"it has a normalizer \(NFC\)"),
+        (byte_level(tokenizers.normalizers.NFC()), "its normalizer is NFC"),
         (byte_level(add_prefix_space=True), "it adds a space"),
         (with_dropout(), "its model has dropout"),
-        (with_an_added_token(), "it has the added token '<thing>'"),
+        (with_an_added_token(), "its added token is <thing>"),
         (split_by(DIGITS), "it is not byte-level"),
         (split_by(DIGITS, BYTES), "its pre-tokenizer has a part Digits"),
         (
@@ -272,16 +263,6 @@ def test_stop_and_errors(page, exported):
     page.locator("#generate:enabled").wait_for()
     assert page.title() == exported[2].parent.parent.joinpath("run").name
     assert page.locator("#error").is_hidden()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(browser, exported, exported_chat, scheme):
-    narrow = {"viewport": {"width": 400, "height": 800}, "color_scheme": scheme}
-    for path in (exported[2], exported_chat[1]):
-        with opened(browser, path, **narrow) as page:
-            assert page.evaluate("document.documentElement.scrollWidth") <= 400
-            back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (back == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 @pytest.fixture

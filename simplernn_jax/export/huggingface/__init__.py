@@ -86,6 +86,7 @@ class _Loaded:
 
         from simplernn_jax.export.huggingface.modeling_simplernn import SimpleRNNForCausalLM
 
+        transformers.utils.logging.disable_progress_bar()
         # The classes themselves: the Auto classes would leave a copy of the code in a cache.
         self._model = SimpleRNNForCausalLM.from_pretrained(folder)
         self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)

@@ -20,7 +20,7 @@ tags: [simplernn, recurrent, gated-linear-attention]
 # {name}
 
 A recurrent language model with {parameters:,} parameters, trained with simplernn_jax: {layers} of
-width {width}, with {heads} of {mixers}. The state of the recurrence is a matrix per head, as in
+width {width} ({mixers}), with {heads}. The state of the recurrence is a matrix per head, as in
 [gated linear attention](https://arxiv.org/abs/2312.06635).
 
 ## Usage

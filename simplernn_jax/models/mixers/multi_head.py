@@ -106,6 +106,12 @@ class MultiHeadLayer(nnx.Module):
             value_dim, output_dim, ("heads", "embed"), row_parallel=True, **common
         )
 
+    @property
+    def input_projections(self) -> list[Dense]:
+        """Projections of the input, in the order of their fused matmul."""
+        layers = (self.query_proj, self.key_proj, self.value_proj, self.gate_proj)
+        return [layer for layer in (*layers, self.output_gate_proj) if layer is not None]
+
     def project_inputs(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project `x` to queries, keys, values and, with a forget gate, gate logits.
 
@@ -122,20 +128,15 @@ class MultiHeadLayer(nnx.Module):
           TypeError: wrong dtype.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
-        layers = [self.query_proj, self.key_proj, self.value_proj]
-        widths = [self.key_dim, self.key_dim, self.value_dim]
-        if self.gate_proj is not None:
-            layers, widths = [*layers, self.gate_proj], [*widths, self.key_dim]
-        if self.output_gate_proj is not None:
-            layers = [*layers, self.output_gate_proj]
-        outputs = fused_dense(x, layers)
-        heads = []
-        for y, width in zip(outputs, widths, strict=False):
-            width //= self.num_heads
-            heads.append(y.reshape(*x.shape[:-1], y.shape[-1] // width, width))
-        if self.output_gate_proj is None:
-            return tuple(heads), None
-        return tuple(heads), outputs[-1]
+        outputs = list(fused_dense(x, self.input_projections))
+        output_gate = None if self.output_gate_proj is None else outputs.pop()
+        key_dim, value_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
+        widths = (key_dim, key_dim, value_dim, key_dim)
+        heads = (
+            y.reshape(*x.shape[:-1], y.shape[-1] // width, width)
+            for y, width in zip(outputs, widths, strict=False)
+        )
+        return tuple(heads), output_gate
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
         """Normalize, gate and project the heads.

@@ -222,18 +222,18 @@ def reject_option(name: str, value: Scalar, allowed: str) -> NoReturn:
 def check_mixers(config: ModelConfig) -> None:
     """Check names and options of the mixers; raises `UserError`."""
     mixers = {name: find_mixer(name) for name in config.mixers}
+    takes_any = any(mixer.options is None for mixer in mixers.values())
+    known = {
+        key: value for mixer in mixers.values() for key, value in (mixer.options or {}).items()
+    }
     for key, value in config.mixer_options.items():
-        defaults = [
-            mixer.options[key] if mixer.options is not None else value
-            for mixer in mixers.values()
-            if mixer.options is None or key in mixer.options
-        ]
-        if not defaults:
-            known = sorted({name for mixer in mixers.values() for name in mixer.options or ()})
-            allowed = f"an option of {' or '.join(mixers)}{nearest_name(key, known)}"
-            reject_option(key, value, f"{allowed}; there are {', '.join(known) or 'none'}")
-        for default in defaults:
-            if type(value) is not type(default) and (type(default), type(value)) != (float, int):
-                reject_option(key, value, f"a value of type {type(default).__name__}")
+        if key not in known:
+            if takes_any:
+                continue
+            allowed = f"an option of {' or '.join(mixers)}{nearest_name(key, sorted(known))}"
+            reject_option(key, value, f"{allowed}; there are {', '.join(sorted(known)) or 'none'}")
+        default = known[key]
+        if type(value) is not type(default) and (type(default), type(value)) != (float, int):
+            reject_option(key, value, f"a value of type {type(default).__name__}")
     for name, mixer in mixers.items():
         mixer.check(complete_options(name, config))
