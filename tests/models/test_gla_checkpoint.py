@@ -83,16 +83,9 @@ def test_an_unsupported_setting_is_rejected_by_name(tmp_path, settings, message)
     assert message in found
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_kv_heads": 1},
-        {"fuse_swiglu": False, "fuse_cross_entropy": False, "use_l2warp": True},
-        {"architectures": ["GLAForCausalLM"], "torch_dtype": "bfloat16", "attn_mode": "chunk"},
-    ],
-)
-def test_settings_that_do_not_change_the_model_are_ignored(tmp_path, settings):
-    assert load(tmp_path, **settings).config == load(tmp_path).config
+def test_settings_that_do_not_change_the_model_are_ignored(tmp_path):
+    others = {"num_kv_heads": 1, "fuse_swiglu": False, "torch_dtype": "bfloat16"}
+    assert load(tmp_path, **others).config == load(tmp_path).config
 
 
 Q = "model.layers.1.attn.q_proj.weight"
