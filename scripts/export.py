@@ -12,8 +12,8 @@
                  and an example that generates text
     onnx         the same for ONNX Runtime
 
-The export is loaded in a fresh process and compared with the model on held-out text before it is
-put in place. html needs the package mini-racer, safetensors nothing more, the others the extra:
+The export is loaded and compared with the model on held-out text before it is put in place. html
+needs the package mini-racer, safetensors nothing more, the others the extra:
 pip install 'simplernn_jax[export]'.
 """
 
@@ -21,8 +21,6 @@ import bootstrap
 
 if __name__ == "__main__":
     bootstrap.start()
-
-import re
 
 from absl import flags, logging
 
@@ -42,23 +40,6 @@ _QUANTIZE = flags.DEFINE_enum(
     "Store the weights of html and onnx in fewer bits: float16 halves the files, int8 quarters "
     "them.",
 )
-_LICENSE = flags.DEFINE_string(
-    "license", "", "License of the weights, for the model card, such as apache-2.0 or cc-by-4.0."
-)
-flags.register_validator(
-    _LICENSE,
-    re.compile(r"([a-z0-9][a-z0-9.+-]*)?").fullmatch,
-    "must be the name of a license on the Hugging Face Hub, such as apache-2.0, or other",
-)
-_LANGUAGE = flags.DEFINE_list(
-    "language", [], "Languages of the text, for the model card: ISO 639 codes, such as en,de."
-)
-flags.register_validator(
-    _LANGUAGE,
-    lambda codes: all(re.fullmatch("[a-z]{2,3}|code|multilingual", code) for code in codes),
-    "must be ISO 639 codes, such as en,de, or code or multilingual",
-)
-
 _CHECKED_TOKENS = 256
 
 
@@ -76,11 +57,8 @@ def main() -> None:
     from simplernn_jax.export.formats import find_format
     from simplernn_jax.inference import generate
 
-    process_start.raise_on_signals()  # there are a temporary folder and a child
+    process_start.raise_on_signals()  # which removes the temporary folder
     find_format(_FORMAT.value)
-    for flag in (_LICENSE, _LANGUAGE):
-        if flag.value and _FORMAT.value != "huggingface":
-            raise UserError(f"--{flag.name}: only with --format=huggingface, for the model card")
     check_new(out)
     model, tokenizer, config = _MODEL.load()
     try:
@@ -100,8 +78,6 @@ def main() -> None:
         workdir=workdir,
         tokens=tokens,
         quantize=_QUANTIZE.value,
-        license=_LICENSE.value,
-        languages=_LANGUAGE.value,
     )
     print(f"{_OUT.value}: {report}")
 

@@ -1,12 +1,12 @@
-"""One export: written to a new folder, checked in a fresh process, and only then put in place."""
+"""One export: written to a new folder, compared with the model, and only then put in place."""
 
 import contextlib
 import dataclasses
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, format_bytes
 from simplernn_jax.export import QUANTIZED_FORMATS
-from simplernn_jax.export.checking import run_exported
 from simplernn_jax.export.formats import (
+    Loaded,
     TrainedModel,
     compute_logits,
     find_format,
@@ -27,7 +27,6 @@ from simplernn_jax.export.formats import (
     last_part,
     rounded_weights,
 )
-from simplernn_jax.files import sync
 from simplernn_jax.inference.engine import split_model
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
@@ -35,6 +34,8 @@ from simplernn_jax.models.named_weights import model_from_weights, named_weights
 TOLERANCE = 1e-3
 """Largest difference of logits between an export and the model, relative to the largest logit: far
 above the rounding of float32 in another order, far below any mistake."""
+
+_TIMED_TOKENS = 128
 
 
 class Report(NamedTuple):
@@ -45,7 +46,7 @@ class Report(NamedTuple):
     difference: float
     """Largest difference of logits, relative to the largest logit."""
     tokens_per_second: float
-    """Decoding of one sequence, in the process of the check."""
+    """Decoding of one sequence."""
     loss: float
     """Mean loss of the predictions of the checked text, in nats."""
     rounded_loss: float
@@ -72,8 +73,6 @@ def export(
     workdir: str,
     tokens: np.ndarray,
     quantize: str = "none",
-    license: str = "",
-    languages: Sequence[str] = (),
 ) -> Report:
     """Export a model to the new folder `out` and check it.
 
@@ -84,7 +83,6 @@ def export(
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
       quantize: how the weights are stored: one of `QUANTIZATIONS`.
-      license, languages: of the weights, for the model card of huggingface.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
@@ -97,49 +95,43 @@ def export(
         )
     split_model(model)  # which checks the parameters
     model = float32_model(model)
-    trained = TrainedModel(
-        *(model, tokenizer, without_paths(config), workdir, quantize, license, tuple(languages))
-    )
+    trained = TrainedModel(model, tokenizer, without_paths(config), workdir, quantize)
     with new_folder(out) as folder:
         module.write(trained, folder)
-        text = tokenizer.decode(tokens)
-        found = run_exported(format_name, folder, tokens, text)
-        expected = compute_logits(model, tokens)
-        rounded = expected
-        if quantize != "none":
-            arrays = rounded_weights(named_weights(model), quantize)
-            rounded = compute_logits(model_from_weights(model.config, arrays, format_name), tokens)
-        difference = float(np.abs(found.logits - rounded).max() / np.abs(rounded).max())
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"--format={format_name}: the exported model differs by {difference:.1e}, more "
-                f"than {TOLERANCE:g} of the largest logit; please report this with the "
-                "configuration"
-            )
-        if found.ids != tokenizer.encode(text).tolist():
-            raise UserError(
-                f"--format={format_name}: the exported tokenizer encodes the held-out text "
-                "differently; use another format"
-            )
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Report(
-        num_bytes,
-        difference,
-        found.tokens_per_second,
-        mean_loss(expected, tokens),
-        mean_loss(rounded, tokens),
+        return _check(format_name, module.load(folder), trained, tokens, num_bytes)
+
+
+def _check(
+    format_name: str, loaded: Loaded, trained: TrainedModel, tokens: np.ndarray, num_bytes: int
+) -> Report:
+    """Compare an export with the model; raises `UserError` if it does not compute the same."""
+    rounded = trained.model
+    if trained.quantize != "none":
+        weights = rounded_weights(named_weights(rounded), trained.quantize)
+        rounded = model_from_weights(rounded.config, weights, format_name)
+    expected = compute_logits(rounded, tokens)
+    difference = float(np.abs(loaded.logits(tokens) - expected).max() / np.abs(expected).max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"--format={format_name}: the exported model differs by {difference:.1e}, more than "
+            f"{TOLERANCE:g} of the largest logit; please report this with the configuration"
+        )
+    text = trained.tokenizer.decode(tokens)
+    if loaded.encode(text) != trained.tokenizer.encode(text).tolist():
+        raise UserError(
+            f"--format={format_name}: the exported tokenizer encodes the held-out text "
+            "differently; use another format"
+        )
+    loaded.greedy(int(tokens[0]), _TIMED_TOKENS)  # compiles
+    start = time.perf_counter()
+    loaded.greedy(int(tokens[0]), _TIMED_TOKENS)
+    rate = _TIMED_TOKENS / (time.perf_counter() - start)
+    losses = (
+        float(softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]).mean())
+        for logits in (compute_logits(trained.model, tokens), expected)
     )
-
-
-def _without_folders(source: str) -> str:
-    """Return the last part of a path, or of each path of a mixture."""
-    try:
-        mixture = parse_mixture(source)
-    except UserError:
-        mixture = None
-    if mixture is None:
-        return last_part(source)
-    return ",".join(f"{last_part(path)}:{weight:.4g}" for path, weight in mixture)
+    return Report(num_bytes, difference, rate, *losses)
 
 
 def without_paths(config: Config) -> Config:
@@ -156,52 +148,34 @@ def without_paths(config: Config) -> Config:
     )
 
 
+def _without_folders(source: str) -> str:
+    """Return the last part of a path, or of each path of a mixture."""
+    try:
+        mixture = parse_mixture(source)
+    except UserError:
+        mixture = None
+    if mixture is None:
+        return last_part(source)
+    return ",".join(f"{last_part(path)}:{weight:.4g}" for path, weight in mixture)
+
+
 @contextlib.contextmanager
 def new_folder(out: str) -> Iterator[Path]:
     """Make a folder that becomes `out` if the block succeeds; raises `UserError` if it cannot."""
     check_new(out)
-    parent = os.path.dirname(os.path.abspath(out))
-    temporary = Path(parent, f".{secrets.token_hex(8)}.tmp")
-    with _output_errors(out):
-        os.makedirs(parent, exist_ok=True)
-        temporary.mkdir()
+    temporary = Path(out).absolute().parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; use another folder") from error
     try:
         yield temporary
-        with _output_errors(out):
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
-            os.rename(temporary, out)
-            sync(parent)
+        temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _output_errors(out: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        problem = error.strerror or error
-        raise UserError(f"--out={out}: {problem}; use another folder") from error
-
-
 def check_new(out: str) -> None:
-    """Raise `UserError` if something is at `out`, or no folder with files can be created there."""
+    """Raise `UserError` if something is at `out`."""
     if os.path.lexists(out):
         raise UserError(f"--out={out}: exists already; specify a new folder")
-    # As long as the names of the files, and of the temporary folder, will be.
-    path = Path(out).absolute() / ("0" * 64)
-    missing = [one for one in (path, *path.parents) if not os.path.lexists(one)]
-    try:
-        with _output_errors(out):
-            path.mkdir(parents=True)
-    finally:
-        for one in missing:
-            with contextlib.suppress(OSError):
-                one.rmdir()
-
-
-def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
-    """Return the mean loss of the predictions of all tokens but the first, in nats."""
-    loss = float(softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]).mean())
-    return loss if math.isfinite(loss) else math.nan

@@ -1,7 +1,7 @@
 """What the formats of an export share. Each is a module with two functions:
 
     write(trained: TrainedModel, folder: Path)   write the files into an empty folder
-    load(folder: Path) -> Loaded                 load them, in a separate process
+    load(folder: Path) -> Loaded                 load them, as users do
 
 `write` raises `UserError` if the format does not support the model or its tokenizer, or if a
 package is missing.
@@ -16,12 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.array_types import ModelState
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError, nearest_name, one_line
@@ -33,7 +31,6 @@ from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import Weights
-from simplernn_jax.parallel.named_leaves import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +46,6 @@ class TrainedModel:
     """Folder of the run, whose metrics describe the model."""
     quantize: str = "none"
     """Storage of the weights: one of `QUANTIZATIONS`."""
-    license: str = ""
-    """License of the weights by its name on the Hugging Face Hub; empty if none was stated."""
-    languages: tuple[str, ...] = ()
-    """Languages of the text, ISO 639 codes; empty if none was stated."""
 
     @property
     def name(self) -> str:
@@ -104,9 +97,7 @@ def check_packages(format_name: str, *names: str) -> None:
     """Raise `UserError` that names the first missing package, and how to install it."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            what = "'simplernn_jax[export]'"
-            if name == "py_mini_racer":
-                name = what = "mini-racer"
+            what = "mini-racer" if name == "py_mini_racer" else "'simplernn_jax[export]'"
             raise UserError(f"--format={format_name} needs the package {name}: pip install {what}")
 
 
@@ -121,22 +112,6 @@ def float32_model(model: LanguageModel) -> LanguageModel:
 def compute_logits(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     """Compute the logits [T, vocab] after each of [T] tokens."""
     return np.asarray(model(jnp.asarray(tokens[None], jnp.int32))[0][0])
-
-
-def state_by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:
-    """Flatten the state of a model.
-
-    Returns:
-      The arrays by name, such as ``0.mixer``: layer and part; and the function that restores the
-      structure.
-    """
-    structure = jax.tree.structure(state)
-    by_name = {name.replace("/", "."): leaf for name, leaf in named_leaves(state).items()}
-
-    def restore(arrays: dict[str, jax.Array]) -> ModelState:
-        return jax.tree.unflatten(structure, [arrays[name] for name in by_name])
-
-    return by_name, restore
 
 
 def description(trained: TrainedModel) -> dict[str, Any]:
@@ -159,6 +134,11 @@ def description(trained: TrainedModel) -> dict[str, Any]:
     return {"model_type": "simplernn", **fields, "mixers": list(config.mixers), **ids}
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to a file, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
 def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], module: str) -> None:
     """Write what comes with two programs: ``config.json``, the tokenizer, the example and a README.
 
@@ -172,7 +152,7 @@ def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], m
         "prefill_tokens": example.PREFILL_TOKENS,
         **fields,
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", content)
     (folder / "tokenizer.json").write_text(library_tokenizer(trained.tokenizer).to_str(), "utf-8")
     shutil.copyfile(example.__file__, folder / "example.py")
     shutil.copyfile(Path(module).with_suffix(".md"), folder / "README.md")
@@ -198,13 +178,13 @@ def is_rounded(weight: np.ndarray) -> bool:
 
 def rounded_weights(weights: Weights, kind: str) -> dict[str, np.ndarray]:
     """Return the weights as float32 arrays that have been rounded to `kind`."""
-    return {name: _rounded(weight, kind) for name, weight in weights.items()}
 
+    def rounded(weight: np.ndarray) -> np.ndarray:
+        if kind == "none" or not is_rounded(weight):
+            return weight
+        if kind == "float16":
+            return float16(weight).astype(np.float32)
+        integers, scale = int8_rows(weight)
+        return integers.astype(np.float32) * scale[:, None]
 
-def _rounded(weight: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "none" or not is_rounded(weight):
-        return weight
-    if kind == "float16":
-        return float16(weight).astype(np.float32)
-    integers, scale = int8_rows(weight)
-    return integers.astype(np.float32) * scale[:, None]
+    return {name: rounded(weight) for name, weight in weights.items()}

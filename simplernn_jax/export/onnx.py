@@ -79,9 +79,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
                 external_data=is_large,
                 verbose=False,
             )
-        _strip(folder / f"{name}.onnx")
-        if kind != "none":
-            _store_rounded(folder / f"{name}.onnx", kind)
+        _finish(folder / f"{name}.onnx", kind, is_large=is_large)
     fields = {
         "opset": OPSET,
         "state": {
@@ -96,25 +94,27 @@ def write(trained: TrainedModel, folder: Path) -> None:
     write_example(trained, folder, fields, __file__)
 
 
-def _strip(path: Path) -> None:
-    """Remove the positions in source code that the converter adds to every node."""
+def _finish(path: Path, kind: str, *, is_large: bool) -> None:
+    """Remove the positions in source code that the converter adds, and store rounded weights."""
     import onnx
 
-    graph = onnx.load(path, load_external_data=False)
-    for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+    model = onnx.load(path)
+    data = path.with_name(path.name + ".data")
+    data.unlink(missing_ok=True)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
         del part.metadata_props[:]
-    onnx.save(graph, path)
+    if kind != "none":
+        _store_rounded(model.graph, kind)
+    onnx.save(model, path, save_as_external_data=is_large, location=data.name)
     onnx.checker.check_model(str(path))  # the path tells where weights in files of their own are
 
 
-def _store_rounded(path: Path, kind: str) -> None:
+def _store_rounded(graph: Any, kind: str) -> None:
     """Replace matrices of rounded values by values of fewer bits, and nodes that convert them."""
     import onnx
     from onnx.helper import make_node
 
-    graph = onnx.load(path)
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
-    for tensor in list(graph.graph.initializer):
+    for tensor in list(graph.initializer):
         matrix = onnx.numpy_helper.to_array(tensor)
         if matrix.dtype != np.float32 or not is_rounded(matrix):
             continue
@@ -136,15 +136,11 @@ def _store_rounded(path: Path, kind: str) -> None:
             ]
         else:
             continue  # not a weight
-        graph.graph.initializer.remove(tensor)
+        graph.initializer.remove(tensor)
         for key, array in arrays.items():
-            graph.graph.initializer.append(onnx.numpy_helper.from_array(array, key))
+            graph.initializer.append(onnx.numpy_helper.from_array(array, key))
         for node in reversed(nodes):
-            graph.graph.node.insert(0, node)
-    is_large = graph.ByteSize() > MAX_INLINE_BYTES
-    location = path.name + ".data" if is_large else None
-    onnx.save(graph, path, save_as_external_data=is_large, location=location)
-    onnx.checker.check_model(str(path))
+            graph.node.insert(0, node)
 
 
 def _is_int8(matrix: np.ndarray, axis: int) -> bool:

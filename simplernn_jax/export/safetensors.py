@@ -1,11 +1,16 @@
 """``model.safetensors``, ``config.json`` and ``simplernn.json``, which `load_model` reads back."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from simplernn_jax.export.formats import TrainedModel, compute_logits, description, float32_model
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    compute_logits,
+    description,
+    float32_model,
+    write_json,
+)
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported, run_json
 from simplernn_jax.models.named_weights import named_weights
@@ -16,8 +21,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     """Write the files."""
     weights = named_weights(trained.model)
     (folder / WEIGHTS).write_bytes(encode_weights(weights))
-    text = json.dumps(description(trained), indent=2) + "\n"
-    (folder / "config.json").write_text(text, "utf-8")
+    write_json(folder / "config.json", description(trained))
     (folder / RUN).write_text(run_json(trained.config, trained.tokenizer, weights), "utf-8")
 
 

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from simplernn_jax.array_types import ModelState
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
-from simplernn_jax.export.formats import TrainedModel, check_packages, state_by_name, write_example
+from simplernn_jax.export.formats import TrainedModel, check_packages, write_example
 from simplernn_jax.inference.loading import WEIGHTS
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 from simplernn_jax.models.pytorch_weights import encode_weights
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -33,7 +35,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
         exported = _export(model, weights, length)
         (folder / f"{name}.bin").write_bytes(exported.serialize())
     parts = {}
-    for name, x in state_by_name(model.initial_state(1))[0].items():
+    for name, x in _by_name(model.initial_state(1))[0].items():
         value = x.flatten()[0].item()
         if not (x == value).all():
             raise UserError(
@@ -45,9 +47,20 @@ def write(trained: TrainedModel, folder: Path) -> None:
     write_example(trained, folder, fields, __file__)
 
 
+def _by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:
+    """Return the arrays by name, such as ``0.mixer``, and the function that restores the state."""
+    structure = jax.tree.structure(state)
+    by_name = {name.replace("/", "."): leaf for name, leaf in named_leaves(state).items()}
+
+    def restore(arrays: dict[str, jax.Array]) -> ModelState:
+        return jax.tree.unflatten(structure, [arrays[name] for name in by_name])
+
+    return by_name, restore
+
+
 def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> export.Exported:
     (batch,) = export.symbolic_shape("B")
-    state, restore = state_by_name(model.initial_state(1))
+    state, restore = _by_name(model.initial_state(1))
     config = model.config
 
     def run(
@@ -55,7 +68,7 @@ def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> expor
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = model_from_weights(config, weights, "weights")
         logits, layers = model(tokens, restore(state))
-        return logits, state_by_name(layers)[0]
+        return logits, _by_name(layers)[0]
 
     with_batch = {
         name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for name, x in state.items()

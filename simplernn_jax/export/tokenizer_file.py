@@ -18,12 +18,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
     Raises:
       UserError: the special ids of a pretrained tokenizer are not supported.
     """
+    from tokenizers import processors
+
     result = library_tokenizer(tokenizer)
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     names = _name_special_ids(result, ids)
-    content: dict[str, Any] = json.loads(result.to_str())
-    content["post_processor"] = _with_bos(names[0], ids[0])
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n", names
+    bos = names[0]
+    result.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, ids[0])]
+    )
+    return result.to_str(pretty=True) + "\n", names
 
 
 def library_tokenizer(tokenizer: Tokenizer) -> Any:
@@ -55,7 +59,7 @@ def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
     """Add tokens for the special ids that have none; return the names of all."""
     import tokenizers
 
-    names: list[str] = []
+    names: dict[int, str] = {}
     for number, name in sorted(zip(ids, NAMES, strict=True)):
         known = tokenizer.id_to_token(number)
         if known is None:
@@ -66,16 +70,5 @@ def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
                 f"--format=huggingface: the id {number} of {name} is not next in the vocabulary "
                 "of the tokenizer, which is not supported by this format; use another format"
             )
-        names.append(known)
-    order = [sorted(ids).index(number) for number in ids]
-    return [names[i] for i in order]
-
-
-def _with_bos(name: str, number: int) -> Any:
-    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
-    }
+        names[number] = known
+    return [names[number] for number in ids]

@@ -120,10 +120,8 @@ def decoder_weights(model: LanguageModel, kind: str) -> DecoderWeights:
 
 def _in_projection(cell: Any) -> tuple[jax.Array, jax.Array]:
     """Concatenate the input projections of a cell, and their biases, which follow their scale."""
-    names = "query_proj", "key_proj", "value_proj", "gate_proj", "output_gate_proj"
-    linears = [getattr(cell, name) for name in names]
-    kernels = [linear.kernel[...] for linear in linears]
-    biases = [_bias(linear) for linear in linears]
+    kernels = [linear.kernel[...] for linear in cell.input_projections]
+    biases = [_bias(linear) for linear in cell.input_projections]
     biases[0] = biases[0] * cell.query_scale
     return jnp.concatenate(kernels, axis=1), jnp.concatenate(biases)
 

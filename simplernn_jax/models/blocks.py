@@ -99,27 +99,9 @@ class ResidualBlock(PlainBlock):
             CONVOLUTION_WIDTH, config.hidden_dim, rngs=rngs, normalize=True
         )
         super().__init__(config, mixer, rngs=rngs)
-        options: dict[str, Any] = {
-            "rngs": rngs,
-            "use_bias": False,
-            "dtype": jnp.dtype(config.precision),
-        }
-        self.mlp_in = Dense(
-            config.hidden_dim,
-            config.mlp_dim,
-            ("embed", "mlp"),
-            kernel_init=kernel_init(config),
-            **options,
-        )
         std = 1 / math.sqrt(2 * config.num_layers * config.mlp_dim)
-        self.mlp_out = Dense(
-            config.mlp_dim,
-            config.hidden_dim,
-            ("mlp", "embed"),
-            row_parallel=True,
-            kernel_init=nnx.initializers.normal(std),
-            **options,
-        )
+        self.mlp_in = _mlp_in(config, rngs)
+        self.mlp_out = _mlp_out(config, rngs, nnx.initializers.normal(std))
         self.dropout_rate = config.dropout
 
     def initial_state(self, batch_size: int) -> ResidualState:
@@ -181,18 +163,9 @@ class SwiGLUBlock(PlainBlock):
         self.mixer_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
         super().__init__(config, mixer, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
-        options: dict[str, Any] = {
-            "rngs": rngs,
-            "kernel_init": kernel_init(config),
-            "use_bias": False,
-            "dtype": jnp.dtype(config.precision),
-        }
-        sizes = (config.hidden_dim, config.mlp_dim, ("embed", "mlp"))
-        self.mlp_gate = Dense(*sizes, **options)
-        self.mlp_up = Dense(*sizes, **options)
-        self.mlp_down = Dense(
-            config.mlp_dim, config.hidden_dim, ("mlp", "embed"), row_parallel=True, **options
-        )
+        self.mlp_gate = _mlp_in(config, rngs)
+        self.mlp_up = _mlp_in(config, rngs)
+        self.mlp_down = _mlp_out(config, rngs, kernel_init(config))
         self.dropout_rate = config.dropout
 
     def __call__(
@@ -214,6 +187,18 @@ class SwiGLUBlock(PlainBlock):
 
 BLOCKS = {"plain": PlainBlock, "residual": ResidualBlock, "swiglu": SwiGLUBlock}
 """By ``model.block``."""
+
+
+def _mlp_in(config: ModelConfig, rngs: nnx.Rngs) -> Dense:
+    sizes = (config.hidden_dim, config.mlp_dim, ("embed", "mlp"))
+    init, dtype = kernel_init(config), jnp.dtype(config.precision)
+    return Dense(*sizes, rngs=rngs, use_bias=False, kernel_init=init, dtype=dtype)
+
+
+def _mlp_out(config: ModelConfig, rngs: nnx.Rngs, init: nnx.Initializer | None) -> Dense:
+    sizes = (config.mlp_dim, config.hidden_dim, ("mlp", "embed"))
+    options: dict[str, Any] = {"row_parallel": True, "use_bias": False, "kernel_init": init}
+    return Dense(*sizes, rngs=rngs, dtype=jnp.dtype(config.precision), **options)
 
 
 @jax.checkpoint  # gate and up are saved in any case; the backward pass recomputes silu

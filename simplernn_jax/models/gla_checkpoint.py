@@ -8,10 +8,7 @@ the MLP's width are those of github.com/fla-org/flash-linear-attention, `fla/mod
 import json
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from simplernn_jax.config import Config, ModelConfig, Scalar, TrainConfig, validate
 from simplernn_jax.errors import UserError
@@ -24,7 +21,6 @@ from simplernn_jax.models.pytorch_weights import read_pytorch_weights
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
 _ADVICE = "download the folder again"
 
 _SUPPORTED: dict[str, Any] = {
@@ -57,24 +53,19 @@ def load_gla_checkpoint(folder: str) -> LanguageModel:
     """
     path = os.path.join(folder, _CONFIG)
     settings = _read_json(path)
-    config = _model_config(settings, path)
-    weights: dict[str, np.ndarray] = {}
-    for file, names in _files(folder):
-        some = read_pytorch_weights(file)
-        for name in some.keys() ^ (names or some.keys()):
-            problem = "missing" if name in (names or ()) else f"not listed in {_INDEX}"
-            raise UserError(f"{file}: {name} is {problem}; {_ADVICE}")
-        weights |= some
-    if not _value(settings, path, "fuse_norm", True, bool):
+    try:
+        config = _model_config(settings)
+        validate(Config(model=config, train=TrainConfig(steps=1)))
+    except (UserError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path}: {error}") from error
+    weights: dict[str, Any] = {}
+    for file in _weight_files(folder):
+        weights |= read_pytorch_weights(file)
+    if settings.get("fuse_norm") is False:
         weights = {n.replace(".g_norm.", ".g_norm_swish_gate."): x for n, x in weights.items()}
-    head = weights.pop(_HEAD, None) if config.tie_embeddings else None
-    model = model_from_weights(config, weights, folder)
-    if head is not None and not np.array_equal(head, weights["model.embeddings.weight"]):
-        raise UserError(
-            f"{folder}: {_HEAD} differs from model.embeddings.weight, and {_CONFIG} has "
-            "tie_word_embeddings true; set it to false there"
-        )
-    return model
+    if config.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    return model_from_weights(config, weights, folder)
 
 
 def is_hugging_face_folder(folder: str) -> bool:
@@ -132,102 +123,57 @@ def _read_json(path: str) -> dict[str, Any]:
     return values
 
 
-def _model_config(settings: dict[str, Any], path: str) -> ModelConfig:
+def _model_config(settings: dict[str, Any]) -> ModelConfig:
     """Translate the settings of fla's `GLAConfig`, with its defaults."""
-
-    def value(name: str, default: Any, *kinds: type) -> Any:
-        return _value(settings, path, name, default, *kinds)
-
-    if (kind := settings.get("model_type")) != "gla":
-        raise UserError(f"{path}: model_type is {kind!r}; only 'gla' can be loaded")
-    heads = value("num_heads", 4, int)
-    for name, supported in {**_SUPPORTED, "num_kv_heads": heads}.items():
-        found = settings.get(name, supported)
-        if found != supported and not (name == "num_kv_heads" and found is None):
-            raise UserError(
-                f"{path}: {name} is {_shown(found)}; only {_shown(supported)} is supported"
-            )
-    hidden = value("hidden_size", 2048, int)
-    mlp = value("intermediate_size", None, int)
+    value = settings.get
+    if (kind := value("model_type")) != "gla":
+        raise UserError(f"model_type is {kind!r}; only 'gla' can be loaded")
+    for name, supported in _SUPPORTED.items():
+        if (found := value(name, supported)) != supported:
+            raise UserError(f"{name} is {found!r}; only {supported!r} is supported")
+    heads = value("num_heads", 4)
+    if value("num_kv_heads") not in (None, heads):
+        raise UserError("num_kv_heads differs from num_heads, which is not supported")
+    hidden, mlp = value("hidden_size", 2048), value("intermediate_size")
     if mlp is None:
-        ratio = value("hidden_ratio", None, int, float)
-        mlp = 256 * math.ceil(int(hidden * (4 if ratio is None else ratio) * 2 / 3) / 256)
-    clamp_min = value("clamp_min", None, int, float)
-    if clamp_min is not None and clamp_min >= 0:
-        raise UserError(f"{path}: clamp_min is {clamp_min}; only negative values are supported")
+        mlp = 256 * math.ceil(int(hidden * (value("hidden_ratio") or 4) * 2 / 3) / 256)
     options: dict[str, Scalar] = {}  # other than the defaults
-    if clamp_min is not None:
+    if (clamp_min := value("clamp_min")) is not None:
+        if clamp_min >= 0:
+            raise UserError(f"clamp_min is {clamp_min}; only negative values are supported")
         options["min_log_gate"] = float(clamp_min)
-    if value("use_short_conv", False, bool):
-        options["short_convolution"] = value("conv_size", 4, int)
-    config = ModelConfig(
+    if value("use_short_conv", False):
+        options["short_convolution"] = value("conv_size", 4)
+    return ModelConfig(
         block="swiglu",
         mixer="gla",
-        vocab_size=value("vocab_size", 32000, int),
-        num_layers=value("num_hidden_layers", 24, int),
+        vocab_size=value("vocab_size", 32000),
+        num_layers=value("num_hidden_layers", 24),
         hidden_dim=hidden,
-        key_dim=int(hidden * value("expand_k", 0.5, int, float)),
-        value_dim=int(hidden * value("expand_v", 1.0, int, float)),
+        key_dim=int(hidden * value("expand_k", 0.5)),
+        value_dim=int(hidden * value("expand_v", 1.0)),
         num_heads=heads,
         mlp_dim=mlp,
-        tie_embeddings=value("tie_word_embeddings", False, bool),
-        norm_epsilon=float(value("norm_eps", 1e-6, int, float)),
+        tie_embeddings=value("tie_word_embeddings", False),
+        norm_epsilon=float(value("norm_eps", 1e-6)),
         mixer_options=options,
     )
-    try:
-        validate(Config(model=config, train=TrainConfig(steps=1)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return config
 
 
-def _value(settings: dict[str, Any], path: str, name: str, default: Any, *kinds: type) -> Any:
-    """Return a setting; null only where the default is None."""
-    found = settings.get(name, default)
-    if found is None and default is None:
-        return None
-    if type(found) not in kinds or (bool not in kinds and not abs(found) < 2**31):
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        expected += "" if bool in kinds else " of magnitude below 2**31"
-        raise UserError(f"{path}: {name} is {_shown(found)}; expected {expected}")
-    return found
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _files(folder: str) -> Iterator[tuple[str, set[str] | None]]:
-    """Yield each file of weights, and the names it must hold if there is an index."""
+def _weight_files(folder: str) -> list[str]:
+    """Return the files of the weights: one, or those that an index names."""
     single, index = os.path.join(folder, _WEIGHTS), os.path.join(folder, _INDEX)
     if os.path.lexists(single):
-        yield single, None
-        return
+        return [single]
     if not os.path.lexists(index):
         raise UserError(
             f"{folder}: holds neither {_WEIGHTS} nor {_INDEX}; save the model as safetensors "
             "(`save_pretrained`)"
         )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map; {_ADVICE}")
-    names: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        # A file of this folder: no path.
-        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
-            raise UserError(f"{index}: {name} is in {_shown(file)}; expected the name of a file")
-        names.setdefault(file, set()).add(name)
-    for file, held in names.items():
-        path = os.path.join(folder, file)
-        if "\0" in file or not os.path.lexists(path):
-            raise UserError(
-                f"{path}: no such file; {_INDEX} lists {len(held)} tensors in it, such as "
-                f"{min(held)}; {_ADVICE}"
-            )
-        if not file.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: {min(held)} is in {_shown(file)}; expected a .safetensors file"
-            )
-    for file, held in names.items():
-        yield os.path.join(folder, file), held
+    try:
+        files = sorted(set(_read_json(index)["weight_map"].values()))
+        if any(os.path.basename(file) != file for file in files):
+            raise ValueError("a file is in another folder")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{index}: is not an index of weights ({error}); {_ADVICE}") from error
+    return [os.path.join(folder, file) for file in files]

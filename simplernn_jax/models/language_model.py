@@ -140,27 +140,17 @@ class LanguageModel(nnx.Module):
         sizes = check_array("tokens", tokens, "B T", INTEGER)
         check_segment_ids(segment_ids, sizes)
         check_ids(tokens, self.config.vocab_size)
-        if state is not None:
-            self._check_state(state, sizes["B"])
         x = self.embedding(tokens)
         if self.config.block == "residual":
             # Scale to unit variance; a tied head needs 1/sqrt(D) initialization.
             x = x * self.config.hidden_dim**0.5
-        x, state = self._apply_layers(x, state, segment_ids, dropout_key)
+        if isinstance(self.layers, LayerStack):
+            x, state = self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
+        else:
+            x, state = self._apply_layers(x, state, segment_ids, dropout_key)
         if self.final_scale is not None:
             x = rms_norm(x, epsilon=self.config.norm_epsilon) * self.final_scale[...][None, None]
         return x, state
-
-    def _check_state(self, state: ModelState, batch: int) -> None:
-        """Check the number of layers and the batch size; layers check their own shapes."""
-        if not isinstance(self.layers, LayerStack):
-            found = len(state) if isinstance(state, list | tuple) else type(state).__name__
-            if found != len(self.layers):
-                raise ValueError(
-                    f"state: expected a tuple of {len(self.layers)} layer states (see "
-                    f"`initial_state`); got {found}"
-                )
-        check_batch("state", state, batch)
 
     def _apply_layers(
         self,
@@ -168,13 +158,19 @@ class LanguageModel(nnx.Module):
         state: ModelState | None,
         segment_ids: SegmentIds | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[TimeShardActivations, ModelState]:
-        if isinstance(self.layers, LayerStack):
-            return self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
+    ) -> tuple[Activations, ModelState]:
+        if state is None:
+            state = (None,) * len(self.layers)
+        found = len(state) if isinstance(state, list | tuple) else type(state).__name__
+        if found != len(self.layers):
+            raise ValueError(
+                f"state: expected a tuple of {len(self.layers)} layer states (see "
+                f"`initial_state`); got {found}"
+            )
+        check_batch("state", state, x.shape[0])
         states = []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            layer_state = None if state is None else state[index]
             x, layer_state = rematerialize(layer, self.remat)(x, layer_state, segment_ids, key)
             states.append(layer_state)
         return x, tuple(states)

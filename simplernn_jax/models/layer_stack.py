@@ -99,8 +99,7 @@ class LayerStack(nnx.Module):
           remat: policy of `rematerialize` for each layer.
 
         Returns:
-          This stage's time shard, ``[B, T / stages, D]``, and the state after the last token, laid
-          out as `state`.
+          This stage's time shard, ``[B, T / stages, D]``, and the state after the last token.
 
         Raises:
           ValueError: wrong ranks, shapes inconsistent with each other, a number of stages that does

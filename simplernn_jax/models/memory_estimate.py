@@ -3,45 +3,31 @@
 From shapes alone, before anything is allocated or compiled; only what cannot fit is rejected.
 """
 
-import dataclasses
 import functools
-from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.devices import device_memory
 from simplernn_jax.errors import UserError, format_bytes
-from simplernn_jax.models.language_model import LanguageModel, initialize
+from simplernn_jax.models.language_model import LanguageModel, abstract_model
 
 _FLOAT32 = 4
 _TOKEN_BYTES = 8
 """A token and its target, int32."""
 _EVALUATION_STATE_BYTES = 1 << 28
 """Bound on the states of sequences that are scored together, if one alone is not larger."""
-_TRAINING_FIELDS = {
-    "parameters": "config.model sizes such as hidden_dim, mlp_dim or vocab_size",
-    "activations": "config.data.batch_size or sequence_length, or set "
-    "config.train.gradient_accumulation, bptt_window or remat",
-    "state": "config.model.key_dim, value_dim, vocab_size or mixer_options, or "
-    "config.data.batch_size",
-}
-"""Fields to lower, by the part of an `Estimate` that is largest."""
+_TRAINING_ADVICE = (
+    "lower config.data.batch_size or sequence_length, sizes of config.model, or set "
+    "config.train.gradient_accumulation, bptt_window or remat"
+)
 
-
-class Estimate(NamedTuple):
-    """Bytes on one device."""
-
-    parameters: float
-    """Parameters and optimizer state."""
-    activations: float
-    """The larger of activations and gradients: one is freed while the other grows."""
-    state: float
-    """Recurrent state, KV cache and logits."""
+Estimate = Mapping[str, float]
+"""Bytes on one device by their use."""
 
 
 def check_training(config: Config, mesh: Mesh) -> float:
@@ -51,74 +37,71 @@ def check_training(config: Config, mesh: Mesh) -> float:
       The fraction of the memory that it needs, a lower bound.
 
     Raises:
-      UserError: it cannot fit; names the largest part and the fields to lower.
+      UserError: it cannot fit; names what needs the memory and the fields to lower.
     """
     estimate = estimate_training(config, dict(mesh.shape))
-    return _check("this run", estimate, _TRAINING_FIELDS, mesh)
+    return _check("this run", estimate, _TRAINING_ADVICE, mesh.local_devices)
 
 
 def check_program(num_bytes: int, mesh: Mesh) -> None:
     """Raise `UserError` if a train step of `num_bytes` on each device does not fit in memory."""
-    memory = _memory_per_device(list(mesh.local_devices))
-    if memory is not None and num_bytes > memory:
-        raise UserError(
-            f"a train step needs {format_bytes(num_bytes)} of memory on each device, which has "
-            f"{format_bytes(memory)}; lower {_TRAINING_FIELDS['activations']}, or "
-            f"{_TRAINING_FIELDS['parameters']}"
-        )
+    estimate = {"by XLA's analysis": float(num_bytes)}
+    _check("a train step", estimate, _TRAINING_ADVICE, mesh.local_devices)
 
 
 def check_generation(model: LanguageModel, batch_size: int, max_new_tokens: int) -> None:
     """Raise `UserError` if `max_new_tokens` of `batch_size` sequences cannot fit in memory."""
-    parameters, state = _bytes_of(model)
+    parameters, state = model_bytes(model.config)
     state = batch_size * (state + _FLOAT32 * (model.config.vocab_size + max_new_tokens))
-    fields = {"parameters": "the model", "state": "--num_samples or --max_new_tokens"}
-    _check("generating", Estimate(parameters, 0, state), fields)
+    estimate = {"parameters": parameters, "state": state}
+    _check("generating", estimate, "lower --num_samples or --max_new_tokens")
 
 
 def check_evaluation(model: LanguageModel, window: int) -> None:
     """Raise `UserError` if scoring `window` tokens at a time cannot fit in memory."""
-    parameters, state = _bytes_of(model)
-    tokens = window * (_TOKEN_BYTES + _item_bytes(model.config) * _widest(model.config))
-    fields = {"parameters": "the model", "activations": "--window", "state": "the model"}
-    _check("scoring", Estimate(parameters, tokens, state), fields)
-
-
-def _bytes_of(model: LanguageModel) -> tuple[int, int]:
-    """Return the bytes of the parameters, and of the state of one sequence."""
-    state = jax.eval_shape(lambda: model.initial_state(1))
-    return _num_bytes(nnx.state(model, nnx.Param)), _num_bytes(state)
+    parameters, state = model_bytes(model.config)
+    activations = window * (_TOKEN_BYTES + _item_bytes(model.config) * _widest(model.config))
+    estimate = {"parameters": parameters, "activations": activations, "state": state}
+    _check("scoring", estimate, "lower --window")
 
 
 def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
-    """Estimate a train step on one device of a mesh of `sizes`; no automatic microbatches."""
+    """Estimate a train step on one device of a mesh of `sizes`; no automatic microbatches.
+
+    Parameters include the optimizer state. Activations or gradients count, whichever are larger:
+    one is freed while the other grows. The state is that of the recurrence or KV cache, and logits.
+    """
     model, data, train = config.model, config.data, config.train
     parameters, state_bytes = model_bytes(model)
-    weights = parameters / (sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"])
+    shards = sizes["tensor"] * sizes["pipeline"]
+    weights = parameters / (sizes["fsdp"] * shards)
     moments = 2 if config.optimizer.name == "adamw" else 1
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
     sequences = device_sequences / (train.gradient_accumulation or 1)
     length = (train.bptt_window or data.sequence_length) / sizes["sequence"]
-    # Stages save the inputs of their chunks alone.
-    layers = model.num_layers if sizes["pipeline"] == 1 else 1
-    saved = float(model.hidden_dim)
-    if train.remat == "none" and sizes["pipeline"] == 1:
-        mlp = {"plain": 0, "residual": 1, "swiglu": 2}[model.block] * model.mlp_dim
-        saved += mlp / sizes["tensor"]
-    widest = _widest(model) / (sizes["tensor"] * sizes["pipeline"])
-    activations = sequences * length * _item_bytes(model) * (layers * saved + widest)
-    batch = device_sequences * data.sequence_length * _TOKEN_BYTES
-    shards = sizes["tensor"] * sizes["pipeline"]
+    channels = _widest(model) / shards
+    if sizes["pipeline"] == 1:
+        num_mlp = {"plain": 0, "residual": 1, "swiglu": 2}[model.block] * (train.remat == "none")
+        saved = model.hidden_dim + num_mlp * model.mlp_dim / sizes["tensor"]
+        channels += model.num_layers * saved
+    else:  # stages save only the inputs of their chunks
+        channels += model.hidden_dim
+    activations = sequences * length * _item_bytes(model) * channels
     state = sequences * model.vocab_size * _FLOAT32 / shards
     if data.mode == "stream":
         state += device_sequences * state_bytes / shards
     elif train.sample_every:
         state = max(state, state_bytes / shards)
-    if data.validation_fraction:  # the states before and after a batch, of one sequence at least
+    if data.validation_fraction:  # the states before and after a batch of at least one sequence
         state = max(state, 2 * state_bytes / shards)
     if {*model.mixers} <= {"simple_rnn", "gla"}:  # at least the states of a layer
         state = max(state, sequences * state_bytes / model.num_layers / sizes["tensor"])
-    return Estimate(weights * (1 + moments), max(weights, activations) + batch, state)
+    return {
+        "parameters": weights * (1 + moments),
+        "activations": max(weights, activations)
+        + device_sequences * data.sequence_length * _TOKEN_BYTES,
+        "state": state,
+    }
 
 
 def evaluation_sequences(model: ModelConfig, most: int) -> int:
@@ -127,26 +110,11 @@ def evaluation_sequences(model: ModelConfig, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def model_bytes(model: ModelConfig) -> tuple[float, float]:
-    """Return the bytes of all parameters, and of the state of one sequence.
-
-    Of models of one and two layers, since tracing takes time for every layer, whatever their sizes.
-    """
-
-    def trace(mixer: str, layers: int) -> np.ndarray:
-        def build() -> tuple[Any, Any]:
-            graph, params = initialize(few, jax.random.key(0))
-            return params, nnx.merge(graph, params).initial_state(1)
-
-        few = dataclasses.replace(model, num_layers=layers, mixer=mixer)
-        return np.array([_num_bytes(tree) for tree in jax.eval_shape(build)], float)
-
-    total = np.zeros(2)
-    for mixer, count in Counter(model.mixers).items():
-        one, two = (trace(mixer, layers) for layers in (1, 2))
-        total += count * (two - one)
-    parameters, state = total + one - (two - one)  # with what is not of a layer
-    return float(parameters), float(state)
+def model_bytes(model: ModelConfig) -> tuple[int, int]:
+    """Return the bytes of all parameters, and of the state of one sequence."""
+    graph, params = abstract_model(model)
+    state = jax.eval_shape(lambda params: nnx.merge(graph, params).initial_state(1), params)
+    return _num_bytes(params), _num_bytes(state)
 
 
 def _num_bytes(tree: Any) -> int:
@@ -163,27 +131,21 @@ def _item_bytes(model: ModelConfig) -> int:
 
 
 def _check(
-    task: str, estimate: Estimate, fields: dict[str, str], mesh: Mesh | None = None
+    task: str, estimate: Estimate, advice: str, devices: Sequence[jax.Device] | None = None
 ) -> float:
-    devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
-    memory, needed = _memory_per_device(devices), sum(estimate)
-    if memory is None or needed <= memory:
-        return needed / memory if memory else 0.0
-    largest = max(fields, key=lambda name: getattr(estimate, name))
-    parts = ", ".join(f"{name} {format_bytes(getattr(estimate, name))}" for name in fields)
-    if devices[0].platform != "cpu":
-        where = devices[0].device_kind
-    else:
-        where = "this machine" if len(devices) == 1 else f"each of {len(devices)} devices"
-    raise UserError(
-        f"{task} needs at least {format_bytes(needed)} of memory ({parts}), {where} has "
-        f"{format_bytes(memory)}; lower {fields[largest]}"
-    )
-
-
-def _memory_per_device(devices: list[jax.Device]) -> float | None:
-    """Return the bytes available to each of `devices`; None if unknown."""
-    memory = device_memory(devices[0])
+    """Return the fraction of memory that is needed; raises `UserError` if there is not enough."""
+    device, *others = devices or jax.local_devices()[:1]
+    memory, needed = device_memory(device), sum(estimate.values())
     if memory is None:
-        return None
-    return memory / len(devices) if devices[0].platform == "cpu" else memory
+        return 0.0
+    where, available = device.device_kind, float(memory)
+    if device.platform == "cpu":
+        available /= 1 + len(others)  # simulated devices share the memory of the machine
+        where = f"each of {1 + len(others)} devices" if others else "this machine"
+    if needed > available:
+        parts = ", ".join(f"{name} {format_bytes(num)}" for name, num in estimate.items())
+        raise UserError(
+            f"{task} needs at least {format_bytes(needed)} of memory ({parts}), {where} has "
+            f"{format_bytes(available)}; {advice}"
+        )
+    return needed / available

@@ -6,7 +6,6 @@ the residual block follow the same scheme, and ``block="swiglu"`` has the names 
 flash-linear-attention.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,20 +14,18 @@ import numpy as np
 from flax import nnx
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.errors import UserError, counted
-from simplernn_jax.models.language_model import LanguageModel
+from simplernn_jax.errors import UserError
+from simplernn_jax.models.language_model import LanguageModel, abstract_model
 
 Weights = Mapping[str, Any]
 """Name of each parameter and its value, an array of NumPy or JAX."""
 
-_MODULES = {"head": "lm_head", "final_scale": "final_norm"}
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_LEVELS = ("mixer", "cell")
-"""Module levels that PyTorch names omit."""
+_MODULES = {"head": "lm_head", "final_scale": "final_norm.weight", "mixer": "", "cell": ""}
+"""Names of modules that differ; those without a name are left out."""
 
 _FLA_MODULES = {
     "embedding": "model.embeddings",
-    "final_scale": "model.norm",
+    "final_scale": "model.norm.weight",
     "head": "lm_head",
     "layers": "model.layers",
     "mixer_norm": "attn_norm",
@@ -41,6 +38,7 @@ _FLA_MODULES = {
     "gate_up_proj": "gk_proj.1",
     "out_proj": "o_proj",
     "head_norm": "g_norm_swish_gate",
+    "convolutions": "",
     "query": "q_conv1d",
     "key": "k_conv1d",
     "value": "v_conv1d",
@@ -48,19 +46,10 @@ _FLA_MODULES = {
     "mlp_up": "mlp.up_proj",
     "mlp_down": "mlp.down_proj",
 }
+_PARAMETERS = dict.fromkeys(("kernel", "embedding", "weights", "scale"), "weight")
 
-
-def weight_name(path: tuple[Any, ...], block: str) -> str:
-    """Name the parameter at `path` of `nnx.state`, such as ``("head", "kernel")``."""
-    if block == "swiglu":
-        words = [_FLA_MODULES.get(word, str(word)) for word in path if word != "convolutions"]
-    else:
-        words = [_MODULES.get(word, str(word)) for word in path if word not in _LEVELS]
-    if path[-1] in ("kernel", "embedding", "weights", "scale"):
-        words[-1] = "weight"
-    elif path[-1] == "final_scale":
-        words.append("weight")
-    return ".".join(words)
+Path = tuple[Any, ...]
+"""Where a parameter is in `nnx.state`, such as ``("head", "kernel")``."""
 
 
 def named_weights(model: LanguageModel) -> dict[str, np.ndarray]:
@@ -68,9 +57,7 @@ def named_weights(model: LanguageModel) -> dict[str, np.ndarray]:
     block = model.config.block
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     named = {
-        weight_name(path, block): np.ascontiguousarray(
-            _to_torch(path, np.asarray(param[...]), block)
-        )
+        _name(path, block): np.ascontiguousarray(_to_torch(path, np.asarray(param[...]), block))
         for path, param in flat
     }
     if len(named) < len(flat):
@@ -95,55 +82,40 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
     Raises:
       UserError: a parameter is missing, unexpected, or has another shape.
     """
-    # Before the model is built, which takes minutes for a few hundred layers.
-    layers = {match[1] for name in weights if (match := _LAYER.match(name))}
-    if len(layers) < config.num_layers:
-        raise UserError(
-            f"{where}: expected {counted(config.num_layers, 'layer')}, found {len(layers)}; use "
-            "the weights and settings of one model"
-        )
-    # Shapes only: every value comes from `weights`.
-    abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(abstract, nnx.Param)
-    flat = list(nnx.to_flat_state(params))
     block = config.block
-    shapes = {
-        weight_name(path, block): _to_torch(path, np.broadcast_to(0, param.shape), block).shape
-        for path, param in flat
-    }
-    check_names_and_shapes(shapes, weights, where)
-    for path, param in flat:
-        value = _from_torch(path, weights[weight_name(path, block)], block)
-        param.set_value(jnp.asarray(value, jnp.float32))
-    return nnx.merge(graph, params)
-
-
-def check_names_and_shapes(
-    shapes: Mapping[str, tuple[int, ...]], weights: Weights, where: str
-) -> None:
-    """Raise `UserError` unless `weights` has exactly the names and the shapes of `shapes`."""
-    for kind, names in (
-        ("missing", [name for name in shapes if name not in weights]),
-        ("unexpected", [name for name in weights if name not in shapes]),
-    ):
+    graph, params = abstract_model(config)
+    by_name = {_name(path, block): (path, param) for path, param in nnx.to_flat_state(params)}
+    missing = [name for name in by_name if name not in weights]
+    unexpected = [name for name in weights if name not in by_name]
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{where}: {names[0]}{more} {kind}; use the weights of one model")
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
+    for name, (path, param) in by_name.items():
+        found = weights[name].shape
+        expected = _to_torch(path, np.broadcast_to(0, param.shape), block).shape
+        if found != expected:
             raise UserError(
-                f"{where}: {name} has shape {list(weights[name].shape)}; expected {list(shape)} "
-                "as for the other weights or the configuration; use those of one model"
+                f"{where}: {name} has shape {list(found)}; expected {list(expected)} as for the "
+                "other weights or the configuration; use those of one model"
             )
+        param.set_value(jnp.asarray(_from_torch(path, weights[name], block), jnp.float32))
+    return nnx.merge(graph, params)
 
 
-def _to_torch(path: tuple[Any, ...], value: np.ndarray, block: str) -> np.ndarray:
+def _name(path: Path, block: str) -> str:
+    modules = _FLA_MODULES if block == "swiglu" else _MODULES
+    *words, last = (modules.get(word, str(word)) for word in path)
+    return ".".join([*filter(None, words), _PARAMETERS.get(path[-1], last)])
+
+
+def _to_torch(path: Path, value: np.ndarray, block: str) -> np.ndarray:
     if path[-1] == "weights" and block == "swiglu":
         return value.T[:, None, ::-1]  # the last weight multiplies the current token
     return value.T if path[-1] in ("kernel", "weights") else value
 
 
-def _from_torch(path: tuple[Any, ...], value: Any, block: str) -> Any:
+def _from_torch(path: Path, value: Any, block: str) -> Any:
     if path[-1] == "weights" and block == "swiglu":
         return value[:, 0, ::-1].T
     return value.T if path[-1] in ("kernel", "weights") else value

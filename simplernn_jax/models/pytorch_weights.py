@@ -6,10 +6,8 @@
 """
 
 import os
-import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +17,7 @@ import safetensors.numpy
 
 from simplernn_jax.config import Config, ModelConfig, TrainConfig, validate
 from simplernn_jax.devices import check_memory
-from simplernn_jax.errors import UserError, nearest_name
+from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import open_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.named_weights import Weights, model_from_weights
@@ -63,19 +61,19 @@ def read_pytorch_weights(path: str, digest: str | None = None) -> Weights:
       UserError: see `load_pytorch_weights`; or the digest does not match.
     """
     read = {".pt": _read_pt, ".safetensors": _read_safetensors}.get(Path(path).suffix)
+    if read is None:
+        raise UserError(
+            f"{path}: not a .pt or .safetensors file; save the state dict as one of them"
+        )
     try:
         with open_file(path) as file:
-            if read is None:
-                raise UserError(
-                    f"{path}: not a .pt or .safetensors file; save the state dict as one of them"
-                )
-            size = os.fstat(file.fileno()).st_size
-            check_memory(size, path, "load it on a larger machine")
+            check_memory(os.fstat(file.fileno()).st_size, path, "load it on a larger machine")
             weights, found = read(path, file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; specify a .pt or .safetensors file") from error
     except (OSError, ValueError) as error:  # a path may hold a NUL character
-        raise _unreadable(path, error) from error
+        reason = getattr(error, "strerror", None) or one_line(str(error))
+        raise UserError(f"{path}: cannot be read ({reason}); {_ADVICE}") from error
     if None not in (found, digest) and found != digest:
         raise UserError(f"{path}: the weights of another model; {_ADVICE}")
     return weights
@@ -91,11 +89,6 @@ def encode_weights(weights: Weights) -> bytes:
     return safetensors.numpy.save(weights, _METADATA | {_DIGEST: weights_digest(weights)})
 
 
-def _unreadable(path: str, error: BaseException) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-    return UserError(f"{path}: cannot be read ({reason or type(error).__name__}); {_ADVICE}")
-
-
 def _read_pt(path: str, file: BinaryIO) -> tuple[Weights, None]:
     try:
         import torch
@@ -107,43 +100,21 @@ def _read_pt(path: str, file: BinaryIO) -> tuple[Weights, None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unknown file versions
             content = torch.load(file, map_location="cpu", weights_only=True)
-        _check_sums(file)
-    except pickle.UnpicklingError as error:
+        content = content.get("model_state_dict", content)
+        # A tensor may be far larger than its file: with a stride of 0 it repeats one value.
+        check_memory(4 * sum(value.numel() for value in content.values()), path, _ADVICE)
+        for name, value in content.items():
+            if not value.is_floating_point():
+                raise ValueError(f"{name!r} is {value.dtype}")
+        return {name: value.float().numpy(force=True) for name, value in content.items()}, None
+    except UserError:
+        raise
+    except Exception as error:  # unpickling a corrupted file can raise anything
+        reason = one_line(str(error).partition("\n")[0]) or type(error).__name__
         raise UserError(
-            f"{path}: holds more than tensors and plain containers, or is corrupted, and was not "
+            f"{path}: corrupted, or holds more than floating-point tensors ({reason}), and was not "
             "loaded; save only model.state_dict() with torch.save"
         ) from error
-    except Exception as error:  # unpickling a corrupted file can raise anything
-        raise _unreadable(path, error) from error
-    if isinstance(content, dict):
-        content = content.get("model_state_dict", content)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no state dict; save model.state_dict() with torch.save")
-    allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    num_values = 0
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(
-                f"{path}: {name!r} is not a tensor; save the state dict alone or under "
-                "'model_state_dict'"
-            )
-        is_dense = value.layout == torch.strided and not (value.is_meta or value.is_nested)
-        if not is_dense or value.dtype not in allowed:
-            kind = f"{value.layout}, {value.dtype}"
-            kind = "meta" if value.is_meta else "nested" if value.is_nested else kind
-            raise UserError(f"{path}: {name!r} is {kind}; save dense floating-point tensors")
-        num_values += value.numel()
-    # A tensor may be far larger than its file: with a stride of 0 it repeats one value.
-    check_memory(4 * num_values, path, _ADVICE)
-    return {name: value.float().numpy(force=True) for name, value in content.items()}, None
-
-
-def _check_sums(file: BinaryIO) -> None:
-    """Raise `BadZipFile` if a member of a zip is corrupted: torch.load does not verify its CRCs."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if (name := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {name!r}")
 
 
 def _read_safetensors(path: str, file: BinaryIO) -> tuple[Weights, str | None]:
@@ -159,26 +130,20 @@ def _read_safetensors(path: str, file: BinaryIO) -> tuple[Weights, str | None]:
 
 
 def _model_config(weights: Weights, path: str) -> ModelConfig:
-    def rows_and_columns(name: str) -> tuple[int, ...]:
-        if name not in weights:
-            raise UserError(
-                f"{path}: {name} is missing{nearest_name(name, weights)}; "
-                "the file is not from this model"
-            )
-        shape = weights[name].shape
-        if len(shape) != 2 or 0 in shape:
-            raise UserError(f"{path}: {name} has shape {list(shape)}; expected 2 dimensions")
-        return shape
+    def shape_of(name: str) -> tuple[int, ...]:
+        if name not in weights or len(weights[name].shape) != 2:
+            raise UserError(f"{path}: has no matrix {name}; the file is not from this model")
+        return weights[name].shape
 
     indices = {match[1] for name in weights if (match := re.match(r"layers\.(\d+)\.", name))}
-    vocab_size, hidden_dim = rows_and_columns("embedding.weight")
+    vocab_size, hidden_dim = shape_of("embedding.weight")
     config = ModelConfig(
         vocab_size=vocab_size,
         block="plain",
         num_layers=max(1, len(indices)),
         hidden_dim=hidden_dim,
-        key_dim=rows_and_columns("layers.0.query_proj.weight")[0],
-        value_dim=rows_and_columns("layers.0.value_proj.weight")[0],
+        key_dim=shape_of("layers.0.query_proj.weight")[0],
+        value_dim=shape_of("layers.0.value_proj.weight")[0],
         num_heads=1,
         tie_embeddings=False,
     )

@@ -9,18 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-_DTYPES: dict[str, np.dtype] = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I16": np.dtype(np.int16),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
+_DTYPES: dict[str, Any] = {
+    **{"BOOL": np.bool_, "U8": np.uint8},
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    **{"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64},
 }
+"""`safetensors.numpy` has no bfloat16."""
 
 
 def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
@@ -37,8 +31,7 @@ def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
     for name, part in parts:
         if part["dtype"] not in _DTYPES:
             raise ValueError(f"{name!r} has the unsupported dtype {part['dtype']}")
-        flat = np.frombuffer(part["data"], _DTYPES[part["dtype"]])
-        arrays[name] = flat.reshape(part["shape"])
+        arrays[name] = np.frombuffer(part["data"], _DTYPES[part["dtype"]]).reshape(part["shape"])
     return arrays
 
 

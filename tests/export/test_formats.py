@@ -6,9 +6,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 
 import chex
 import jax
@@ -25,7 +23,7 @@ from small_tokenizers import pretrained, word_level
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
-from simplernn_jax.export import FORMATS, checking, exporting
+from simplernn_jax.export import FORMATS
 from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import (
@@ -94,21 +92,6 @@ def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, 
     assert loaded.greedy(5, 31) == tokens
 
 
-@OF_THE_CONVERTER
-def test_the_names_of_the_onnx_programs(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    find_format("onnx").write(trained(MODELS["hybrid"]), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("prefill.onnx", "decode.onnx", "config.json", "tokenizer.json"),
-        *("example.py", "README.md"),
-    }
-    config = json.loads((tmp_path / "config.json").read_text())
-    session = onnxruntime.InferenceSession(tmp_path / "decode.onnx")
-    assert [x.name for x in session.get_inputs()] == ["tokens", *config["state"]]
-    names = ["logits", *(f"next.{name}" for name in config["state"])]
-    assert [x.name for x in session.get_outputs()] == names
-
-
 def test_bfloat16_models_are_exported_in_float32(tmp_path):
     original = trained({"precision": "bfloat16", "state_precision": "bfloat16"})
     model, exact = original.model, float32_model(original.model)
@@ -123,11 +106,10 @@ def test_bfloat16_models_are_exported_in_float32(tmp_path):
 
 def test_parameters_of_16_bits_are_not_exported(tmp_path, workdir):
     model, tokenizer, config = load_model(str(workdir))
-    half = jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param))
-    nnx.update(model, half)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param)))
     with pytest.raises(UserError, match=r"^model: has float16 parameters; convert"):
         export_run((model, tokenizer, config), workdir, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.oldest_python
@@ -197,18 +179,11 @@ def test_the_text_around_messages():
     assert chat_format("") is None
 
 
-VARIES = "the template changes messages, or the text around them varies"
-
-
 @pytest.mark.parametrize(
     ("question", "reason"),
     [
-        ("m.content | upper", VARIES),
-        ("m.content | replace('<', '')", VARIES),
-        ("m.content | replace('\\n', ' ')", VARIES),
-        ("m.content[:9]", VARIES),
-        ("m.content ~ (loop.index // 4)", VARIES),
-        ("m.content ~ ('?' if '>' in m.content else '')", VARIES),
+        ("m.content | upper", "the template changes messages"),
+        ("m.content ~ (loop.index // 4)", "the template changes messages"),
         ("raise_exception('no')", "chat template: no; correct config.data.template"),
     ],
 )
@@ -216,7 +191,7 @@ def test_a_template_that_is_more_than_text_around_messages(caplog, question, rea
     template = f"""{{% for m in messages %}}{{{{ m.content if m.role == 'assistant' else
         {question} }}}};{{% endfor %}}"""
     assert chat_format(template) is None
-    assert caplog.messages == [f"this export continues text instead of chatting: {reason}"]
+    assert f"this export continues text instead of chatting: {reason}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -245,14 +220,6 @@ def test_rounded_weights(tmp_path, monkeypatch, format_name, kind):
         assert len(matrices) > 10
         stored = onnx.TensorProto.FLOAT16 if kind == "float16" else onnx.TensorProto.INT8
         assert {x.data_type for x in matrices} == {stored}
-
-
-@OF_THE_CONVERTER
-def test_large_weights_of_onnx_are_files_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(find_format("onnx"), "MAX_INLINE_BYTES", 0)
-    original = trained(MODELS["plain"])
-    assert_logits(written("onnx", original, tmp_path), original.model)
-    assert (tmp_path / "prefill.onnx.data").stat().st_size > 0
 
 
 @OF_THE_CONVERTER
@@ -323,10 +290,6 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
         ({"workdir": empty}, f"no checkpoint in {empty}", "train there first"),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
-        ({"license": "apache-2.0"}, "--license: only with --format=huggingface", ""),
-        ({"language": "en"}, "--language: only with --format=huggingface", ""),
-        ({"license": "My license"}, "--license=My license: must be the name of a license", ""),
-        ({"language": "english"}, "--language=", "must be ISO 639 codes"),
         ({"quantize": "int8"}, "--quantize=int8: only with --format=html or onnx", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
         ({"format": ""}, "no --format", "specify html"),
@@ -355,77 +318,16 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("found", "problem"),
-    [({"logits": 1.01}, "differs by"), ({"ids": [1]}, "tokenizer encodes the held-out text")],
+    ("name", "result", "problem"),
+    [
+        ("logits", np.ones((89, 259)), "the exported model differs by"),
+        ("encode", [1], "the exported tokenizer encodes the held-out text differently"),
+    ],
 )
-def test_a_wrong_export_leaves_nothing(tmp_path, workdir, run, monkeypatch, found, problem):
-    model, tokenizer, _ = run
-    ids = tokenizer.encode(tokenizer.decode(TOKENS)).tolist()
-    right = {"logits": compute_logits(model, TOKENS), "ids": ids, "tokens_per_second": 1.0}
-    if "logits" in found:
-        found = {"logits": found["logits"] * right["logits"]}
-    wrong = exporting.run_exported.__annotations__["return"](**right | found)
-    monkeypatch.setattr(exporting, "run_exported", lambda *_: wrong)
+def test_a_wrong_export_leaves_nothing(tmp_path, workdir, run, monkeypatch, name, result, problem):
+    monkeypatch.setattr(find_format("safetensors").load, name, lambda *_: result)
     with pytest.raises(UserError, match=problem):
         export_run(run, workdir, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.oldest_python
-def test_a_signal_leaves_nothing(tmp_path, workdir):
-    out = tmp_path / "parent" / "out"
-    script = [sys.executable, "scripts/export.py", f"--workdir={workdir}", f"--out={out}"]
-    process = subprocess.Popen([*script, "--format=stablehlo"], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not list(out.parent.glob(".*.tmp/*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == 143
-    assert not list(out.parent.iterdir())
-
-
-@pytest.mark.oldest_python
-def test_the_process_of_the_check(tmp_path, run, monkeypatch):
-    """It imports nothing from the current folder, and names how it ended."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    find_format("safetensors").write(TrainedModel(*run, "run"), folder)
-    (tmp_path / "numpy.py").write_text("import os; os.abort()")
-    monkeypatch.chdir(tmp_path)
-    assert checking.run_exported("safetensors", folder, TOKENS, "a").ids == [97]
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    for code, problem in (
-        ("os.kill(os.getpid(), 9)", "killed by signal 9, perhaps out of memory"),
-        ("os.abort()", "killed by signal 6$"),
-        ("os._exit(7)", "exit code 7"),
-        ("raise ImportError('x')", "ImportError: x"),
-    ):
-        (tmp_path / "numpy.py").write_text(f"import os; {code}")
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "path", path.split(os.pathsep))
-            with pytest.raises(UserError, match=problem):
-                checking.run_exported("safetensors", folder, TOKENS, "a")
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "a/" * 2030 + "out", "file/out"])
-def test_a_folder_that_cannot_be_made_is_rejected_first(tmp_path, name):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^--out=.*; use another folder$"):
-        exporting.check_new(str(tmp_path / name))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_check_of_a_folder_leaves_nothing(tmp_path):
-    (tmp_path / "there").mkdir()
-    exporting.check_new(str(tmp_path / "there" / "new" / "out"))
-    assert not list((tmp_path / "there").iterdir())
-
-
-def test_only_problems_of_the_folder_name_its_flag(tmp_path):
-    with pytest.raises(OSError, match="of a library"), exporting.new_folder(str(tmp_path / "out")):
-        raise OSError("of a library")
     assert not list(tmp_path.iterdir())
 
 
@@ -437,37 +339,25 @@ def test_corrupt_exports_are_rejected(tmp_path, run):
     name, value = next(iter(weights.items()))
     flipped = bytearray((good / "model.safetensors").read_bytes())
     flipped[-1] ^= 1
-    whole_run = json.loads((good / "simplernn.json").read_text())
-    run = {name: whole_run[name] for name in ("config", "tokenizer")}  # as other programs write it
-    changed = json.loads(json.dumps(whole_run["config"]))
-    changed["model"]["norm_epsilon"] = 0.5
+    run = json.loads((good / "simplernn.json").read_text())
+    changed = json.loads(json.dumps(run))
+    changed["config"]["model"]["norm_epsilon"] = 0.5
+    unsigned = {name: run[name] for name in ("config", "tokenizer")}  # as other programs write it
     words = json.loads(pretrained(word_level(*map(str, range(296)))).to_json())
     damages = {
         "model.safetensors": [
             (b"", "cannot be read"),
-            ((good / "model.safetensors").read_bytes()[:-1], "cannot be read"),
             (bytes(flipped), "corrupted, or changed by"),
-            (safetensors.numpy.save({name: value}), "expected 1 layer, found 0"),
             (safetensors.numpy.save(weights | {"x": value}), "x unexpected"),
             (safetensors.numpy.save(weights | {name: value[:-1]}), "has shape"),
         ],
         "simplernn.json": [
             (b"{", "corrupted"),
-            (b"[]", "not an object"),
+            (json.dumps(changed).encode(), "differs from what was"),
             (json.dumps({"config": run["config"]}).encode(), "its fields are config"),
-            (json.dumps(run | {"sha257": whole_run["sha256"]}).encode(), "its fields are"),
-            (json.dumps(run | {"sha256": None}).encode(), "differs from what was"),
-            (json.dumps(run | {"weights_sha256": "0"}).encode(), "the weights of another model"),
-            (json.dumps(whole_run | {"config": changed}).encode(), "differs from what was"),
-            (json.dumps(run | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
-            (
-                json.dumps(run | {"tokenizer": {"kind": "x"}}).encode(),
-                r"bad/simplernn\.json: .*of kind 'x'",
-            ),
-            (
-                json.dumps(run | {"tokenizer": words}).encode(),
-                "bad: the tokenizer has 300 ids and the model 259",
-            ),
+            (json.dumps(unsigned | {"weights_sha256": "0"}).encode(), "weights of another model"),
+            (json.dumps(unsigned | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
+            (json.dumps(unsigned | {"tokenizer": words}).encode(), "has 300 ids and the model 259"),
         ],
     }
     for file, contents in damages.items():
@@ -489,12 +379,3 @@ def test_exports_without_digests_load(tmp_path, run):
     (tmp_path / "simplernn.json").write_text(json.dumps(saved))
     again, _, _ = load_model(str(tmp_path))
     chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(run[0], nnx.Param))
-
-
-def test_weights_keep_their_values_by_name():
-    model = trained(MODELS["hybrid"]).model
-    weights = named_weights(model)
-    chex.assert_type(list(weights.values()), jnp.float32)
-    assert weights["layers.0.query_proj.weight"].shape == (12, 8)  # [out, in]
-    again = model_from_weights(model.config, weights, "here")
-    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))

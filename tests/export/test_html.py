@@ -77,32 +77,11 @@ def test_any_text_is_encoded_alike(pair, text):
     assert page.encode(text) == ids
 
 
-def test_the_script_of_the_page_is_run(tmp_path):
-    module = find_format("html")
-    module.write(trained(MODELS["residual"]), tmp_path)
-    page = (tmp_path / FILE).read_text()
-    (tmp_path / FILE).write_text(page.replace("fromBase64(", "renamed("))
-    with pytest.raises(Exception, match="fromBase64 is not defined"):
-        module.load(tmp_path)
-
-
 def test_a_page_without_chat_for_a_template_that_a_page_cannot_render(tmp_path):
     template = "{% for m in messages %}{{ m.content | trim('x') }};{% endfor %}"
     find_format("html").write(trained(MODELS["plain"], template=template), tmp_path)
     assert '<label for="prompt">Prompt</label>' in (tmp_path / FILE).read_text()
     assert find_format("html").load(tmp_path)._call("data.chat") is None
-
-
-def with_dropout():
-    tokenizer = byte_level()
-    tokenizer.model.dropout = 0.5
-    return tokenizer
-
-
-def with_an_added_token():
-    tokenizer = byte_level()
-    tokenizer.add_tokens(["<thing>"])
-    return tokenizer
 
 
 BYTES = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -120,16 +99,10 @@ def split_by(*parts):
     ("tokenizer", "reason"),
     [
         (word_level("a"), "its model is WordLevel"),
-        (byte_level(tokenizers.normalizers.NFC()), r"it has a normalizer \(NFC\)"),
+        (byte_level(tokenizers.normalizers.NFC()), "its normalizer is NFC"),
         (byte_level(add_prefix_space=True), "it adds a space"),
-        (with_dropout(), "its model has dropout"),
-        (with_an_added_token(), "it has the added token '<thing>'"),
         (split_by(DIGITS), "it is not byte-level"),
         (split_by(DIGITS, BYTES), "its pre-tokenizer has a part Digits"),
-        (
-            split_by(tokenizers.pre_tokenizers.Split("a", "isolated"), BYTES),
-            "its pre-tok.* part Split",
-        ),
         (split_by(WORDS, WORDS, BYTES), "its pre-tokenizer splits twice"),
     ],
 )
@@ -232,93 +205,31 @@ def test_greedy_text_is_that_of_the_model(page, exported):
     text = written(page, prompt)
     assert text == generate_text(model, tokenizer, prompt, max_new_tokens=200)[0]
     assert "tokens/s" in page.locator("#speed").text_content()
+    assert page.title() == "run"
     page.locator("#text .token").nth(3).hover()
     assert page.locator("#alternatives tr").count() == 6
     assert page.locator("#alternatives .chosen").count() == 1
 
 
-def test_states_are_kept_forked_and_continued(page):
+def test_states_are_kept_and_continued(page):
     written(page, "ab", 20)
     page.get_by_role("button", name="Keep this state").click()
-    page.get_by_role("button", name="Fork state 1").click()
     texts = []
-    for name in ("state 1", "state 2", "state 1"):
-        page.get_by_role("button", name=f"Continue {name}").click()
+    for _ in range(2):
+        page.get_by_role("button", name="Continue state 1").click()
         texts.append(written(page, "c", 30))
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
     page.get_by_role("button", name="Reset").click()
     whole = written(page, "ab", 20)
     assert page.locator("#text .prompt").text_content() == "ab"
     page.get_by_role("button", name="Keep this state").click()
-    page.get_by_role("button", name="Continue state 3").click()
+    page.get_by_role("button", name="Continue state 2").click()
     rest = written(page, "", 10)
     page.get_by_role("button", name="Reset").click()
     assert written(page, "ab", 30) == whole + rest
-    for name in ("state 1", "state 2", "state 3"):
+    for name in ("state 1", "state 2"):
         page.get_by_role("button", name=f"Delete {name}").click()
     assert page.locator("#no-states").is_visible()
-
-
-def test_a_stopped_prompt_gives_no_state_and_a_cut_character_is_continued(page):
-    assert page.evaluate("unfinished([97, 226, 130])") == [226, 130]
-    whole = "[[195, 169], [130], [], [97, 255], [192]].map(unfinished)"
-    assert page.evaluate(whole) == [[]] * 5
-    # A model that writes the bytes of a character again and again.
-    page.evaluate(
-        """() => {
-          const bytes = [226, 130, 172], one = (id) => {
-            const logits = new Float32Array(tokenizer.bytes.length).fill(-9);
-            logits[bytes[(bytes.indexOf(id) + 1) % 3]] = 9;
-            return logits;
-          };
-          model.step = (state, id) => one(id);
-        }"""
-    )
-    assert written(page, "a", 2) == ""
-    page.get_by_role("button", name="Keep this state").click()
-    page.get_by_role("button", name="Continue state 1").click()
-    assert written(page, "", 4) == "€€"
-    page.get_by_role("button", name="Reset").click()
-    page.get_by_label("Prompt").fill("a" * 100_000)
-    page.evaluate(
-        """() => {
-          const step = model.step;
-          model.step = (state, id) => {
-            for (const end = performance.now() + 5; performance.now() < end;);
-            return step(state, id);
-          };
-        }"""
-    )
-    page.get_by_role("button", name="Generate").click()
-    page.get_by_role("button", name="Stop").click()
-    page.locator("#generate:enabled").wait_for()
-    assert page.locator("#after").is_hidden()
-
-
-def test_stop_and_errors(page, exported):
-    page.get_by_label("Temperature").fill("1")
-    page.get_by_label("New tokens").fill("1000000000")
-    page.get_by_label("Prompt").fill("a")
-    page.get_by_role("button", name="Generate").click()
-    # Text of a random model may end at any token.
-    page.wait_for_function(
-        "document.querySelectorAll('#text .token').length > 9 || !document.all.generate.disabled"
-    )
-    if page.locator("#stop").is_enabled():
-        page.get_by_role("button", name="Stop").click()
-    page.locator("#generate:enabled").wait_for()
-    assert page.title() == exported[2].parent.parent.joinpath("run").name
-    assert page.locator("#error").is_hidden()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(browser, exported, exported_chat, scheme):
-    narrow = {"viewport": {"width": 400, "height": 800}, "color_scheme": scheme}
-    for path in (exported[2], exported_chat[1]):
-        with opened(browser, path, **narrow) as page:
-            assert page.evaluate("document.documentElement.scrollWidth") <= 400
-            back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (back == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from gla_reference import (
 )
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.inference import generate
 from simplernn_jax.models import GLAState, LanguageModel, load_gla_checkpoint
 from simplernn_jax.ops.segments import reset_state
 
@@ -69,19 +68,6 @@ def test_logits_equal_the_equations_and_those_of_fla(variant, folder_of):
         np.testing.assert_allclose(logits, recorded[variant], rtol=0, atol=limit)
     has_convolutions = "convolutions" in variant
     assert all((layer.convolutions is not None) == has_convolutions for layer in state)
-
-
-@pytest.mark.fewer_cases
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_generation_is_the_argmax_of_the_equations(variant, folder_of):
-    settings, weights, model = loaded(variant, folder_of)
-    prompt, expected = draw_tokens(1, 7)[0], []
-    for _ in range(9):
-        tokens = np.concatenate([prompt, expected]).astype(np.int32)[None]
-        expected.append(reference_logits(settings, weights, tokens)[0, -1].argmax())
-    assert len(set(expected)) > 1
-    generated = generate(model, [prompt], max_new_tokens=9).sequences()[0]
-    assert generated.tolist() == expected
 
 
 def test_the_state_continues_and_segments_reset_it(folder_of):
@@ -164,19 +150,16 @@ def test_dropout_is_reproducible_and_none_without_a_key():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (lambda s: s.recurrent, "state: expected a GLAState; got ArrayImpl"),
-        (
-            lambda s: s._replace(convolutions=None),
-            "state.convolutions: expected QKVConvStates; got NoneType",
-        ),
+        (lambda s: s.recurrent, "state: expected PyTreeDef"),
+        (lambda s: s._replace(convolutions=None), "state: expected PyTreeDef"),
         (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
         (
-            lambda s: s._replace(convolutions=s.convolutions._replace(key=s.convolutions.value)),
+            lambda s: s._replace(convolutions=s.convolutions | {"key": s.convolutions["value"]}),
             r"state: expected",
         ),
     ],
 )
-def test_the_state_of_another_layer_is_refused(state, message):
+def test_the_state_of_another_layer_is_rejected(state, message):
     mixer = LanguageModel(CONFIG, rngs=nnx.Rngs(0)).layers[0].mixer
     x = jnp.ones((2, 3, 14))
     assert isinstance(mixer(x)[1], GLAState)

@@ -1,15 +1,13 @@
-"""Memory estimates are lower bounds that refuse only what cannot fit."""
+"""Memory estimates are lower bounds that reject only what cannot fit."""
 
-import jax
 import pytest
 from flax import nnx
 from small_runs import small_config
 
-from simplernn_jax.cli.config_files import load_config
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.models import memory_estimate
-from simplernn_jax.models.language_model import LanguageModel, abstract_model
+from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.memory_estimate import (
     check_evaluation,
     check_generation,
@@ -37,73 +35,52 @@ def mesh():
     return make_mesh(small_config().mesh)
 
 
-@pytest.mark.parametrize(
-    "name", ["base", "pytorch_reference", "attention", "gla_340m", "gpt2_size"]
-)
-def test_bytes_of_parameters_and_states_follow_from_two_layers(name):
-    config = load_config(name).model
-    if name == "attention":
-        config.mixer = ["attention", "simple_rnn"] * 2
-    graph, parameters = abstract_model(config)
-    state = jax.eval_shape(lambda params: nnx.merge(graph, params).initial_state(1), parameters)
-    sizes = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (parameters, state)
-    )
-    assert model_bytes(config) == tuple(sizes)
-
-
 def test_parameters_gradients_and_moments_of_a_step():
     config = Config()
     config.optimizer.name = "adamw"
     config.data.batch_size, config.data.sequence_length = 1, 1
     weights, _ = model_bytes(config.model)
     estimate = estimate_training(config, ONE)
-    assert estimate.parameters == 3 * weights
-    assert estimate.activations == pytest.approx(weights, rel=1e-3)
-    assert estimate_training(config, ONE | {"fsdp": 4}).parameters == 3 * weights / 4
+    assert estimate["parameters"] == 3 * weights
+    assert estimate["activations"] == pytest.approx(weights, rel=1e-3)
+    assert estimate_training(config, ONE | {"fsdp": 4})["parameters"] == 3 * weights / 4
 
 
 @pytest.mark.parametrize(
     ("section", "field", "value", "part"),
     [
-        ("model", "hidden_dim", 10**6, "lower config.model sizes such as hidden_dim"),
-        ("model", "vocab_size", 2 * 10**9, "lower config.model sizes such as hidden_dim"),
-        ("data", "batch_size", 10**9, "lower config.data.batch_size or sequence_length"),
-        ("data", "sequence_length", 10**9, "lower config.data.batch_size or sequence_length"),
+        ("model", "vocab_size", 2 * 10**9, r"parameters [\d.]+ TB"),
+        ("data", "sequence_length", 10**9, r"activations [\d.]+ TB"),
     ],
 )
-def test_a_run_that_cannot_fit_is_refused_with_its_size(mesh, section, field, value, part):
+def test_a_run_that_cannot_fit_is_rejected_with_its_size(mesh, section, field, value, part):
     config = Config()
     setattr(getattr(config, section), field, value)
-    with pytest.raises(
-        UserError, match=r"this run needs at least [\d.]+ [TPG]B of memory"
-    ) as caught:
+    message = rf"this run needs at least .*{part}.*, this machine has 24 GB; lower config\.data"
+    with pytest.raises(UserError, match=message):
         check_training(config, mesh)
-    assert "this machine has 24 GB" in str(caught.value)
-    assert part in str(caught.value)
 
 
-def test_a_large_state_is_refused_if_it_is_allocated(mesh):
+def test_a_large_state_is_rejected_if_it_is_allocated(mesh):
     config = Config()
     config.model.mixer, config.model.mixer_options = "attention", {"context": 10**9}
-    with pytest.raises(UserError, match=r"state 8\.\d+ TB.* lower .*mixer_options"):
+    with pytest.raises(UserError, match=r"state 8\.\d+ TB"):
         check_training(config, mesh)
     config.train.sample_every, config.data.validation_fraction = 0, 0.0
     check_training(config, mesh)
     config.model.mixer, config.model.num_heads = "simple_rnn", 1
     config.model.key_dim = config.model.value_dim = 2**20
-    with pytest.raises(UserError, match=r"state [\d.]+ TB.* lower .*key_dim"):
+    with pytest.raises(UserError, match=r"state [\d.]+ TB"):
         check_training(config, mesh)
 
 
-def test_a_run_that_fits_is_not_refused(mesh):
+def test_a_run_that_fits_is_accepted(mesh):
     config = Config()
     check_training(config, mesh)
     # A sequence of a million tokens takes 4 GB with its gradient in backward spans.
     config.data.batch_size, config.data.sequence_length = 1, 2**20
     config.train.bptt_window, config.train.bptt = 2**13, "full"
-    assert sum(estimate_training(config, ONE)) < 4 * GIGABYTE
+    assert sum(estimate_training(config, ONE).values()) < 4 * GIGABYTE
 
 
 @pytest.mark.parametrize(
@@ -114,7 +91,7 @@ def test_a_run_that_fits_is_not_refused(mesh):
         (check_evaluation, (10**6,), (10**8,), "scoring needs at least .* lower --window"),
     ],
 )
-def test_long_generations_and_contexts_are_refused(check, fits, too_much, message):
+def test_long_generations_and_contexts_are_rejected(check, fits, too_much, message):
     model = LanguageModel(Config().model, rngs=nnx.Rngs(0))
     check(model, *fits)
     with pytest.raises(UserError, match=message):
@@ -133,9 +110,9 @@ def test_simulated_devices_share_the_memory_of_the_machine():
 def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
     config = small_config(mode="stream", name="adamw")
     optimizer = make_optimizer(config.optimizer, 7)
-    estimate = sum(estimate_training(config, ONE))
+    estimate = sum(estimate_training(config, ONE).values())
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1.1 * estimate)
-    with pytest.raises(UserError, match=r"a train step needs [\d.]+ [kM]B of memory on each"):
+    with pytest.raises(UserError, match=r"a train step needs .* of memory \(by XLA"):
         check_memory(config, optimizer, mesh)
     monkeypatch.setattr(memory_estimate, "device_memory", lambda device: 1000 * estimate)
     check_memory(config, optimizer, mesh)
@@ -143,7 +120,9 @@ def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
 
 def test_stages_save_the_inputs_of_their_chunks_alone():
     config = small_config("residual", num_layers=32, mlp_dim=256, sequence_length=4096)
-    whole, stages = (estimate_training(config, ONE | {"pipeline": n}).activations for n in (1, 2))
+    whole, stages = (
+        estimate_training(config, ONE | {"pipeline": n})["activations"] for n in (1, 2)
+    )
     # A step on two stages takes a third of what saving all layers would.
     assert stages < whole / 6
 
@@ -155,4 +134,4 @@ def test_the_states_of_sequences_that_are_scored_together_are_bounded(context, e
     assert evaluation_sequences(config.model, 32) == expected
     assert evaluation_sequences(config.model, 3) == min(3, expected)
     config.data.validation_fraction = 0.5
-    assert estimate_training(config, ONE).state >= 2 * context * 256 * 4
+    assert estimate_training(config, ONE)["state"] >= 2 * context * 256 * 4

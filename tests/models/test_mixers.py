@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from processes import ROOT, run_scripts
-from small_runs import (
-    newest_checkpoint,
-    random_batch,
-    save_untrained,
-    small_config,
-    stop_after,
-    write_corpus,
-)
+from processes import ROOT
+from small_runs import newest_checkpoint, random_batch, small_config, stop_after, write_corpus
 
 from configs import gla_340m
 from simplernn_jax import load_model
@@ -225,20 +218,6 @@ def test_the_attention_map_is_exact():
     assert not np.allclose(without[0].weights, layers[0].weights)
 
 
-@pytest.mark.oldest_python
-def test_explain(tmp_path):
-    source = write_corpus(tmp_path / "text")
-    save_untrained(gla_config(source=source, validation_fraction=0.3), tmp_path / "run")
-    out = tmp_path / "out"
-    (result,) = run_scripts(
-        ("scripts/explain.py", "--workdir", tmp_path / "run", "--text", "größer als", "--out", out)
-    )
-    assert result.code == 0, result.errors
-    lines = result.output.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["layer 1", "layer 2"]
-    assert {"explain.html", "half_lives.png", "state_rank.png"} <= {p.name for p in out.iterdir()}
-
-
 def test_only_mixers_of_the_package_are_explained_and_exported_as_programs(tmp_path):
     with pytest.raises(UserError, match="layer 1 has the mixer Decay, which cannot be explained"):
         find_mixers(model_of("decay"))
@@ -296,13 +275,6 @@ def test_the_published_size():
     config = gla_340m.get_config()
     validate(config)
     params = abstract_model(config.model)[1]
-    shapes = dict.fromkeys(((1024, 512), (1024, 1024), (1024, 2816), (2816, 1024)), 0)
-    for leaf in jax.tree.leaves(params):
-        shapes[leaf.shape] = shapes.get(leaf.shape, 0) + 1
-    expected = {(1024, 512): 48, (1024, 1024): 72, (1024, 2816): 48, (2816, 1024): 24}
-    expected |= {(32000, 1024): 1, (1024, 16): 24, (16, 512): 24, (512,): 24, (256,): 24}
-    expected[1024,] = 49
-    assert shapes == expected
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == 341_707_776
     check_fits(config, mesh_of(fsdp=8))

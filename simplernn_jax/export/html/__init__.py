@@ -26,8 +26,8 @@ from simplernn_jax.export.html.tokenizer_data import tokenizer_data
 from simplernn_jax.models.named_weights import named_weights
 
 FILE = "model.html"
-MAX_BYTES = 1 << 28
-"""Weights beyond this make a page that browsers do not load."""
+MAX_BYTES = 350_000_000
+"""Browsers do not load a larger page."""
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -35,17 +35,11 @@ def write(trained: TrainedModel, folder: Path) -> None:
     check_architecture("html", trained.model)
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
-    arrays, content = pack(weights, trained.quantize)
-    if len(content) > MAX_BYTES:
-        raise UserError(
-            f"--format=html: the weights have {len(content):,} bytes, more than a browser loads "
-            f"({MAX_BYTES:,}); use --quantize=int8, or another format"
-        )
     tokenizer, config = trained.tokenizer, trained.model.config
     data = {
         "chat": chat_format(trained.config.data.template),
         "config": description(trained),
-        "arrays": arrays,
+        "weights": encode(weights, trained.quantize),
         "tokenizer": tokenizer_data(tokenizer, config.vocab_size),
         "special": {
             "bos": tokenizer.bos_id,
@@ -57,18 +51,21 @@ def write(trained: TrainedModel, folder: Path) -> None:
     parameters = sum(weight.size for weight in weights.values())
     # Not escaped as a whole: most parts are styles, scripts and JSON.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701
-    page = environment.from_string(_source("index.html"))
-    text = page.render(
+    text = environment.from_string(_source("index.html")).render(
         is_chat=data["chat"] is not None,
         title=markupsafe.escape(trained.name),
         facts=f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
         css=(shared / "page.css").read_text("utf-8"),
         model=jinja2.utils.htmlsafe_json_dumps(data),
-        weights=base64.b64encode(content).decode(),
         model_js=_source("model.js"),
         tokens_js=(shared / "tokens.js").read_text("utf-8"),
         page_js=_source("page.js"),
     )
+    if len(text) > MAX_BYTES:
+        raise UserError(
+            f"--format=html: the page has {len(text):,} bytes, more than a browser loads "
+            f"({MAX_BYTES:,}); use --quantize=int8, or another format"
+        )
     (folder / FILE).write_text(text, "utf-8")
 
 
@@ -76,29 +73,23 @@ def _source(name: str) -> str:
     return (importlib.resources.files(__name__) / name).read_text("utf-8")
 
 
-def pack(weights: dict[str, np.ndarray], kind: str) -> tuple[list[dict[str, Any]], bytes]:
-    """Concatenate arrays, little-endian, each at a multiple of 4 bytes; describe each of them."""
-    arrays: list[dict[str, Any]] = []
-    content = bytearray()
+def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, str]]:
+    """Encode each array: its type, its little-endian values in base64, and the scales of int8."""
 
-    def add(values: np.ndarray) -> int:
-        content.extend(b"\0" * (-len(content) % 4))
-        offset = len(content)
-        content.extend(values.astype(values.dtype.newbyteorder("<")).tobytes())
-        return offset
+    def base64_of(values: np.ndarray) -> str:
+        values = values.astype(values.dtype.newbyteorder("<"))
+        return base64.b64encode(values.tobytes()).decode()
 
+    encoded = {}
     for name, weight in weights.items():
-        type_ = kind if kind != "none" and is_rounded(weight) else "float32"
-        array: dict[str, Any] = {"name": name, "size": weight.size, "type": type_}
-        if type_ == "int8":
-            integers, scale = int8_rows(weight)
-            array |= {"offset": add(integers), "scale_offset": add(scale), "rows": len(scale)}
-        elif type_ == "float16":
-            array["offset"] = add(float16(weight))
+        if kind == "none" or not is_rounded(weight):
+            encoded[name] = {"type": "float32", "values": base64_of(weight)}
+        elif kind == "float16":
+            encoded[name] = {"type": "float16", "values": base64_of(float16(weight))}
         else:
-            array["offset"] = add(weight.astype(np.float32))
-        arrays.append(array)
-    return arrays, bytes(content)
+            integers, scales = map(base64_of, int8_rows(weight))
+            encoded[name] = {"type": "int8", "values": integers, "scales": scales}
+    return encoded
 
 
 class _Loaded:
@@ -109,13 +100,11 @@ class _Loaded:
 
         page = (folder / FILE).read_text("utf-8")
         self._context = py_mini_racer.MiniRacer()
-        parts = {name: _part(page, name) for name in ("model", "weights", "forward-pass")}
-        self._context.eval(parts["forward-pass"])
-        self._context.eval(f"const data = {parts['model']};")
-        self._context.eval(f"const bytes = fromBase64({json.dumps(parts['weights'])});")
+        self._context.eval(_part(page, "forward-pass"))
+        self._context.eval(f"const data = JSON.parse({json.dumps(_part(page, 'model'))});")
         self._context.eval(
             """
-            const model = new LanguageModel(data.config, decodeWeights(data.arrays, bytes));
+            const model = new LanguageModel(data.config, decodeWeights(data.weights));
             const tokenizer = new Tokenizer(data.tokenizer);
             function logitsOf(tokens) {
               const state = model.initialState();

@@ -310,17 +310,16 @@ function fromBase64(text) {
   return bytes;
 }
 
-// Arrays by name from their description and one block of bytes.
-function decodeWeights(arrays, bytes) {
+// Arrays by name, as float32.
+function decodeWeights(encoded) {
   const weights = {};
-  for (const { name, size, type, offset, rows, scale_offset: scaleOffset } of arrays) {
-    const part = (at, length) => bytes.slice(at, at + length).buffer;
-    if (type === "float32") weights[name] = new Float32Array(part(offset, 4 * size));
-    else if (type === "float16") weights[name] = fromHalf(new Uint16Array(part(offset, 2 * size)));
+  for (const [name, { type, values, scales }] of Object.entries(encoded)) {
+    const bytes = fromBase64(values).buffer;
+    if (type === "float32") weights[name] = new Float32Array(bytes);
+    else if (type === "float16") weights[name] = fromHalf(new Uint16Array(bytes));
     else {
-      const integers = new Int8Array(part(offset, size));
-      const scales = new Float32Array(part(scaleOffset, 4 * rows)), columns = size / rows;
-      weights[name] = Float32Array.from(integers, (value, i) => value * scales[Math.floor(i / columns)]);
+      const rows = new Float32Array(fromBase64(scales).buffer), columns = bytes.byteLength / rows.length;
+      weights[name] = Float32Array.from(new Int8Array(bytes), (x, i) => x * rows[Math.floor(i / columns)]);
     }
   }
   return weights;

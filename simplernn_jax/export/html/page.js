@@ -7,35 +7,38 @@ const NUM_ALTERNATIVES = 6;
 let model, tokenizer, special;
 let chat = null;            // the text around messages, of a chat model
 let isStopped = false;
-let current = null;         // { state, logits, shown, tail }: after the text shown
+let current = null;         // { state, logits, shown }: after the text shown
 let origin = null;          // what the next prompt continues: a kept state, or the conversation
+let numKept = 0;
 const kept = [];
 
 function load() {
   const data = JSON.parse($("model").textContent);
-  const bytes = fromBase64($("weights").textContent);
-  model = new LanguageModel(data.config, decodeWeights(data.arrays, bytes));
+  $("model").remove();
+  model = new LanguageModel(data.config, decodeWeights(data.weights));
   tokenizer = new Tokenizer(data.tokenizer);
-  special = data.special;
-  chat = data.chat;
-  $("weights").remove();
+  ({ special, chat } = data);
   $("status").textContent = "";
   $("generate").disabled = false;
 }
 
-const pause = () => new Promise((resolve) => setTimeout(resolve));
+// After each slice of time, call draw() and let the browser do its own work.
+let sliceEnd = 0;
+async function pause(draw) {
+  if (performance.now() < sliceEnd) return;
+  draw?.();
+  await new Promise((resolve) => setTimeout(resolve));
+  sliceEnd = performance.now() + SLICE_MS;
+}
 
-// Call step(0), step(1), ... until it returns false, and draw() between slices of time.
-async function inSlices(step, draw) {
-  for (let i = 0; ;) {
-    const end = performance.now() + SLICE_MS;
-    do {
-      if (isStopped || step(i) === false) return draw();
-      i += 1;
-    } while (performance.now() < end);
-    draw();
+// Process ids; return the logits after them, or null if it was stopped.
+async function prefill(state, ids, logits) {
+  for (const id of ids) {
+    if (isStopped) return null;
+    logits = model.step(state, id);
     await pause();
   }
+  return logits.slice();
 }
 
 async function generate() {
@@ -50,35 +53,39 @@ async function generate() {
   show(shown);
   if (chat) $("prompt").value = "";
   let logits = await prefill(state, ids, from?.logits);
-  if (!logits) return;  // stopped: the state is not that of the text
+  if (!logits) return;  // the state is not that of the text
   const asked = chat && structuredClone(state);
-  const numHeld = chat ? utf8(chat.stop).length : 0;  // tokens that may be the end of the turn
-  const decoder = newDecoder();
-  const bytes = prompt ? [] : [...(from?.tail ?? [])];
-  let text = decoder.decode(Uint8Array.from(bytes), { stream: true });
-  let pending = [], count = 0;
-  const start = performance.now();
-  await inSlices((i) => {
-    if (i >= maxTokens) return false;
+
+  const decoder = newDecoder(), begin = performance.now();
+  const numHeld = chat ? chat.stop.length - 1 : 0;  // characters that may begin the end of the turn
+  let text = "", count = 0, pending = [];
+  const draw = () => {
+    const ready = pending.filter(({ piece, start }) => start + piece.length <= text.length - numHeld);
+    addTokens(ready);
+    pending = pending.slice(ready.length);
+    const rate = Math.round(count / Math.max(performance.now() - begin, 1) * 1000);
+    $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
+  };
+  while (count < maxTokens && !isStopped) {
     const id = sample(logits, temperature, special.banned);
-    if (id === special.eos) return false;
+    if (id === special.eos) break;
     const piece = decoder.decode(tokenizer.bytes[id], { stream: true });
-    bytes.push(...tokenizer.bytes[id]);
     // Not all logits: memory.
     pending.push({ id, piece, start: text.length, likely: likeliest(logits, NUM_ALTERNATIVES) });
     text += piece;
     count += 1;
-    if (chat && text.includes(chat.stop)) return false;
-    logits = model.step(state, id).slice();
-  }, () => {
-    addTokens(pending.splice(0, pending.length - numHeld));
-    const rate = Math.round(count / Math.max(performance.now() - start, 1) * 1000);
-    $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
-  });
+    if (chat && text.includes(chat.stop)) break;
+    logits = model.step(state, id);
+    await pause(draw);
+  }
   if (chat) {
     text = (text + decoder.decode()).split(chat.stop)[0];
-    const shortened = ({ piece, start }) => piece.slice(0, Math.max(0, text.length - start));
-    addTokens(pending.map((token) => ({ ...token, piece: shortened(token) })));
+    for (const token of pending) token.piece = token.piece.slice(0, Math.max(0, text.length - token.start));
+  }
+  draw();
+  addTokens(pending);
+  logits = logits.slice();
+  if (chat) {
     // Not the state of the generation, which may have gone past the end of the turn.
     isStopped = false;
     state = asked;
@@ -86,19 +93,8 @@ async function generate() {
     if (!logits) return;
   }
   shown.push([chat ? "message assistant" : "prompt", text]);
-  current = { state, logits, shown, tail: unfinished(bytes) };
+  current = { state, logits, shown };
   if (chat) origin = current;
-}
-
-// Process ids; return the logits after them, or null if it was stopped.
-async function prefill(state, ids, logits) {
-  let count = 0;
-  await inSlices((i) => {
-    if (i >= ids.length) return false;
-    logits = model.step(state, ids[i]).slice();
-    count += 1;
-  }, () => {});
-  return count < ids.length ? null : logits;
 }
 
 function show(parts) {
@@ -106,13 +102,23 @@ function show(parts) {
   $("text").scrollTop = $("text").scrollHeight;
 }
 
-// The bytes at the end that begin a character, which a decoder holds back.
-function unfinished(bytes) {
-  for (const n of [3, 2, 1]) {
-    const tail = bytes.slice(-n);
-    if (newDecoder().decode(Uint8Array.from(tail), { stream: true }) === "") return tail;
-  }
-  return [];
+function addTokens(tokens) {
+  appendTokens(tokens.map(({ id, piece, likely }) => [
+    piece,
+    () => likely.map(([other, p]) => [nameOf(other), p, other === id]),
+  ]));
+}
+
+// A character may begin in one token and end in another; a byte order mark is a character.
+const newDecoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
+
+function nameOf(id) {
+  if (id === special.eos) return "end";
+  const bytes = tokenizer.bytes[id];
+  if (!bytes.length) return `token ${id}`;
+  const text = newDecoder().decode(bytes);
+  if (!text.includes("\ufffd")) return JSON.stringify(text);
+  return Array.from(bytes, (byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
 }
 
 async function run() {
@@ -141,34 +147,9 @@ function setRunning(isRunning) {
   $("after").hidden = isRunning || !current;
 }
 
-function addTokens(tokens) {
-  appendTokens(tokens.map(({ id, piece, likely }) => [
-    piece,
-    () => likely.map(([other, p]) => [nameOf(other), p, other === id]),
-  ]));
-}
-
-// A character may begin in one token and end in another; a byte order mark is a character.
-const newDecoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
-
-function nameOf(id) {
-  if (id === special.eos) return "end";
-  const bytes = tokenizer.bytes[id];
-  const text = newDecoder().decode(bytes);
-  if (!bytes.length) return `token ${id}`;
-  if (text.includes("\ufffd")) {
-    return Array.from(bytes, (byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
-  }
-  return JSON.stringify(text);
-}
-
-// States
-
-let number = 0;
-
-function keep(one) {
-  number += 1;
-  kept.push({ ...structuredClone(one), name: `state ${number}` });
+function keep() {
+  numKept += 1;
+  kept.push({ ...structuredClone(current), name: `state ${numKept}` });
   listStates();
 }
 
@@ -176,16 +157,14 @@ function listStates() {
   $("no-states").hidden = kept.length > 0;
   $("states").replaceChildren(...kept.map((one) => {
     const item = document.createElement("li");
-    const box = stateBox(one.name, "", one.shown.map(([, text]) => text).join(chat ? " " : ""), [
+    item.append(stateBox(one.name, "", one.shown.map(([, text]) => text).join(chat ? " " : ""), [
       ["Continue", () => continueFrom(one)],
-      ["Fork", () => keep(one)],
       ["Delete", () => {
         kept.splice(kept.indexOf(one), 1);
         if (origin === one) continueFrom(null);
         listStates();
       }],
-    ]);
-    item.append(box);
+    ]));
     return item;
   }));
 }
@@ -203,17 +182,17 @@ function continueFrom(state) {
   $("prompt").focus();
 }
 
-$("form").addEventListener("submit", (event) => {
+$("form").onsubmit = (event) => {
   event.preventDefault();
   run();
-});
-$("prompt").addEventListener("keydown", (event) => {
+};
+$("prompt").onkeydown = (event) => {
   const sends = chat ? !event.shiftKey && !event.isComposing : event.ctrlKey || event.metaKey;
   if (event.key !== "Enter" || !sends) return;
   event.preventDefault();
   if (!$("generate").disabled) run();
-});
+};
 $("stop").onclick = () => { isStopped = true; };
-$("keep").onclick = () => keep(current);
+$("keep").onclick = keep;
 $("leave").onclick = () => continueFrom(null);
 setTimeout(() => guarded(load));  // after the first paint

@@ -32,17 +32,17 @@ def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _bpe(content: dict[str, Any]) -> dict[str, Any]:
-    model = content["model"]
-    if model.get("type") != "BPE":
-        raise _not_supported(f"its model is {model.get('type')}")
-    if content.get("normalizer") is not None:
-        raise _not_supported(f"it has a normalizer ({content['normalizer'].get('type')})")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise _not_supported(f"its model has {name}")
+    model, normalizer = content["model"], content.get("normalizer") or {}
     plain = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
-    if plain:
-        raise _not_supported(f"it has the added token {plain[0]!r}")
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    for reason, found in (
+        ("model is", [] if model.get("type") == "BPE" else [model.get("type")]),
+        ("normalizer is", [normalizer["type"]] if normalizer else []),
+        ("model has", [name for name in odd if model.get(name)]),
+        ("added token is", plain),
+    ):
+        if found:
+            raise _not_supported(f"its {reason} {found[0]}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     byte_of = byte_level_alphabet()
 

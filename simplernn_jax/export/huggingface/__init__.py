@@ -1,10 +1,7 @@
 """Weights, code, tokenizer, generation settings and a model card for `transformers`."""
 
-import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,16 +14,14 @@ from simplernn_jax.export.formats import (
     check_architecture,
     check_packages,
     description,
+    write_json,
 )
 from simplernn_jax.export.huggingface.model_card import model_card
 from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
-from simplernn_jax.files import read_file
-from simplernn_jax.training import loss_curve
 
 CODE = "modeling_simplernn.py"
 _NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}\n"
 """Begins a template: special tokens are no text, here and in the exported tokenizer."""
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -46,16 +41,16 @@ def write(trained: TrainedModel, folder: Path) -> None:
             "AutoModelForCausalLM": f"{module}.SimpleRNNForCausalLM",
         },
     }
-    _write_json(folder / "config.json", {**fields, **classes})
+    write_json(folder / "config.json", {**fields, **classes})
     turn_end = _turn_end(template, tokenizer)
     generation = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if turn_end:
         generation["eos_token_id"] = [tokenizer.eos_id, *turn_end]
-    _write_json(folder / "generation_config.json", {"do_sample": True, **generation})
+    write_json(folder / "generation_config.json", {"do_sample": True, **generation})
     end_text = tokenizer.decode(turn_end)
     is_control = not (end_text.isprintable() or end_text.isspace())  # decoded text leaves it out
     library = library_tokenizer(tokenizer)
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -71,10 +66,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
     )
     if template:
         (folder / "chat_template.jinja").write_text(_NO_SPECIAL_TOKENS + template, "utf-8")
-    picture = _loss_curve(trained.workdir)
-    if picture is not None:
-        (folder / loss_curve.FILE_NAME).write_bytes(picture)
-    (folder / "README.md").write_text(model_card(trained, picture is not None), "utf-8")
+    (folder / "README.md").write_text(model_card(trained), "utf-8")
 
 
 def _turn_end(template: str, tokenizer: Tokenizer) -> list[int]:
@@ -88,30 +80,16 @@ def _turn_end(template: str, tokenizer: Tokenizer) -> list[int]:
     return ids if len(ids) == 1 else []
 
 
-def _loss_curve(workdir: str) -> bytes | None:
-    """Read the picture of the loss; None without one.
-
-    The export is published: a link in a workdir of somebody else could name any file.
-    """
-    try:
-        content = read_file(os.path.join(workdir, loss_curve.FILE_NAME), follow_link=False)
-    except OSError:
-        return None
-    return content if content.startswith(_PNG) else None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
 class _Loaded:
     def __init__(self, folder: Path) -> None:
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        options = {"trust_remote_code": True, "local_files_only": True}
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        from simplernn_jax.export.huggingface.modeling_simplernn import SimpleRNNForCausalLM
+
+        transformers.utils.logging.disable_progress_bar()
+        # The classes themselves: the Auto classes would leave a copy of the code in a cache.
+        self._model = SimpleRNNForCausalLM.from_pretrained(folder)
+        self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         import torch

@@ -1,93 +1,115 @@
 """Model card of an exported model, from what its run knows."""
 
-import contextlib
-import importlib.resources
 import json
 import math
 import re
-import textwrap
-from typing import Any
 
-import jinja2
-
-from simplernn_jax.config import DataConfig, TrainConfig, to_json
-from simplernn_jax.errors import UserError, counted, one_line
-from simplernn_jax.export.chat_format import chat_format
+from simplernn_jax.config import to_json
+from simplernn_jax.errors import counted, one_line
 from simplernn_jax.export.formats import TrainedModel
-from simplernn_jax.inference import generate_text
-from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.training.evaluate import Evaluation
-from simplernn_jax.training.loop import SAMPLE_TEMPERATURE
-from simplernn_jax.training.loss_curve import comparable
 from simplernn_jax.training.metrics import read_metrics
 
-_TEMPLATE = importlib.resources.files(__package__) / "model_card.md"
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [simplernn, recurrent, gated-linear-attention]
+---
+
+# {name}
+
+A recurrent language model with {parameters:,} parameters, trained with simplernn_jax: {layers} of
+width {width} ({mixers}), with {heads}. The state of the recurrence is a matrix per head, as in
+[gated linear attention](https://arxiv.org/abs/2312.06635).
+
+## Usage
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # the folder of this file, or the name of its repository on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+{prompt}
+inputs = tokenizer(text, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=200)[0]
+print(tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`trust_remote_code=True` runs `modeling_simplernn.py` from this folder, which needs PyTorch and
+`transformers` only. With simplernn_jax installed, `load_model(folder)` loads the model, too.
+
+## Training data and results
+
+| | |
+|---|---|
+{facts}
+
+## License
+
+No license was stated for the weights. Ask the author before you use or redistribute them. The code
+in `modeling_simplernn.py` is licensed under Apache-2.0.
+
+## Limitations
+
+The model imitates the text that it was trained on. It can reproduce passages of that text, and what
+it states can be false. It was not evaluated for any application.
+
+## Training configuration
+
+```json
+{config}
+```
+"""
+_CHAT_PROMPT = """\
+messages = [{"role": "user", "content": "Hello!"}]
+# Tokenize the rendered text, because the tokenizer adds BOS and apply_chat_template does not.
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"""
 
 
-def model_card(trained: TrainedModel, has_curve: bool) -> str:
-    """Write the model card; `has_curve` refers to the picture of the loss."""
-    import huggingface_hub
-
-    metadata = huggingface_hub.ModelCardData(
-        license=trained.license or None,
-        language=list(trained.languages) or None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["simplernn", "recurrent", "gated-linear-attention"],
-    )
-    rows = read_metrics(trained.workdir)
-    scored = [row for row in rows if row.get("loss") is not None]
-    best = min(comparable(scored), key=lambda x: (x["loss"], -x["step"]), default=None)
-    for row in scored:  # of the same step, or the only one, and on all of the held-out text
-        if row["kind"] == "held_out" and (best is None or row["step"] == best["step"]):
-            best = row
-    # Not HTML: what comes from elsewhere is escaped by these filters.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701
-    environment.filters |= {"escaped": _escaped, "code_block": _code_block}
-    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
-        trained=trained,
-        model=trained.model.config,
-        attention=complete_options("attention", trained.model.config).mixer_options,
-        metadata=metadata.to_yaml(),
-        counted=counted,
-        num_parameters=sum(weight.size for weight in named_weights(trained.model).values()),
-        tokenizer=json.loads(trained.tokenizer.to_json())["kind"],
-        last=next((row for row in reversed(rows) if row["kind"] == "train"), None),
-        best=best,
-        Evaluation=Evaluation,
-        infinity=math.inf,
-        has_curve=has_curve,
-        sample=_sample(trained),
+def model_card(trained: TrainedModel) -> str:
+    """Write the model card."""
+    model, data = trained.model.config, trained.config.data
+    facts = {
+        "text": _escaped(data.source),
+        "held out for validation": f"{data.validation_fraction:.0%} of the text",
+        "tokenizer": f"{json.loads(trained.tokenizer.to_json())['kind']}, with a vocabulary of "
+        f"{trained.tokenizer.vocab_size:,} tokens",
+        **_results(trained.workdir),
+    }
+    return _CARD.format(
+        name=_escaped(trained.name),
+        parameters=sum(weight.size for weight in named_weights(trained.model).values()),
+        layers=counted(model.num_layers, "layer"),
+        width=model.hidden_dim,
+        heads=counted(model.num_heads, "head"),
+        mixers=" and ".join(dict.fromkeys(model.mixers)).replace("simple_rnn", "recurrence"),
+        prompt=_CHAT_PROMPT if data.template else 'text = "The beginning of a text"',
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         config=to_json(trained.config),
     )
+
+
+def _results(workdir: str) -> dict[str, str]:
+    """Return the length of the training run and the results of its best evaluation."""
+    rows = read_metrics(workdir)
+    facts = {}
+    for row in rows:
+        if row["kind"] == "train":
+            facts["steps of the training run"] = f"{row['step']:,}"
+    scored = [row for row in rows if row["kind"] != "train" and row.get("loss") is not None]
+    if scored:
+        step = min(scored, key=lambda row: row["loss"])["step"]
+        best = [row for row in scored if row["step"] == step][-1]
+        facts["held-out loss"] = f"{best['loss']:.4f} nats per token (step {step:,})"
+        facts["held-out perplexity"] = f"{math.exp(best['loss']):.2f}"
+        if best.get("bits_per_byte") is not None:
+            facts["held-out bits per byte"] = f"{best['bits_per_byte']:.4f}"
+        facts["held-out tokens scored"] = f"{best['predictions']:,}"
+    return facts
 
 
 def _escaped(text: str) -> str:
     """Return a line of Markdown that shows `text` literally."""
     return re.sub(r"([!-,./:-@[-`{-~])", r"\\\1", one_line(text))
-
-
-def _code_block(text: str) -> str:
-    """Return an indented code block, which no text can end."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    return textwrap.indent(text, "    ")
-
-
-def _sample(trained: TrainedModel) -> dict[str, Any] | None:
-    """Continue or answer the prompt of the run's own samples; None if the model cannot."""
-    data, prompt = trained.config.data, trained.config.train.sample_prompt
-    chat = chat_format(data.template)
-    if prompt == TrainConfig.sample_prompt and data.source != DataConfig.source:
-        prompt = "Hello!" if chat else ""
-    settings: dict[str, Any] = {
-        "max_new_tokens": 200,
-        "temperature": 0.0 if chat else SAMPLE_TEMPERATURE,
-    }
-    for one in (prompt, ""):  # the tokenizer may not know the characters of the first
-        with contextlib.suppress(UserError):
-            read = one.strip().join(chat["first"]) if chat else one
-            (text,) = generate_text(trained.model, trained.tokenizer, read, **settings)
-            text = text.partition(chat["stop"])[0] if chat else text
-            return {"prompt": one, "text": text, "is_chat": bool(chat), **settings}
-    return None

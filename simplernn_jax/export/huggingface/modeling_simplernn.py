@@ -393,12 +393,11 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.block != "plain":
             x = rms_norm(x) * self.final_norm.weight.float()
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        head = self.embedding.weight if self.config.tie_embeddings else None
-        if head is None:
-            # A resized head is a plain nn.Linear.
+        if self.config.tie_embeddings:
+            weight = self.embedding.weight
+            logits = functional.linear(x.to(weight.dtype), weight).float()
+        else:  # a resized head is a plain nn.Linear
             logits = self.lm_head(x.to(self.lm_head.weight.dtype)).float()
-        else:
-            logits = functional.linear(x.to(head.dtype), head).float()
         loss = None
         if labels is not None:
             targets = labels[:, 1:].reshape(-1)

@@ -116,15 +116,9 @@ class Attention(MultiHeadLayer, ZeroStateMixer):
     def __call__(
         self, x: Activations, state: KVCache | None = None, segment_ids: SegmentIds | None = None
     ) -> tuple[Outputs, KVCache]:
-        """Apply the layer to a sequence.
+        """Apply the layer to a sequence: ``[B, T, hidden_dim]`` to ``[B, T, output_dim]``.
 
-        Args:
-          x: ``[B, T, hidden_dim]``.
-          state: cache of the tokens before the first one, in its segment; None is empty.
-          segment_ids: ``[B, T]``; tokens attend only within their segment.
-
-        Returns:
-          ``[B, T, output_dim]`` and the state after the last token.
+        See `TokenMixer`; None is the empty cache.
 
         Raises:
           ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.layers import Dense, fused_dense, kernel_init
 from simplernn_jax.ops.checks import FLOATING, check_array
@@ -28,6 +29,11 @@ def multi_head_options(config: ModelConfig) -> dict[str, Any]:
     if config.block != "plain":
         options |= {"use_bias": False, "output_norm": True, "output_gate": True}
     return options
+
+
+def state_dtype(precision: Any) -> jnp.dtype | None:
+    """Return the dtype of a recurrent state; None is the default, float32 (float64 under x64)."""
+    return None if jnp.dtype(precision) == jnp.float32 else jnp.dtype(precision)
 
 
 class MultiHeadLayer(nnx.Module):
@@ -100,6 +106,12 @@ class MultiHeadLayer(nnx.Module):
             value_dim, output_dim, ("heads", "embed"), row_parallel=True, **common
         )
 
+    @property
+    def input_projections(self) -> list[Dense]:
+        """Projections of the input, in the order of their fused matmul."""
+        layers = (self.query_proj, self.key_proj, self.value_proj, self.gate_proj)
+        return [layer for layer in (*layers, self.output_gate_proj) if layer is not None]
+
     def project_inputs(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project `x` to queries, keys, values and, with a forget gate, gate logits.
 
@@ -116,20 +128,15 @@ class MultiHeadLayer(nnx.Module):
           TypeError: wrong dtype.
         """
         check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
-        layers = [self.query_proj, self.key_proj, self.value_proj]
-        widths = [self.key_dim, self.key_dim, self.value_dim]
-        if self.gate_proj is not None:
-            layers, widths = [*layers, self.gate_proj], [*widths, self.key_dim]
-        if self.output_gate_proj is not None:
-            layers = [*layers, self.output_gate_proj]
-        outputs = fused_dense(x, layers)
-        heads = []
-        for y, width in zip(outputs, widths, strict=False):
-            width //= self.num_heads
-            heads.append(y.reshape(*x.shape[:-1], y.shape[-1] // width, width))
-        if self.output_gate_proj is None:
-            return tuple(heads), None
-        return tuple(heads), outputs[-1]
+        outputs = list(fused_dense(x, self.input_projections))
+        output_gate = None if self.output_gate_proj is None else outputs.pop()
+        key_dim, value_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
+        widths = (key_dim, key_dim, value_dim, key_dim)
+        heads = (
+            y.reshape(*x.shape[:-1], y.shape[-1] // width, width)
+            for y, width in zip(outputs, widths, strict=False)
+        )
+        return tuple(heads), output_gate
 
     def project_outputs(self, y: jax.Array, output_gate: jax.Array | None) -> jax.Array:
         """Normalize, gate and project the heads.
@@ -145,8 +152,7 @@ class MultiHeadLayer(nnx.Module):
           ValueError: shapes inconsistent with each other or with this layer.
           TypeError: wrong dtypes.
         """
-        sizes = {"V": self.value_dim // self.num_heads}
-        sizes = check_array("y", y, "... H V", FLOATING, sizes)
+        sizes = check_array("y", y, "... H V", FLOATING, {"V": self.value_dim // self.num_heads})
         if output_gate is not None:
             width = sizes["H"] * sizes["V"]
             check_array("output_gate", output_gate, "... HV", FLOATING, {"HV": width})
@@ -160,6 +166,17 @@ class MultiHeadLayer(nnx.Module):
         if output_gate is not None:
             y = _apply_output_gate(y, output_gate)
         return self.out_proj(y)
+
+    def recurrent_state(self, batch_size: int, dtype: Any) -> RecurrentState:
+        """Return zeros ``[B, H, K, V]``."""
+        heads = self.num_heads
+        return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads), dtype)
+
+    def check_recurrent_state(self, name: str, state: Any, q: jax.Array) -> None:
+        """Check that a state fits queries ``[B, ..., H, K]``; raises ValueError or TypeError."""
+        sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
+        sizes["V"] = self.value_dim // self.num_heads
+        check_array(name, state, "B H K V", FLOATING, sizes)
 
 
 @jax.checkpoint  # y and the gate are saved in any case; the backward pass recomputes silu

@@ -8,6 +8,7 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, LogicalAxes, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.config import ModelConfig
+from simplernn_jax.models.mixers import multi_head
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
 from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
 from simplernn_jax.ops import recurrent_step
@@ -63,14 +64,11 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         sizes = (hidden_dim, key_dim, value_dim, output_dim, num_heads)
         super().__init__(*sizes, rngs=rngs, forget_gate=True, **options)
         self.query_scale = query_scale
-        # None: the default dtype, float32 (float64 under x64).
-        self.state_dtype = None if state_dtype == jnp.float32 else jnp.dtype(state_dtype)
+        self.state_dtype = multi_head.state_dtype(state_dtype)
 
     def initial_state(self, batch_size: int) -> RecurrentState:
         """Return zeros ``[B, H, K, V]`` in the state dtype."""
-        heads = self.num_heads
-        shape = (batch_size, heads, self.key_dim // heads, self.value_dim // heads)
-        return jnp.zeros(shape, self.state_dtype)
+        return self.recurrent_state(batch_size, self.state_dtype)
 
     def state_axes(self) -> LogicalAxes:
         """Return the logical axes of the state."""
@@ -97,16 +95,10 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         """
         check_array("inputs", inputs, "B D", FLOATING, {"D": self.query_proj.in_features})
         (q, k, v, log_gate), output_gate = self.project(inputs)
-        self.check_state("carry", carry, q)
+        self.check_recurrent_state("carry", carry, q)
         accum_dtype = accumulator_dtype(carry)
         y, state = recurrent_step(q, k, v, log_gate, carry.astype(accum_dtype))
         return state.astype(carry.dtype), self.project_outputs(y, output_gate)
-
-    def check_state(self, name: str, state: Any, q: jax.Array) -> None:
-        """Check that a state fits queries ``[B, ..., H, K]``; raises ValueError or TypeError."""
-        sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
-        sizes["V"] = self.value_dim // self.num_heads
-        check_array(name, state, "B H K V", FLOATING, sizes)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
@@ -164,15 +156,9 @@ class SimpleRNN(ZeroStateMixer):
         state: RecurrentState | None = None,
         segment_ids: SegmentIds | None = None,
     ) -> tuple[Outputs, RecurrentState]:
-        """Apply the layer to a sequence.
+        """Apply the layer to a sequence: ``[B, T, hidden_dim]`` to ``[B, T, output_dim]``.
 
-        Args:
-          x: ``[B, T, hidden_dim]``.
-          state: ``[B, H, K, V]`` before the first token; None starts from zero.
-          segment_ids: ``[B, T]``; a change of id resets the state to zero.
-
-        Returns:
-          ``[B, T, output_dim]`` and the state after the last token.
+        See `TokenMixer`; the state is ``[B, H, K, V]``, and None the zero state.
 
         Raises:
           ValueError: wrong ranks, or shapes inconsistent with each other or with this layer.
@@ -182,7 +168,7 @@ class SimpleRNN(ZeroStateMixer):
         check_segment_ids(segment_ids, check_array("x", x, "B T D", FLOATING, {"D": width}))
         inputs, output_gate = self.cell.project(x)
         if state is not None:
-            self.cell.check_state("state", state, inputs[0])
+            self.cell.check_recurrent_state("state", state, inputs[0])
         y, state = sharded_recurrence(
             *inputs, initial_state=state, segment_ids=segment_ids, method=self.method
         )

@@ -7,7 +7,6 @@ right for any mixer.
 
 import dataclasses
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -132,14 +131,14 @@ def register_mixer(
       check: raises `UserError` for a configuration that the mixer cannot have.
 
     Raises:
-      ValueError: the name is no identifier, or a mixer from another file has it.
+      ValueError: the name is not an identifier, or another mixer has it.
     """
     if not name.isidentifier():
         raise ValueError(f"{name=}: must be an identifier, as in Python")
 
     def register(make: _Make) -> _Make:
-        known = _registry.get(name)
-        if known is not None and _source(known.make) != _source(make):
+        # A module that is imported again, or a cell that is run again, may replace its mixer.
+        if name in _registry and _path_of(_registry[name].make) != _path_of(make):
             raise ValueError(f"mixer {name!r} is already registered; choose another name")
         _registry[name] = Registered(make, options, mesh_axes, check)
         return make
@@ -147,12 +146,8 @@ def register_mixer(
     return register
 
 
-def _source(make: Callable[..., Any]) -> tuple[str, str]:
-    """Return file and name, which a module that is imported again has too."""
-    try:
-        return inspect.getsourcefile(make) or "", make.__qualname__
-    except (OSError, TypeError):  # typed at a prompt
-        return "", make.__qualname__
+def _path_of(make: MakeMixer) -> tuple[str, str]:
+    return make.__module__, make.__qualname__
 
 
 def find_mixer(name: str) -> Registered:
@@ -166,10 +161,6 @@ def find_mixer(name: str) -> Registered:
     return _registry[name]
 
 
-PLUGINS: dict[str, None] = {}
-"""What `load_plugin` has imported in this process, in order, for processes that it starts."""
-
-
 def load_plugin(plugin: str | os.PathLike[str]) -> None:
     """Import a user's module, which registers mixers.
 
@@ -180,7 +171,6 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
       UserError: it does not exist, or its code raises.
     """
     text = os.fspath(plugin)
-    PLUGINS[text] = None
     if text.endswith(".py") or os.sep in text:
         name = sha256_hex(os.path.realpath(os.path.expanduser(text)))[:16]
         import_file(text, "--plugin", f"simplernn_plugin_{name}")
@@ -232,18 +222,18 @@ def reject_option(name: str, value: Scalar, allowed: str) -> NoReturn:
 def check_mixers(config: ModelConfig) -> None:
     """Check names and options of the mixers; raises `UserError`."""
     mixers = {name: find_mixer(name) for name in config.mixers}
+    takes_any = any(mixer.options is None for mixer in mixers.values())
+    known = {
+        key: value for mixer in mixers.values() for key, value in (mixer.options or {}).items()
+    }
     for key, value in config.mixer_options.items():
-        defaults = [
-            mixer.options[key] if mixer.options is not None else value
-            for mixer in mixers.values()
-            if mixer.options is None or key in mixer.options
-        ]
-        if not defaults:
-            known = sorted({name for mixer in mixers.values() for name in mixer.options or ()})
-            allowed = f"an option of {' or '.join(mixers)}{nearest_name(key, known)}"
-            reject_option(key, value, f"{allowed}; there are {', '.join(known) or 'none'}")
-        for default in defaults:
-            if type(value) is not type(default) and (type(default), type(value)) != (float, int):
-                reject_option(key, value, f"a value of type {type(default).__name__}")
+        if key not in known:
+            if takes_any:
+                continue
+            allowed = f"an option of {' or '.join(mixers)}{nearest_name(key, sorted(known))}"
+            reject_option(key, value, f"{allowed}; there are {', '.join(sorted(known)) or 'none'}")
+        default = known[key]
+        if type(value) is not type(default) and (type(default), type(value)) != (float, int):
+            reject_option(key, value, f"a value of type {type(default).__name__}")
     for name, mixer in mixers.items():
         mixer.check(complete_options(name, config))
