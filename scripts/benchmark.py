@@ -1,6 +1,6 @@
 """Measure speed and memory, compared with baselines and the machine's peak throughput.
 
-    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes growth]
+    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes]
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rates RATES] [--seeds N] [--source TEXT]
@@ -13,14 +13,12 @@
     sizes      memory and communication of a train step of small and gpt2_size on eight devices
     serve      the server under load, compared with generation in process
     scaling    the techniques to scale training, A to F, and their effects
-    growth     time and memory against parameters, length, batch, corpus and devices, with slopes;
-               --largest_corpus sets the largest text
     attention  SimpleRNN against self-attention in six aspects, as a table with plots;
                --quick measures small sizes, --only a part of it
     baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
                architecture, an LSTM and a GRU, for --seconds each
 
-Except in attention, baselines and growth, candidates run in alternating blocks of one process
+Except in attention and baselines, candidates run in alternating blocks of one process
 (A B A B ...), compiled and warmed up; the first call of every block is dropped. Times are medians;
 a ratio is the median over blocks. Tables that --out has from earlier runs stay there.
 """
@@ -37,7 +35,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import decoding, growth, recurrence, scaling, serving, sizes, startup, training
+from benchmarks import decoding, recurrence, scaling, serving, sizes, startup, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.programs import LOOKS
@@ -56,9 +54,8 @@ COMPARISONS: dict[str, Callable[[Effort], Iterator[Table]]] = {
     "scaling": scaling.run,
     "serve": serving.run,
     "sizes": lambda _: sizes.run(),
-    "growth": growth.run,
 }
-GROWTH, ATTENTION, BASELINES = "growth", "attention", "baselines"
+ATTENTION, BASELINES = "attention", "baselines"
 NAMES = (*COMPARISONS, ATTENTION, BASELINES)
 
 _ARGUMENTS = command_line.define_arguments(" ".join(NAMES))
@@ -88,19 +85,12 @@ _RATES = flags.DEFINE_list(
     [],
     "baselines: peak learning rates to try for every baseline; a single one is used as it is.",
 )
-_LARGEST_CORPUS = flags.DEFINE_integer(
-    "largest_corpus",
-    1000,
-    "growth: MB of the largest text; it takes up to six times as much disk.",
-    lower_bound=growth.SMALLEST_CORPUS,
-)
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 OF_COMPARISONS = (_BLOCKS, _CALLS)
 OF_BASELINES = (_CONFIGS, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES)
 OWN_FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
     **dict.fromkeys(COMPARISONS, OF_COMPARISONS),
-    GROWTH: (*OF_COMPARISONS, _LARGEST_CORPUS),
     ATTENTION: (_QUICK, _ONLY),
     BASELINES: OF_BASELINES,
 }
@@ -130,8 +120,6 @@ def main() -> int:
         elif name == BASELINES:
             requests = report.make_requests(*(flag.value for flag in OF_BASELINES))
             tables = report.run(requests, results)
-        elif name == GROWTH:
-            tables = growth.run(effort, _LARGEST_CORPUS.value)
         else:
             tables = COMPARISONS[name](effort)
         for table in tables:  # written one by one, so that a later failure loses nothing

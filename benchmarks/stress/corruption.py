@@ -28,7 +28,7 @@ from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
 from simplernn_jax.inference.state import load_state, save_state
 from simplernn_jax.models import LanguageModel
 
-from .experiment import Case, experiment, run_cases
+from .experiment import Case, run_cases
 from .runs import bytes_of, quiet, read_checkpoint, run_quietly, small_config
 
 HANG_SECONDS = 120.0
@@ -91,7 +91,6 @@ class _Store(NamedTuple):
         return what, message, problem
 
 
-@experiment(full=5000, quick=40)
 def corruption(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Corrupt files of a workdir are repaired, recovered from or rejected in one line.
 
@@ -127,7 +126,6 @@ def corruption(folder: Path, count: int, seed: int) -> Iterator[Case]:
     return run_cases(run_case, count, seed)
 
 
-@experiment(full=2000, quick=150)
 def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Corrupt token stores, decoder states, programs, exports and C code are never used."""
     kinds = _make_stores(folder)

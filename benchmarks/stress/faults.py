@@ -14,7 +14,7 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.metrics import read_metrics
 
-from .experiment import Case, experiment
+from .experiment import Case
 from .runs import (
     STEPS,
     Run,
@@ -104,7 +104,6 @@ _SHORT = Variant("short", ("model.num_layers=1", "train.steps=9", "train.eval_ev
 """The run whose calls fail. Three saves: with the third, the first is deleted."""
 
 
-@experiment(full=500, quick=2)
 def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run killed at a random moment and resumed ends with the same bytes.
 
@@ -121,7 +120,6 @@ def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
     )
 
 
-@experiment(full=200, quick=2)
 def signals(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run that gets SIGTERM or SIGINT saves, exits, and resumes to the same bytes.
 
@@ -134,7 +132,6 @@ def signals(folder: Path, count: int, seed: int) -> Iterator[Case]:
     )
 
 
-@experiment(full=600, quick=3)
 def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run in which any write fails ends in one line, and resumes to the same bytes.
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .experiment import Case, experiment
+from .experiment import Case
 from .faults import ALL, DELAY, Faults
 from .runs import (
     Process,
@@ -66,7 +66,6 @@ asyncio.run(main())
 """
 
 
-@experiment(full=100, quick=1)
 def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """When a process is lost or cut off the others exit, and all resume to the same bytes.
 

@@ -27,7 +27,7 @@ from simplernn_jax.training.train_step import (
 
 from ..measure import on_simulated_devices
 from ..train_steps import change, random_documents
-from .experiment import Case, experiment
+from .experiment import Case
 from .runs import bytes_of
 
 VALUES = {"NaN": np.nan, "+inf": np.inf, "-inf": -np.inf, "overflow": 3e38}
@@ -62,7 +62,6 @@ ALL = 0.3
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-@experiment(full=500, quick=4)
 def non_finite(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A step whose loss or gradient is not finite changes only counters; too many end the run.
 

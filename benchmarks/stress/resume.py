@@ -13,7 +13,7 @@ from simplernn_jax.cli.compilation_cache import use_compilation_cache
 from simplernn_jax.config import Config
 
 from ..measure import on_simulated_devices
-from .experiment import Case, experiment
+from .experiment import Case
 from .runs import difference, read_checkpoint, run_quietly, small_config
 
 MODES = ("window", "stream", "document")
@@ -38,7 +38,6 @@ class _Resumption(NamedTuple):
     step: int
 
 
-@experiment(full=18 * 59, quick=4)
 def resume(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run resumed at any step, in any batch mode, ends with the same bytes, on six meshes."""
     draw = random.Random(seed)
@@ -56,7 +55,6 @@ def resume(folder: Path, count: int, seed: int) -> Iterator[Case]:
         yield from _train_and_resume(folder, mesh, chosen, chosen, save_every=1)
 
 
-@experiment(full=90, quick=1)
 def meshes(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run that resumes on another mesh ends with the same state up to rounding.
 

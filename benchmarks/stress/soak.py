@@ -16,7 +16,7 @@ from ..http_client import fetch
 from ..measure import resident_bytes
 from ..serving import save_untrained, serving
 from ..train_steps import load_config
-from .experiment import Case, experiment
+from .experiment import Case
 from .runs import log_of, start_run, wait_for_save, write_text
 
 STEPS, REQUESTS = 1000, 100
@@ -51,7 +51,6 @@ class Sample(NamedTuple):
     """Fastest of some equal requests to a server."""
 
 
-@experiment(full=100, quick=2, package="uvicorn")
 def soak(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Long runs and servers need no more memory, files, threads or time per step.
 

@@ -13,7 +13,7 @@ from corpus_files import read_all, records, talk, write
 from damages import flip_bit
 from processes import ROOT
 
-from benchmarks.stress.fuzz_data import CHATML
+from benchmarks.stress.fuzz import CHATML
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import BatchSource, document_ends
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
