@@ -38,7 +38,7 @@ EXPERIMENTS = {
     "meshes": Experiment(resume.meshes, full=90, quick=1),
     "corruption": Experiment(corruption.corruption, full=5000, quick=24),
     "stores": Experiment(corruption.stores, full=2000, quick=60),
-    "fuzz": Experiment(fuzz.fuzz, full=100_000, quick=500),
+    "fuzz": Experiment(fuzz.fuzz, full=100_000, quick=1000),
     "non_finite": Experiment(non_finite.non_finite, full=500, quick=4),
     "soak": Experiment(soak.soak, full=100, quick=1),
 }
