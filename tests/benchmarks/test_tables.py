@@ -5,8 +5,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,12 +100,6 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(
         measure.call_isolated(open_corpus, config=DataConfig(source="nowhere"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_peak_of_a_process_counts_freed_memory():
-    peak = measure.process_peak(lambda: np.ones(2**24))  # 128 MiB
-    assert 100 * 2**20 < peak < 200 * 2**20
-
-
 @pytest.mark.parametrize("dtype", recurrence.DTYPES)
 def test_rates_of_the_recurrence_count_its_necessary_products(dtype, monkeypatch):
     fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
@@ -171,21 +163,15 @@ def test_the_recomputed_token_and_every_matrix_in_the_products():
     generated = decoding.generate(model, prompt, max_new_tokens=1).tokens
     assert generated[0] == decoding.recompute_call(model, prompt)()
 
-    before = decoding.products_in_xla(model, 3)()
+    before = decoding.products_call(model, 3)()
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     matrices = [leaf for path, leaf in leaves if path[-1] in ("kernel", "embedding")]
     assert len(matrices) == 1 + config.num_layers * 8
     for matrix in matrices:
         value = matrix[...]
         matrix.set_value(value[:, ::-1])
-        assert not np.allclose(decoding.products_in_xla(model, 3)(), before)
+        assert not np.allclose(decoding.products_call(model, 3)(), before)
         matrix.set_value(value)
-
-
-def test_plain_loops_leave_subnormal_numbers_as_they_are():
-    """Code that GCC links for -ffast-math flushes them in every later computation of the thread."""
-    decoding.products_in_c(LanguageModel(small_config("base").model, rngs=nnx.Rngs(0)), 1)()
-    assert sys.float_info.min / 2 > 0
 
 
 def test_bad_arguments_are_one_line():
