@@ -85,7 +85,9 @@ def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:
                 reader.read(content)
         except (UserError, TemplateError) as error:
             kind, problem = "rejected", None if str(error).strip() else "rejected without a reason"
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # such as a panic of a library in Rust
             place = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"{error!r:.300} at {place.filename}:{place.lineno}"
         finally:
