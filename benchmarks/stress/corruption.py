@@ -8,7 +8,6 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,8 +144,6 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     config = small_config(folder, steps=1)
     run_quietly(config, folder / "run")
     model, tokenizer, _ = load_model(str(folder / "run"))
-    has_transformers = find_spec("torch") is not None and find_spec("transformers") is not None
-    exports = ["safetensors", "huggingface"] if has_transformers else ["safetensors"]
     compiler = folder / "compiler"
     compiler.write_text(_COMPILES_ONCE.format(saved=folder / "native.so"))
     compiler.chmod(0o755)
@@ -179,7 +176,7 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
         )
 
     reads = {"tokens": read_tokens, "state": read_state, "program": read_program}
-    reads |= dict.fromkeys(exports, read_export) | {_C_CODE: run_c_code}
+    reads |= {"export": read_export, _C_CODE: run_c_code}
     whole = {name: folder / name / "whole" for name in reads}
     for path in whole.values():
         path.mkdir(parents=True)
@@ -188,12 +185,11 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     (whole["program"] / "key-cache").write_bytes(b"program" * 999)
     (whole["program"] / "key-atime").write_bytes(bytes(8))
     seal_entries(whole["program"])
-    for name in exports:
-        trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
-        find_format(name).write(trained, whole[name])
-        for path in whole[name].iterdir():
-            if path.name not in (RUN, WEIGHTS):  # for other programs
-                path.unlink()
+    trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
+    find_format("safetensors").write(trained, whole["export"])
+    for path in whole["export"].iterdir():
+        if path.name not in (RUN, WEIGHTS):  # for other programs
+            path.unlink()
     return {
         name: _Store(whole[name], folder / name / "corrupt", read, [read(whole[name])])
         for name, read in reads.items()

@@ -1,11 +1,10 @@
-/* Library for LD_PRELOAD: calls that write below a folder fail, take longer, or end the process.
+/* Library for LD_PRELOAD: calls that write below a folder fail or end the process.
 
    The environment variable FAULTS is "FIRST COUNT ACTION NUMBER RECORD FOLDER": of all calls that
    write below FOLDER, by all processes together, the FIRST-th (from 1) and the COUNT - 1 that
    follow it have a fault. ACTION is
      f   fail with errno NUMBER. If the FIRST-th writes data and more than one call fails, it
          writes half of the data, as on a disk that is full then.
-     d   take NUMBER microseconds more.
      s   send signal NUMBER to the process group, then succeed; calls that open a file to read it
          or delete it count as well.
 
@@ -74,7 +73,6 @@ static int failure(const char *call, int file, const char *name) {
         snprintf(record->first, sizeof record->first, "%s %s", call, path + length + 1);
     if (call_number < first || call_number - first >= count) return 0;
     if (action == 'f') return number;
-    if (action == 'd') usleep(number);
     if (action == 's') kill(0, number);
     return 0;
 }

@@ -29,8 +29,8 @@ from .runs import (
 
 ALL = 10**9
 """More calls than any run has."""
-FAIL, DELAY, SIGNAL = "fds"
-"""Actions; their numbers are an errno, microseconds and a signal. See ``faults.c``."""
+FAIL, SIGNAL = "fs"
+"""Actions; their numbers are an errno and a signal. See ``faults.c``."""
 _RECORD_BYTES = 8192
 
 

@@ -1,7 +1,6 @@
-"""Runs of several processes, one of which is lost, cut off, slow, or has a wrong clock."""
+"""Runs of several processes, one of which is lost or cut off from the others."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .experiment import Case
-from .faults import ALL, DELAY, Faults
 from .runs import (
     Process,
     Run,
@@ -27,19 +25,7 @@ _ENDS_WITHIN = 60.0
 """Seconds in which the other processes must end."""
 _REASONS = {76: "error: a peer process failed", 2: "error: not all processes"}
 """Exit codes of the other processes, and the reason in their log."""
-_KINDS = ("killed", "stopped", "cut off", "slow disk", "wrong clock")
-_SLOW_CALL = 20_000
-"""Microseconds that a call takes which writes to a slow disk."""
-_SHIFT = 40 * 86_400
-_SHIFTED = "the clock is shifted"
-_WRONG_CLOCK = f"""
-import sys, time
-now, now_ns = time.time, time.time_ns
-time.time = lambda: now() + {{shift}}
-time.time_ns = lambda: now_ns() + {{shift}} * 10**9
-print("{_SHIFTED}", file=sys.stderr)
-"""
-"""Clock of Python; the C++ of XLA waits by that of the system, which all processes share here."""
+_KINDS = ("killed", "stopped", "cut off")
 _FORWARD = """
 import asyncio, sys
 
@@ -71,20 +57,16 @@ def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
 
     It is one of two processes, in every fourth case one of four. A stopped process is alive and
     hangs. One that is cut off from the coordinator still exchanges gradients with the others, so
-    all must end. Slow disks and wrong clocks must change nothing.
+    all must end.
     """
-    faults = Faults(folder)
     two, four = Variant("2 processes", size=2), Variant("4 processes", size=4)
-    variants = [two, two, two, four]
-    return disturb_runs(folder, count, seed, variants, lambda run: _disturb(faults, run))
+    return disturb_runs(folder, count, seed, [two, two, two, four], _disturb)
 
 
-def _disturb(faults: Faults, run: Run) -> tuple[str, str | None, str]:
+def _disturb(run: Run) -> tuple[str, str | None, str]:
     size, kind = run.variant.size, _KINDS[run.number % len(_KINDS)]
     # The coordinator is in the first process, and cannot be cut off from itself.
     victim = run.draw.randrange(1 if kind == "cut off" else 0, size)
-    if kind in ("slow disk", "wrong clock"):
-        return f"{kind} of process {victim}", _slow_down(faults, run, victim, kind), kind
     ports = dict.fromkeys(range(size), free_port())
     with _forwarded(ports[0]) as (near, forwarder):
         ports |= {victim: near} if victim else {}
@@ -113,26 +95,6 @@ def _problem_of_others(workdir: Path, others: list[Process]) -> str | None:
     if any(code and _REASONS.get(code, "no reason") not in log for code in codes):
         return f"codes {codes} without their reason: {log[-500:]}"
     return None
-
-
-def _slow_down(faults: Faults, run: Run, victim: int, kind: str) -> str | None:
-    """Run to the end with a process whose disk is slow or whose clock is wrong."""
-    above = run.workdir.parent
-    if kind == "slow disk":
-        variables = faults.variables(above, 1, ALL, DELAY, _SLOW_CALL)
-    else:
-        shift = run.draw.choice([-_SHIFT, _SHIFT])
-        clock = above / "clock"
-        clock.mkdir()
-        (clock / "sitecustomize.py").write_text(_WRONG_CLOCK.format(shift=shift), "utf-8")
-        variables = {"PYTHONPATH": os.pathsep.join([str(clock), *filter(os.path.isabs, sys.path)])}
-    with run.start({}, of_process={victim: variables}) as processes:
-        codes = [process.wait() for process in processes]
-    log = log_of(run.workdir)
-    is_slow = kind == "slow disk" and faults.read_calls(above)[0] > 0
-    if any(codes):
-        return f"ended with codes {codes}: {log[-500:]}"
-    return None if is_slow or _SHIFTED in log else "nothing was disturbed"
 
 
 @contextlib.contextmanager

@@ -82,15 +82,14 @@ def start_run(
     size: int = 1,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    of_process: Mapping[int, Mapping[str, str]] | None = None,
     ports: Mapping[int, int] | None = None,
 ) -> Iterator[list[Process]]:
     """Start or resume a small run of `size` processes; kill what is left of it in the end.
 
     It carries state between its batches. The parent of `workdir` has what runs share: corpus,
     compiled programs, and logs. `flags` of the configuration come last; `environment` replaces
-    variables, and `of_process` those of the processes of these numbers. `ports` are those through
-    which each process reaches the coordinator, which listens to that of process 0.
+    variables. `ports` are those through which each process reaches the coordinator, which listens
+    to that of process 0.
     """
     folder = workdir.parent
     corpus = write_text(folder / "corpus.txt")
@@ -117,7 +116,7 @@ def start_run(
                 [*words, f"--process_id={number}", f"--coordinator=127.0.0.1:{port}"]
                 if size > 1
                 else words,
-                env=variables | dict((of_process or {}).get(number, {})),
+                env=variables,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -182,25 +181,20 @@ class Run(NamedTuple):
     """Start or resume it, with more variables; options as of `start_run`."""
 
 
-Disturbance = Callable[[Run], tuple[str, str | None, str]]
-"""Disturbs a run; returns a description, a problem and a kind."""
-
-
 def disturb_runs(
     folder: Path,
     count: int,
     seed: int,
     variants: Sequence[Variant],
-    disturb: Disturbance,
+    disturb: Callable[[Run], tuple[str, str | None, str]],
     *,
     is_cold: Callable[[int], bool] = lambda number: False,
     alone: Callable[[Path], Mapping[str, str]] = lambda above: {},
-    resumes: bool = True,
 ) -> Iterator[Case]:
     """Disturb and resume `count` runs, which must end as those that nothing disturbs.
 
-    `alone` gives the latter more variables of their environment. Without `resumes`, disturbed runs
-    end by themselves.
+    `disturb` returns a description, a problem and a kind; `alone` gives runs that nothing disturbs
+    more variables of their environment.
     """
     shared = folder / "programs"
 
@@ -225,10 +219,8 @@ def disturb_runs(
 
         paths = above / "run", folder / variant.name
         what, problem, kind = disturb(Run(number, draw, variant, *paths, is_cold(number), start))
-        if problem is None and resumes:
+        if problem is None:
             problem = resume(above / "run", expected[variant], **options(variant, programs, {}))
-        elif problem is None:
-            problem = difference(read_checkpoint(above / "run"), expected[variant])
         shutil.rmtree(above)
         return Case(f"run {number}, {variant.name}, {what}", problem, kind)
 
