@@ -31,14 +31,12 @@ from simplernn_jax.files import write_file
 
 EXPERIMENTS = {
     "kill": Experiment(faults.kill, full=500, quick=2),
-    "signals": Experiment(faults.signals, full=200, quick=2),
     "full_disk": Experiment(faults.full_disk, full=600, quick=2),
     "hosts": Experiment(hosts.hosts, full=100, quick=1),
     "resume": Experiment(resume.resume, full=18 * 59, quick=2),
-    "meshes": Experiment(resume.meshes, full=90, quick=1),
     "corruption": Experiment(corruption.corruption, full=5000, quick=24),
-    "stores": Experiment(corruption.stores, full=2000, quick=60),
-    "fuzz": Experiment(fuzz.fuzz, full=100_000, quick=1000),
+    "stores": Experiment(corruption.stores, full=1200, quick=60),
+    "fuzz": Experiment(fuzz.fuzz, full=10_000, quick=1000),
     "non_finite": Experiment(non_finite.non_finite, full=500, quick=4),
     "soak": Experiment(soak.soak, full=100, quick=1),
 }

@@ -4,8 +4,6 @@ import faulthandler
 import os
 import random
 import shutil
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,6 @@ from flax import nnx
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.cli.compilation_cache import delete_invalid_entries, seal_entries
 from simplernn_jax.config import Config
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -39,20 +36,6 @@ _RESUMED = 6
 _NEEDED = ("checkpoints/", "config.json", "swap the folder")
 """Corruption that may be rejected, also of a folder that was swapped with that of the checkpoints;
 all other files are for readers of the results."""
-_C_CODE, _C_CODE_EVERY = "C code", 20
-"""One store in this many is compiled C code, which is loaded in a process of its own."""
-_USES_C = """
-import numpy as np
-from simplernn_jax.ops.rms_norm import rms_norm
-x = np.random.default_rng(0).normal(size=(7, 99)).astype(np.float32)
-print(np.asarray(rms_norm(x, native=True)).tobytes().hex())
-"""
-_COMPILES_ONCE = """#!/bin/sh
-case "$1" in --version) exec cc "$@" ;; esac
-for last; do :; done
-if test -e {saved}; then cp {saved} "$last"; else cc "$@" && cp "$last" {saved}; fi
-"""
-"""Compiler of the C code."""
 
 
 class _Store(NamedTuple):
@@ -126,13 +109,11 @@ def corruption(folder: Path, count: int, seed: int) -> Iterator[Case]:
 
 
 def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Corrupt token stores, decoder states, programs, exports and C code are never used."""
+    """Corrupt token stores, decoder states and exports are never used."""
     kinds = _make_stores(folder)
-    others = [kind for kind in kinds if kind != _C_CODE]
 
     def run_case(number: int, draw: random.Random) -> Case:
-        is_c_code = number % _C_CODE_EVERY == _C_CODE_EVERY - 1
-        kind = _C_CODE if is_c_code else others[number % len(others)]
+        kind = list(kinds)[number % len(kinds)]
         what, _, problem = kinds[kind].check(draw, kinds[kind].corrupt)
         return Case(f"{number}: {kind}, {what}", problem, kind)
 
@@ -144,9 +125,6 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     config = small_config(folder, steps=1)
     run_quietly(config, folder / "run")
     model, tokenizer, _ = load_model(str(folder / "run"))
-    compiler = folder / "compiler"
-    compiler.write_text(_COMPILES_ONCE.format(saved=folder / "native.so"))
-    compiler.chmod(0o755)
 
     def read_tokens(path: Path) -> list[bytes]:
         corpus = prepare_corpus(config.data, 0, str(path), show_progress=False)
@@ -156,35 +134,15 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     def read_state(path: Path) -> tuple[bytes, ...]:
         return bytes_of(vars(load_state(str(path / "state"), model, tokenizer)))
 
-    def read_program(path: Path) -> bytes:
-        try:
-            delete_invalid_entries(path)
-        except OSError as error:  # of its lock: the cache is not used
-            raise UserError(f"not cached: {error}") from error
-        if not (path / "key-cache").exists():
-            raise UserError("compiled again")
-        return (path / "key-cache").read_bytes()
-
     def read_export(path: Path) -> Any:
         return contents_of(load_exported(str(path)))
 
-    def run_c_code(path: Path) -> bytes:
-        environment = os.environ | {"XDG_CACHE_HOME": str(path), "CC": str(compiler)}
-        words, seconds = [sys.executable, "-c", _USES_C], HANG_SECONDS / 2
-        return subprocess.check_output(
-            words, stderr=subprocess.DEVNULL, env=environment, timeout=seconds
-        )
-
-    reads = {"tokens": read_tokens, "state": read_state, "program": read_program}
-    reads |= {"export": read_export, _C_CODE: run_c_code}
+    reads = {"tokens": read_tokens, "state": read_state, "export": read_export}
     whole = {name: folder / name / "whole" for name in reads}
     for path in whole.values():
         path.mkdir(parents=True)
     state = generate(model, [1, 2, 3], max_new_tokens=5).state
     save_state(str(whole["state"] / "state"), state, model, tokenizer)
-    (whole["program"] / "key-cache").write_bytes(b"program" * 999)
-    (whole["program"] / "key-atime").write_bytes(bytes(8))
-    seal_entries(whole["program"])
     trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
     find_format("safetensors").write(trained, whole["export"])
     for path in whole["export"].iterdir():

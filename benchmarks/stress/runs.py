@@ -248,14 +248,9 @@ def exit_code(process: Process, seconds: float) -> int | None:
     return None
 
 
-def wait_for_a_moment(
-    workdir: Path, processes: list[Process], draw: random.Random, save: int | None = None
-) -> str:
-    """Wait until a random moment of the start, or after a random save; describe it.
-
-    `save` is the number of that save, if it is not random; 0 is the start.
-    """
-    save = draw.randrange(STEPS // SAVE_EVERY) if save is None else save
+def wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:
+    """Wait until a random moment of the start, or after a random save; describe it."""
+    save = draw.randrange(STEPS // SAVE_EVERY)
     wait_for_save(workdir, processes, save)
     seconds = draw.uniform(0, SAVE_SECONDS if save else START_SECONDS)
     time.sleep(seconds)

@@ -93,6 +93,6 @@ def test_memory_of_a_process_that_has_just_ended():
 
 
 def test_says_what_it_can_do():
-    names = "there are kill, signals, full_disk, hosts"
+    names = "there are kill, full_disk, hosts, resume"
     cases = [(words, names) for words in ([], ["kill", "all"], ["unknown"])]
     assert_each_refused("scripts/stress.py", *cases)
