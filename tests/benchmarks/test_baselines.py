@@ -2,16 +2,14 @@
 
 import importlib.util
 import random
-import subprocess
 
 import pytest
 from small_runs import small_config
 
-from benchmarks.baselines import programs, report, trainer
-from benchmarks.baselines.programs import LABELS, OURS, Baseline, find_baseline
+from benchmarks.baselines import report, trainer
+from benchmarks.baselines.programs import OURS, Baseline, find_baseline
 from benchmarks.baselines.trainer import make_trainer
 from benchmarks.tables import Results
-from benchmarks.train_steps import count_parameters
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 
@@ -84,19 +82,6 @@ def test_nanogpts_architecture_has_its_published_size_and_is_causal():
     assert differs.tolist() == [False] * 4 + [True] * 3
 
 
-def test_baselines_have_as_many_weights_as_ours_and_lower_rates_if_wider():
-    sizes = ("hidden_dim", "key_dim", "value_dim")
-    wide = small_config("residual", **dict.fromkeys(sizes, 256), mlp_dim=512)
-    for name in ("lstm", "gru"):
-        baseline = find_baseline(name, wide)
-        weights = 2 * {"lstm": 8, "gru": 6}[name] * baseline.width**2
-        assert 0.85 < weights / (count_parameters(wide) - 259 * 256) < 1.15
-    wider = find_baseline("gru", small_config("residual", **dict.fromkeys(sizes, 1024)))
-    assert wider.rate == pytest.approx(8e-3 * 272 / wider.width)
-    for tokenizer in ("char", "byte"):
-        assert set(programs.default_programs(tokenizer)) <= LABELS.keys()
-
-
 class Falling:
     """A trainer whose loss falls by a tenth of its rate each step."""
 
@@ -146,27 +131,6 @@ def test_programs_are_measured_into_one_folder(small, falling, tmp_path):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
-def test_a_failed_program_ends_no_other(small, falling, monkeypatch, tmp_path, capsys):
-    def fail(call, **given):
-        if given["name"] == "gru":
-            raise subprocess.CalledProcessError(1, "x")
-        return call(**given)
-
-    request = report.Request("first", small[0], 0.0, 1, ("gru", OURS), None)
-    monkeypatch.setattr(report, "call_isolated", fail)
-    with pytest.raises(UserError, match=r"failed, with the output above: gru of first$"):
-        run([request], tmp_path)
-    assert "  gru: Command 'x' returned" in capsys.readouterr().out
-    runs = Results(tmp_path).tables["baselines: first"].data["runs"]
-    assert [each["program"] for each in runs] == [OURS]
-
-
-def test_a_missing_torch_is_one_line(small, monkeypatch):
-    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"^lstm: torch is not installed; run: pip install"):
-        make_trainer("lstm", *small, 1, None, 0)
-
-
 def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
     curve = [(1.0, 3.0), (3.0, 2.0), (4.0, 1.0)]
     assert [report.seconds_until(curve, loss) for loss in (2.5, 3.5, 0.5)] == [2, 1, None]
@@ -196,19 +160,13 @@ def test_bad_requests_are_one_line(small, monkeypatch):
 
     found = request(("base", "tiny"), seconds=("1", "0"))
     assert [(each.name, each.seconds) for each in found] == [("base", 1.0), ("tiny", 0.0)]
-    cases = [
+    for given, message in (
         ({"seconds": ("1", "2")}, "--seconds=1,2: give one number of 0 or more, or one for"),
-        ({"seconds": ("-1",)}, "--seconds=-1: give one number of 0 or more"),
         ({"seconds": ("soon",)}, "could not convert string to float: 'soon'"),
         ({"source": "missing.txt"}, "missing.txt"),
-    ]
-    for given, message in cases:
+    ):
         with pytest.raises(UserError, match=message):
             request(**given)
-    endless = small_config(steps=0, epochs=3, validation_fraction=0.5)
-    monkeypatch.setattr(report.config_files, "load_config", lambda _: endless)
-    with pytest.raises(UserError, match=r"base: has no number of steps; .*--seconds=60"):
-        request(seconds=("0",))
     monkeypatch.setattr(report.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
         request()

@@ -1,27 +1,14 @@
 """``benchmark.py sizes`` and ``memory`` at tiny sizes: results, never a time."""
 
-import importlib
 import json
 
 import pytest
-from meshes import mesh_of
 from small_runs import small_config
 
 from benchmarks import sizes
 from benchmarks.train_steps import count_parameters
-from simplernn_jax.config import validate
-from simplernn_jax.parallel.mesh import check_fits
 
 pytestmark = pytest.mark.oldest_python
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("small", 24.7), ("gpt2_size", 123.6)])
-def test_named_sizes_fit_all_meshes(name, parameters):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    validate(config)
-    assert count_parameters(config) / 1e6 == pytest.approx(parameters, abs=0.05)
-    for mesh in sizes.MESHES:
-        check_fits(config, mesh_of(**mesh))
 
 
 def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):

@@ -100,28 +100,15 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(
         measure.call_isolated(open_corpus, config=DataConfig(source="nowhere"))
 
 
-@pytest.mark.parametrize("dtype", recurrence.DTYPES)
-def test_rates_of_the_recurrence_count_its_necessary_products(dtype, monkeypatch):
+def test_rates_of_the_recurrence_count_its_necessary_products(monkeypatch):
     fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
-    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), dtype, EFFORT)
+    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), "float32", EFFORT)
     json.dumps(row)
     multiply_adds = 2 * 19 * 3 * (2 + 4) * 5 * 7
     assert (row["ours ms"], row["scan / ours"]) == (500, 6)
     assert row["GFLOP/s"] == pytest.approx(2 * multiply_adds / 0.5 / 1e9)
     assert row["share"] == pytest.approx(row["GFLOP/s"] / row["ceiling GFLOP/s"])
     assert min(row[f"{name} MB"] for name in ("ours", "chunks", "scan")) > 0
-
-
-def test_other_programs_learn_the_batch():
-    *ours, gru = (
-        training.make_step(name, small_config("pytorch_reference"))
-        for name in training.PROGRAMS[:3]
-    )
-    np.testing.assert_allclose(
-        *[[float(step().loss) for _ in range(3)] for step in ours], rtol=1e-5
-    )
-    first, *_, last = [float(gru()) for _ in range(20)]
-    assert last < first
 
 
 def test_the_pytorch_loop_trains_our_plain_model(tmp_path):
