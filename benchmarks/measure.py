@@ -126,10 +126,8 @@ def describe_machine() -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     versions = {package.name.lower(): package.version for package in metadata.distributions()}
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-    commit = f"simplernn_jax {simplernn_jax.__version__}"
-    if project.IS_CHECKOUT:
-        command = ["git", "-C", str(project.ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    command = ["git", "-C", str(project.ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
         "processor": model[1] if model else platform.processor(),

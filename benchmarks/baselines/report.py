@@ -129,15 +129,13 @@ def start_results(request: Request, kept: Mapping[str, Table], machine: Row) -> 
     unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
     conditions: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
     conditions |= {key: machine[key] for key in _CONDITIONS}
-    before = kept.get(f"{TITLE}{request.name}")
-    if before is None:
+    if (before := kept.get(f"{TITLE}{request.name}")) is None:
         return {"conditions": conditions, "runs": []}
-    for key, old in before.data["conditions"].items():
-        if old != conditions[key]:
-            raise UserError(
-                f"--out: its results of {request.name} have {key} {old}, these "
-                f"{conditions[key]}; name another --out"
-            )
+    old = before.data["conditions"]
+    if others := [key for key in old if old[key] != conditions[key]]:
+        raise UserError(
+            f"--out: its results of {request.name} have other {', '.join(others)}; name another"
+        )
     return dict(before.data)
 
 
