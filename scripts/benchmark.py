@@ -8,7 +8,7 @@
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
     decode     time per generated token, compared with recomputing the prefix
-    startup    imports, and the first train step with and without a compilation cache
+    startup    the first train step, with and without a compilation cache
     memory     memory of a train step against the length of its sequence
     sizes      memory and communication of a train step of small and gpt2_size on eight devices
     serve      the server under load, compared with generation in process
@@ -72,7 +72,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
         MEASUREMENTS, _ONLY.value, _QUICK.value, results.tables
     ),
     "baselines": lambda _, results: report.run(
-        report.make_requests(*(flag.value for flag in _OF_BASELINES)), results
+        report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
 }
 _ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))

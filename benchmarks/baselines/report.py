@@ -10,18 +10,18 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from simplernn_jax import project
-from simplernn_jax.analysis.plots import add_legend, line_styles, new_figure, png
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import write_file
 
 from ..measure import call_isolated, describe_machine
-from ..tables import Results, Row, Table
+from ..tables import Curves, Row, Table
 from .programs import LABELS, NANOGPT, OURS, default_programs
 from .trainer import train_timed
 
@@ -91,7 +91,7 @@ def make_requests(
     return requests
 
 
-def run(requests: Sequence[Request], results: Results) -> Iterator[Table]:
+def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Table]:
     """Train all programs; the table of their configuration so far, after each program.
 
     Raises:
@@ -99,7 +99,7 @@ def run(requests: Sequence[Request], results: Results) -> Iterator[Table]:
         others, programs have failed.
     """
     machine, failed = describe_machine(), []
-    started = [start_results(request, results.tables, machine) for request in requests]
+    started = [start_results(request, kept, machine) for request in requests]
     for request, data in zip(requests, started, strict=True):
         seconds = f"{request.seconds:g} s each." if request.seconds else "Steps of its settings."
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -111,10 +111,15 @@ def run(requests: Sequence[Request], results: Results) -> Iterator[Table]:
                     failed.append(f"{program} of {request.name}")
                     continue
                 data["runs"] = [row for row in data["runs"] if row["program"] != program] + runs
-                rows = summarize(request.name, data)
-                yield Table(f"{TITLE}{request.name}", rows, text=seconds, data=data)
-                if results.out is not None:
-                    write_file(results.out / "baselines.png", draw(results.tables))
+                yield Table(
+                    f"{TITLE}{request.name}",
+                    summarize(request.name, data),
+                    panels_of(data),
+                    "seconds",
+                    f"baselines_{request.name}",
+                    text=seconds,
+                    data=data,
+                )
     if failed:
         raise UserError(f"failed, with the output above: {', '.join(failed)}")
 
@@ -193,34 +198,12 @@ def summarize(name: str, data: Row) -> list[Row]:
     return rows
 
 
-def draw(kept: Mapping[str, Table]) -> bytes:
-    """A PNG file with a panel for every configuration: loss against seconds of training."""
-    found: dict[str, Any] = {
-        title.removeprefix(TITLE): table.data
-        for title, table in kept.items()
-        if title.startswith(TITLE)
-    }
-    styles = dict(zip(LABELS, line_styles(len(LABELS), 1), strict=True))
-    columns = min(len(found), 2)
-    rows = -(-len(found) // columns)
-    with new_figure(5.8 * columns, 3.6 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axes in grid[len(found) :]:
-            axes.set_axis_off()
-        for axes, (name, data) in zip(grid, found.items(), strict=False):
-            unit, target = data["conditions"]["unit"], target_of(name, data)
-            for run in data["runs"]:
-                axes.plot(*zip(*run["curve"], strict=True), **styles[run["program"]])
-            axes.set(xscale="log", title=name, xlabel="seconds of training", ylabel=unit)
-            axes.set_yscale("log", subs=[1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8])
-            axes.xaxis.set_major_formatter("{x:,g}")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-            if target is not None:
-                axes.axhline(target, color="grey", linewidth=1)
-            axes.grid(axis="y", which="both")
-        runs = [run for data in found.values() for run in data["runs"]]
-        for program in dict.fromkeys(run["program"] for run in runs):
-            figure.axes[0].plot([], [], label=LABELS[program], **styles[program])
-        add_legend(figure, figure.axes[0])
-        return png(figure)
+def panels_of(data: Row) -> dict[str, Curves]:
+    """Loss of the first seed of every program, by seconds of training."""
+    curves: dict[str, dict[str, float]] = {}
+    for run in data["runs"]:
+        seconds, losses = zip(*run["curve"], strict=True)
+        points = [2**n for n in range(16) if seconds[0] <= 2**n <= seconds[-1]]
+        curve = {str(x): float(np.interp(x, seconds, losses)) for x in points}
+        curves.setdefault(LABELS[run["program"]], curve)
+    return {data["conditions"]["unit"]: curves} if any(curves.values()) else {}

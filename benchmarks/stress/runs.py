@@ -82,14 +82,12 @@ def start_run(
     size: int = 1,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    ports: Mapping[int, int] | None = None,
 ) -> Iterator[list[Process]]:
     """Start or resume a small run of `size` processes; kill what is left of it in the end.
 
     It carries state between its batches. The parent of `workdir` has what runs share: corpus,
     compiled programs, and logs. `flags` of the configuration come last; `environment` replaces
-    variables. `ports` are those through which each process reaches the coordinator, which listens
-    to that of process 0.
+    variables.
     """
     folder = workdir.parent
     corpus = write_text(folder / "corpus.txt")
@@ -107,21 +105,19 @@ def start_run(
     }
     if size > 1:
         words += ["--distributed", f"--num_processes={size}", "--join_timeout=30"]
+        words += [f"--coordinator=127.0.0.1:{free_port()}"]
         variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // size)}
-    ports = ports or dict.fromkeys(range(size), free_port())
     with open(workdir.with_suffix(".log"), "ab") as log:
         # A group of its own, so that a signal also reaches its child, which trains.
         processes = [
             subprocess.Popen(
-                [*words, f"--process_id={number}", f"--coordinator=127.0.0.1:{port}"]
-                if size > 1
-                else words,
+                [*words, f"--process_id={number}"] if size > 1 else words,
                 env=variables,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-            for number, port in ports.items()
+            for number in range(size)
         ]
     try:
         yield processes
@@ -177,8 +173,8 @@ class Run(NamedTuple):
     """The same folder of a run that nothing disturbed."""
     is_cold: bool
     """Whether it starts without the compiled programs that the others share."""
-    start: Callable[..., contextlib.AbstractContextManager[list[Process]]]
-    """Start or resume it, with more variables; options as of `start_run`."""
+    start: Callable[[Mapping[str, str]], contextlib.AbstractContextManager[list[Process]]]
+    """Start or resume it, with more variables."""
 
 
 def disturb_runs(
@@ -214,8 +210,8 @@ def disturb_runs(
         above.mkdir()
         programs = above / "programs" if is_cold(number) else shared
 
-        def start(more: Mapping[str, str], **others: Any) -> Any:
-            return start_run(above / "run", **options(variant, programs, more), **others)
+        def start(more: Mapping[str, str]) -> Any:
+            return start_run(above / "run", **options(variant, programs, more))
 
         paths = above / "run", folder / variant.name
         what, problem, kind = disturb(Run(number, draw, variant, *paths, is_cold(number), start))
