@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import train_steps
 from benchmarks.attention import aspects, resources, synthetic
 from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line
 from benchmarks.attention.program_work import count_flops
@@ -60,13 +59,7 @@ def test_variants_have_the_same_parameters_and_the_flops_of_theory():
 
 def test_a_device_receives_the_same_at_every_length_and_more_with_attention():
     received = resources.kilobytes_received((32, 64), 2)
-    model = config_of(RECURRENCE, 1).model
-    key_dim, value_dim = (width // model.num_heads for width in (model.key_dim, model.value_dim))
-    # Both passes: K (V + 1) numbers of each head, the true states, and the convolution's inputs.
-    state = model.num_heads * key_dim * value_dim
-    message = model.num_heads * key_dim * (value_dim + 1)
-    least = 2 * 4 * (message + state + 3 * model.hidden_dim) / 1e3
-    assert list(received[RECURRENCE].values()) == pytest.approx([least, least], rel=0.01)
+    assert received[RECURRENCE]["64"] == pytest.approx(received[RECURRENCE]["32"], rel=0.01)
     assert received[ATTENTION]["64"] > 1.5 * received[ATTENTION]["32"]
 
 
@@ -83,34 +76,25 @@ def test_the_better_variant_is_named():
         assert line("", "", dict(zip(VARIANTS, values, strict=True)), **options)["better"] == better
 
 
-def answer_recall(seen):
-    """Keys are in [1, 7], values in [8, 14]."""
-    return seen[seen.index(seen[-1]) + 1]
-
-
-def answer_copy(seen):
-    return [token for token in seen if 1 <= token <= 5][seen.count(6) - 1]
-
-
-def answer_needle(seen):
-    return seen[seen.index(11) + 1]
-
-
 @pytest.mark.parametrize(
     ("task", "solve"),
     [
-        (synthetic.recall((2, 5), 17, 7), answer_recall),
-        (synthetic.copying(17, 3, 5, scattered=False), answer_copy),
-        (synthetic.copying(17, 3, 5, scattered=True), answer_copy),
-        (synthetic.needle((1, 4, 11), 19, 5), answer_needle),
+        # Keys are in [1, 7], values in [8, 14].
+        (synthetic.recall((2, 5), 17, 7), lambda seen: seen[seen.index(seen[-1]) + 1]),
+        *(
+            (
+                synthetic.copying(17, 3, 5, scattered=scattered),
+                lambda seen: [token for token in seen if 1 <= token <= 5][seen.count(6) - 1],
+            )
+            for scattered in (False, True)
+        ),
+        (synthetic.needle((1, 4, 11), 19, 5), lambda seen: seen[seen.index(11) + 1]),
     ],
 )
 def test_answers_of_a_task_follow_from_what_came_before(task, solve):
     batch = task.batch(37, 3, 5)
-    keys = ((3, 5), (3, 6), (4, 5))
-    equal = [(task.batch(37, *key).tokens == batch.tokens).all() for key in keys]
-    assert equal == [True, False, False]
-    assert min(batch.tokens.min(), batch.targets.min()) >= 0
+    equal = [(task.batch(37, *key).tokens == batch.tokens).all() for key in ((3, 5), (3, 6))]
+    assert equal == [True, False]
     assert max(batch.tokens.max(), batch.targets.max()) < task.vocab_size
     for tokens, targets, mask in zip(batch.tokens, batch.targets, batch.loss_mask, strict=True):
         asked = np.flatnonzero(mask)
@@ -126,25 +110,6 @@ def test_a_small_model_learns_to_copy_through_a_curriculum():
     trained = synthetic.train(synthetic.variant(f"{RECURRENCE} 8 x 8", 6), stages, "muon", 3e-2)
     assert trained.loss < 0.5 * math.log(3)
     assert synthetic.accuracy(trained, COPY, 64) > 0.7
-
-
-def test_a_variant_is_trained_at_every_rate_and_the_best_is_tested(monkeypatch):
-    losses = {1e-2: math.nan, 2e-2: 0.5, 1e-3: 0.25}
-
-    def train(config, stages, optimizer, rate):
-        return synthetic.Trained(train_steps.change(config, vocab_size=5), None, losses[rate])
-
-    monkeypatch.setattr(synthetic, "train", train)
-    monkeypatch.setattr(synthetic, "accuracy", lambda trained, *_: trained.loss)
-    rates = [("muon", 1e-2), ("muon", 2e-2), ("adamw", 1e-3)]
-    names = [synthetic.PLAIN, f"{RECURRENCE} 8 x 8", f"{RECURRENCE} 64 x 64", ATTENTION]
-    rows, found = synthetic.evaluate(names, [], {"copy": {6: COPY}}, rates, 8)
-    assert [row["best rate"] for row in rows] == ["adamw 0.001", *3 * ["muon 0.02"]]
-    assert found["copy"][synthetic.PLAIN] == {"6": 0.25}
-    # Of the recurrences, that with the number of parameters of attention is compared.
-    found["copy"][names[2]] = {"6": 0.75}
-    compared = synthetic.matched(rows, found, "copy", 6, "tokens")
-    assert [compared[variant] for variant in VARIANTS] == [75, 50]
 
 
 def test_the_table_of_aspects_keeps_the_lines_of_earlier_measurements(tmp_path):

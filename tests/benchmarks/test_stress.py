@@ -1,15 +1,11 @@
 """The harness of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
-import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 from processes import assert_each_refused
 
-from benchmarks.measure import resident_bytes
 from benchmarks.stress import corruption
 from benchmarks.stress.corruption import corrupt_file
 from benchmarks.stress.experiment import Case, Experiment, run_cases, run_experiment
@@ -82,14 +78,6 @@ def test_corruption_stays_in_its_folder(tmp_path):
         shutil.copytree(tmp_path / "whole", tmp_path / "corrupt")
         corrupt_file(tmp_path / "corrupt", random.Random(seed))
         assert (tmp_path / "whole").stat().st_ino == inode
-
-
-def test_memory_of_a_process_that_has_just_ended():
-    """It is in /proc until it is waited for, without its memory."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(ProcessLookupError, match="it has ended"):
-            resident_bytes(process.pid)
 
 
 def test_says_what_it_can_do():

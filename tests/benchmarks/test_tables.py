@@ -85,12 +85,7 @@ def test_a_folder_keeps_the_tables_of_earlier_runs(tmp_path, capsys):
             Results(tmp_path)
 
 
-def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(
-    capfd, tmp_path, monkeypatch
-):
-    (tmp_path / "random.py").write_text("raise ImportError")  # nothing is imported from there
-    monkeypatch.chdir(tmp_path)
-    assert measure.call_isolated(os.getcwd) == str(tmp_path)
+def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(capfd):
     name, variable = "BENCHMARK_TEST", "a value"
     assert measure.call_isolated(os.getenv, {name: variable}, key=name) == variable
     with pytest.raises(subprocess.CalledProcessError):
@@ -142,23 +137,12 @@ def test_table_of_precisions_counts_six_operations_per_parameter_and_token(monke
     assert bfloat16["share"] == pytest.approx((flops / 0.125) / (2 * 8**3 / 0.25))
 
 
-def test_the_recomputed_token_and_every_matrix_in_the_products():
-    """Kernels and the embedding; the weights of the short convolution are in no matmul."""
+def test_the_recomputed_token_is_the_generated_one():
     config = small_config("base").model
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     prompt = decoding.random_tokens(config, 1, 9)
     generated = decoding.generate(model, prompt, max_new_tokens=1).tokens
     assert generated[0] == decoding.recompute_call(model, prompt)()
-
-    before = decoding.products_call(model, 3)()
-    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    matrices = [leaf for path, leaf in leaves if path[-1] in ("kernel", "embedding")]
-    assert len(matrices) == 1 + config.num_layers * 8
-    for matrix in matrices:
-        value = matrix[...]
-        matrix.set_value(value[:, ::-1])
-        assert not np.allclose(decoding.products_call(model, 3)(), before)
-        matrix.set_value(value)
 
 
 def test_bad_arguments_are_one_line():
