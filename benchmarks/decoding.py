@@ -28,15 +28,6 @@ from .train_steps import load_config
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""
 STREAMS, NEW_TOKENS, PREFILL = 32, 1024, 16_384
-RATIOS = (
-    ("long context / short", "long", "short"),
-    ("recompute / decode, middle context", "recompute", "middle"),
-    ("decode / matrix-vector products", "short", "products"),
-    ("one stream / many, per token", "short", "streams"),
-    ("decode / prefill, per token", "short", "prefill"),
-    ("streaming / not", "streaming", "short"),
-)
-"""Heading, and the candidates whose times per token are compared."""
 FORMATS_OF = ("base", "small", "gpt2_size")
 """Configurations of the tables of formats: 1 M, 25 M and 124 M parameters."""
 WEIGHTS_PER_CALL = 1 << 33
@@ -44,17 +35,16 @@ WEIGHTS_PER_CALL = 1 << 33
 
 
 def run(effort: Effort) -> Iterator[Table]:
-    """Tables of times and of ratios."""
-    candidates, ratios = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
-    yield Table("decode: base", candidates)
-    yield Table("decode: ratios, medians over blocks", ratios)
+    """Tables of times."""
+    config = load_config("base", 1, CONTEXTS["middle"]).model
+    yield Table("decode: base", compare(config, effort))
     for name in FORMATS_OF:
         config = load_config(name, 1, CONTEXTS["short"], precision="float32").model
         yield Table(f"decode: formats of the weights, {name}", compare_formats(config, effort))
 
 
-def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
-    """Candidates, with their time per token of a random model, and ratios."""
+def compare(config: ModelConfig, effort: Effort) -> list[Row]:
+    """Candidates, with their time per token of a random model, also relative to ``short``."""
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     short, middle, _ = CONTEXTS.values()
     prefix, prompt = (random_tokens(config, 1, length) for length in (middle, PREFILL))
@@ -72,12 +62,12 @@ def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
     }
     times = alternate({name: call for name, (_, call, _) in candidates.items()}, effort)
     rows: list[Row] = []
-    each = {}
     for name, (what, _, count) in candidates.items():
-        each[name] = [[seconds / count for seconds in block] for block in times[name]]
-        row = {"candidate": name, "of": what, "us/token": 1e6 * median(each[name])}
-        rows.append(row | {"tokens/s": 1 / median(each[name])})
-    return rows, [{"ratio": what, "value": block_ratio(each[a], each[b])} for what, a, b in RATIOS]
+        seconds = median(times[name]) / count
+        row = {"candidate": name, "of": what, "us/token": 1e6 * seconds, "tokens/s": 1 / seconds}
+        relative = block_ratio(times[name], times["short"]) * NEW_TOKENS / count
+        rows.append(row | {"time / short": relative})
+    return rows
 
 
 def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:

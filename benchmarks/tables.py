@@ -81,13 +81,7 @@ class Results:
         for title, each in self.tables.items():
             picture = f"![{title}]({each.picture}.png)\n\n" if each.picture else ""
             parts.append(f"## {title}\n\n{picture}{each.markdown()}")
-        keys = ("processor", "cores", "jax", "commit")
-        conditions = [
-            {"table": title} | {key: each.machine[key] for key in keys}
-            for title, each in self.tables.items()
-        ]
-        page = "\n".join([*parts, f"## conditions\n\n{markdown(conditions)}"])
-        write_file(self.out / "table.md", page.encode())
+        write_file(self.out / "table.md", "\n".join(parts).encode())
 
 
 def text_of(value: Any) -> str:

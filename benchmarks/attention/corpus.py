@@ -64,14 +64,11 @@ def measure_interpretability(quick: bool) -> Measured:
     model = trained.model()
     layers = decompose_layers(model, ids, model.initial_state(1))
     errors = {
-        "relative error of the implicit attention map": [float(x.operator_error) for x in layers],
-        "the same after norm, gate and projection": [float(x.layer_error) for x in layers],
+        "relative error of the implicit attention map": [x.operator_error for x in layers],
+        "the same after norm, gate and projection": [x.layer_error for x in layers],
     }
-    return Measured(
-        [
-            line(
-                "interpretability", f"{what}, worst layer", {RECURRENCE: max(each), ATTENTION: None}
-            )
-            for what, each in errors.items()
-        ]
-    )
+    lines = []
+    for what, each in errors.items():
+        values = {RECURRENCE: float(max(each)), ATTENTION: None}
+        lines.append(line("interpretability", f"{what}, worst layer", values))
+    return Measured(lines)

@@ -39,15 +39,12 @@ all other files are for readers of the results."""
 
 
 class _Store(NamedTuple):
-    """Files that are copied, corrupted and read."""
+    """Files that are copied, corrupted and read; `read` raises `UserError` to reject them."""
 
     whole: Path
     corrupt: Path
-    """The folder that is read, which may hold a copy of `whole`."""
     read: Callable[[Path], Any]
-    """Read a folder; raises `UserError` to reject it."""
     allowed: list[Any]
-    """Results that are right."""
 
     def check(self, draw: random.Random, *folders: Path) -> tuple[str, str | None, str | None]:
         """Corrupt a file in each of the folders of a copy, and read it; a hang ends the process.

@@ -135,7 +135,9 @@ def check_run(
         # What the optimizer's state spoils is found by the next loss.
         check_step(state, after, metrics, may_spread=place == "the optimizer's state")
         state = after
-        if is_stopped(config, metrics, int(state.step)):
+        try:
+            check_skips(int(state.step), int(metrics.consecutive_skips), config.train)
+        except UserError:
             return
     assert value != "NaN", "the run continues"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.carried)), "the run continues"
@@ -175,12 +177,3 @@ def check_same(when: str, found: TrainState, expected: TrainState) -> None:
     for field in ("params", "opt_state", "carried", "rng"):
         is_same = bytes_of(getattr(found, field)) == bytes_of(getattr(expected, field))
         assert is_same, f"{field} changed {when}"
-
-
-def is_stopped(config: Config, metrics: StepMetrics, step: int) -> bool:
-    """Return whether the loop stops."""
-    try:
-        check_skips(step, int(metrics.consecutive_skips), config.train)
-    except UserError:
-        return True
-    return False

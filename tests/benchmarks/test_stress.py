@@ -14,10 +14,6 @@ from simplernn_jax.checkpoint.folder import CheckpointFolder
 
 def test_failures_are_reported(tmp_path, capsys):
     def losing(*_):
-        """Nothing is lost.
-
-        More than the promise.
-        """
         return [Case("one", None, "a"), Case("two", "is lost", "b"), Case("three", None, "a")]
 
     row = run_experiment("losing", Experiment(losing, 3, 1), tmp_path / "losing", 3, 7)
@@ -25,7 +21,7 @@ def test_failures_are_reported(tmp_path, capsys):
     assert lines[0] == "losing: two: is lost"
     assert lines[1].startswith("losing: 3 cases, 1 failed (2 a, 1 b); ")
     assert row | {"s": 0} == {
-        **{"experiment": "losing", "promise": "Nothing is lost", "seed": 7},
+        **{"experiment": "losing", "seed": 7},
         **{"cases": 3, "failed": 1, "kinds": "2 a, 1 b", "s": 0},
     }
 

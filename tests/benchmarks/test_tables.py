@@ -75,7 +75,7 @@ def test_a_folder_keeps_the_tables_of_earlier_runs(tmp_path, capsys):
     results.add(Table("second", [{"a": 1}], data={"more": [1]}))
     results.add(Table("second", [{"a": 2}], data={"more": [2]}))
     page = (tmp_path / "table.md").read_text()
-    parts = ("## first", "](plot.png)", "A text.", "ms:\n\n", "## second", "| 2 |", "| first  ")
+    parts = ("## first", "](plot.png)", "A text.", "ms:\n\n", "## second", "| 2 |")
     positions = [page.index(part) for part in parts]
     assert positions == sorted(positions)
     assert Results(tmp_path).tables["second"].data == {"more": [2]}
