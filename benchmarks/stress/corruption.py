@@ -33,9 +33,8 @@ _STEPS = 12
 """Steps of the run, which saves every third one."""
 _RESUMED = 6
 """One case in this many resumes the run, which takes longer than to load its model."""
-_NEEDED = ("checkpoints/", "config.json", "swap the folder")
-"""Corruption that may be rejected, also of a folder that was swapped with that of the checkpoints;
-all other files are for readers of the results."""
+_NEEDED = ("checkpoints/", "config.json")
+"""Corruption that may be rejected; all other files are for readers of the results."""
 
 
 class _Store(NamedTuple):
@@ -177,14 +176,6 @@ def corrupt_file(folder: Path, draw: random.Random, top: Path | None = None) -> 
             path.write_bytes(content[:at] + bytes(len(content) - at))
         case "swap":
             path.write_bytes(other.read_bytes())
-        case "swap the folder of":
-            parents = {parent for file in files for parent in file.parents} - {path.parent}
-            neighbors = sorted(p for p in parents if p.parent == path.parent.parent)
-            if neighbors:
-                swapped, aside = draw.choice(neighbors), path.parent.with_name("aside")
-                path.parent.rename(aside)
-                swapped.rename(path.parent)
-                aside.rename(swapped)
         case _:
             path.unlink()
             _REPLACEMENTS[kind](path, other)
@@ -199,10 +190,7 @@ _REPLACEMENTS: dict[str, Callable[[Path, Path], object]] = {
     "put a link to another file in place of": lambda path, other: path.symlink_to(other),
     "put a FIFO in place of": lambda path, other: os.mkfifo(path),
 }
-_KINDS = (
-    *("flip a bit of", "truncate", "zero the end of", "swap", "swap the folder of"),
-    *_REPLACEMENTS,
-)
+_KINDS = ("flip a bit of", "truncate", "zero the end of", "swap", *_REPLACEMENTS)
 
 
 def contents_of(

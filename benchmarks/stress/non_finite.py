@@ -71,7 +71,7 @@ def check_all(numbers: Sequence[int], seed: int) -> list[Case]:
         config, first, step = program_of(name)
         draw = np.random.default_rng([seed, number])
         places = [*PLACES] if first.carried else [*PLACES][:-1]
-        place, value = draw.choice(places), draw.choice([*VALUES])
+        place, value = str(draw.choice(places)), str(draw.choice([*VALUES]))
         good, _ = step(first, draw_batch(draw))
         bad, leaf = spoil(good, PLACES[place], value, draw)
         problem = None

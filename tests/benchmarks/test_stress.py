@@ -1,13 +1,9 @@
 """The harness of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
-import random
-import shutil
-
 import pytest
 from processes import assert_each_refused
 
 from benchmarks.stress import corruption
-from benchmarks.stress.corruption import corrupt_file
 from benchmarks.stress.experiment import Case, Experiment, run_cases, run_experiment
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 
@@ -60,20 +56,6 @@ def test_corruption_that_nothing_detects_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointFolder, "find_corruption", lambda *_: None)
     monkeypatch.setattr(corruption, "corrupt_file", zero_parameters)
     assert None not in [case.problem for case in corruption.corruption(tmp_path, 4, 1)]
-
-
-@pytest.mark.oldest_python
-def test_corruption_stays_in_its_folder(tmp_path):
-    """A link of one case would otherwise be followed when the next one copies the whole run."""
-    for path in ("whole/c", "whole/a/d", "whole/a/b/e", "whole/f/g"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(path)
-    inode = (tmp_path / "whole").stat().st_ino
-    for seed in range(300):
-        shutil.rmtree(tmp_path / "corrupt", ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", tmp_path / "corrupt")
-        corrupt_file(tmp_path / "corrupt", random.Random(seed))
-        assert (tmp_path / "whole").stat().st_ino == inode
 
 
 def test_says_what_it_can_do():
