@@ -28,20 +28,6 @@ from .train_steps import count_parameters, load_config, our_step
 BATCH, LENGTH = 16, 256
 _SHARES = {"base": (BATCH, LENGTH), "small": (8, 512)}
 """Sequences and their tokens, by configuration."""
-PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
-
-
-def make_step(program: str, config: Config) -> Call:
-    """A train step by one of `PROGRAMS`."""
-    if program == "GRU":
-        return gru_step(config)
-    if program == "PyTorch loop":
-        from .torch_loop import torch_step
-
-        return torch_step(config)
-    return (
-        our_step(train_steps.with_method(config, "scan")) if program == "scan" else our_step(config)
-    )
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -59,8 +45,13 @@ def run(effort: Effort) -> Iterator[Table]:
 def compare_programs(config: Config, effort: Effort) -> list[Row]:
     """Compare all programs that can train `config`, a plain model with one head."""
     has_torch = importlib.util.find_spec("torch") is not None
-    names = PROGRAMS if has_torch else PROGRAMS[:-1]
-    times = alternate({name: make_step(name, config) for name in names}, effort)
+    calls = {"ours": our_step(config), "GRU": gru_step(config)}
+    if has_torch:
+        from .torch_loop import torch_step
+
+        calls["PyTorch loop"] = torch_step(config)
+    calls["scan"] = our_step(train_steps.with_method(config, "scan"))
+    times = alternate(calls, effort)
     tokens = config.data.batch_size * config.data.sequence_length
     rows: list[Row] = []
     for name, blocks in times.items():
