@@ -5,8 +5,8 @@
     python scripts/stress.py all --seed 1 --out reliability.md
 
 Each experiment injects faults and checks a promise; docs/reliability.md lists them. Cases follow
-from the seed. ``quick`` runs a few cases of each experiment in less than 3 minutes, ``all`` all of
-them, for hours; an experiment named alone runs all of its cases too, unless -n is given.
+from the seed. ``quick`` runs a few cases of each experiment, in minutes, ``all`` all of them, for
+hours; an experiment named alone runs all of its cases too, unless -n is given.
 
 Needs the packages of the extra ``test``. Exits with code 1 if any case failed.
 """
