@@ -1,5 +1,1 @@
-"""Benchmarks of ``scripts/benchmark.py`` and the experiments of ``scripts/stress.py``.
-
-A benchmark is a function that measures and yields tables (`tables.Table`), which
-``scripts/benchmark.py`` names, prints and keeps.
-"""
+"""Benchmarks of ``scripts/benchmark.py`` and experiments of ``scripts/stress.py``."""

@@ -1,20 +1,13 @@
 """Generation with the `base` model: time per token, compared with two baselines.
 
-They are the matrix-vector products of one token alone, by XLA and as a plain C loop over the
-weights, and one parallel forward pass over the whole prefix, which the PyTorch project recomputes
-in a loop over time. Then the same with quantized weights at several sizes, compared with the rate
-at which the machine reads that many bytes.
+They are the matrix-vector products of one token alone, and one parallel forward pass over the whole
+prefix, which the PyTorch project recomputes in a loop over time. Then the same with quantized
+weights at several sizes, compared with the rate at which the machine reads that many bytes.
 """
 
-import ctypes
-import functools
 import os
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,23 +25,9 @@ from .measure import Call, Effort, alternate, block_ratio, median
 from .tables import Row, Table
 from .train_steps import load_config
 
-# Sums in any order, so that they are vectorized. Not by -ffast-math: GCC then links code that
-# makes the thread that loads the library flush subnormal numbers to zero, Python's included.
-_ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-_OPTIONS = ("-O3", "-march=native", *_ANY_ORDER, "-shared", "-fPIC")
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""
 STREAMS, NEW_TOKENS, PREFILL = 32, 1024, 16_384
-RATIOS = (
-    ("long context / short", "long", "short"),
-    ("recompute / decode, middle context", "recompute", "middle"),
-    ("decode / matrix-vector products of XLA", "short", "matmuls"),
-    ("decode / matrix-vector products of a C loop", "short", "loop"),
-    ("one stream / many, per token", "short", "streams"),
-    ("decode / prefill, per token", "short", "prefill"),
-    ("streaming / not", "streaming", "short"),
-)
-"""Heading, and the candidates whose times per token are compared."""
 FORMATS_OF = ("base", "small", "gpt2_size")
 """Configurations of the tables of formats: 1 M, 25 M and 124 M parameters."""
 WEIGHTS_PER_CALL = 1 << 33
@@ -56,17 +35,16 @@ WEIGHTS_PER_CALL = 1 << 33
 
 
 def run(effort: Effort) -> Iterator[Table]:
-    """Tables of times and of ratios."""
-    candidates, ratios = compare(load_config("base", 1, CONTEXTS["middle"]).model, effort)
-    yield Table("decode: base", candidates)
-    yield Table("decode: ratios, medians over blocks", ratios)
+    """Tables of times."""
+    config = load_config("base", 1, CONTEXTS["middle"]).model
+    yield Table("decode: base", compare(config, effort))
     for name in FORMATS_OF:
         config = load_config(name, 1, CONTEXTS["short"], precision="float32").model
         yield Table(f"decode: formats of the weights, {name}", compare_formats(config, effort))
 
 
-def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
-    """Candidates, with their time per token of a random model, and ratios."""
+def compare(config: ModelConfig, effort: Effort) -> list[Row]:
+    """Candidates, with their time per token of a random model, also relative to ``short``."""
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     short, middle, _ = CONTEXTS.values()
     prefix, prompt = (random_tokens(config, 1, length) for length in (middle, PREFILL))
@@ -77,20 +55,19 @@ def compare(config: ModelConfig, effort: Effort) -> tuple[list[Row], list[Row]]:
         for name, length in CONTEXTS.items()
     } | {
         "recompute": (f"prefix of {middle:,}", recompute_call(model, prefix), 1),
-        "matmuls": ("", products_in_xla(model, NEW_TOKENS), NEW_TOKENS),
-        "loop": ("one thread", products_in_c(model, NEW_TOKENS), NEW_TOKENS),
+        "products": ("", products_call(model, NEW_TOKENS), NEW_TOKENS),
         "streams": (f"{STREAMS} sequences", many, STREAMS * NEW_TOKENS),
         "prefill": (f"{PREFILL:,} tokens", lambda: state_after(model, prompt), PREFILL),
         "streaming": (f"context {short:,}", streamed, NEW_TOKENS),
     }
     times = alternate({name: call for name, (_, call, _) in candidates.items()}, effort)
     rows: list[Row] = []
-    each = {}
     for name, (what, _, count) in candidates.items():
-        each[name] = [[seconds / count for seconds in block] for block in times[name]]
-        row = {"candidate": name, "of": what, "us/token": 1e6 * median(each[name])}
-        rows.append(row | {"tokens/s": 1 / median(each[name])})
-    return rows, [{"ratio": what, "value": block_ratio(each[a], each[b])} for what, a, b in RATIOS]
+        seconds = median(times[name]) / count
+        row = {"candidate": name, "of": what, "us/token": 1e6 * seconds, "tokens/s": 1 / seconds}
+        relative = block_ratio(times[name], times["short"]) * NEW_TOKENS / count
+        rows.append(row | {"time / short": relative})
+    return rows
 
 
 def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
@@ -158,7 +135,7 @@ def decode_call(
     return lambda: generate(model, state=state, **options).state
 
 
-def products_in_xla(model: LanguageModel, num_tokens: int) -> Call:
+def products_call(model: LanguageModel, num_tokens: int) -> Call:
     """Every matrix of the model times a vector, one after another, `num_tokens` times.
 
     Each product takes the newest vector of its width, so that none can be removed, hoisted or
@@ -184,47 +161,9 @@ def products_in_xla(model: LanguageModel, num_tokens: int) -> Call:
     return lambda: all_products(matrices, head, jnp.ones(width))
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    source = Path(__file__).with_name("plain_loops.c")
-    with tempfile.TemporaryDirectory() as folder:
-        target = f"{folder}/loops.so"
-        subprocess.run([*compiler, *_OPTIONS, str(source), "-o", target], check=True)
-        library = ctypes.CDLL(target)
-    library.read_words.restype = ctypes.c_uint64
-    return library
-
-
-def _pointer(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def products_in_c(model: LanguageModel, num_tokens: int) -> Call:
-    """Every matrix of the model times a vector, `num_tokens` times, in one thread."""
-    linears = [part for _, part in nnx.iter_graph(model) if isinstance(part, nnx.Linear)]
-    matrices = [np.asarray(linear.kernel[...]).T for linear in linears]
-    if model.head is None:  # a tied embedding counts as the head
-        matrices.append(np.asarray(model.embedding.embedding[...]))
-    sizes = np.asarray([matrix.shape for matrix in matrices], np.int64)
-    weights = np.concatenate([np.ascontiguousarray(matrix).ravel() for matrix in matrices])
-    x, y = np.ones((2, np.max(sizes)), np.float32)
-    counts = ctypes.c_int64(len(sizes)), ctypes.c_int64(num_tokens)
-
-    def call() -> np.ndarray:
-        _library().multiply(_pointer(weights), _pointer(sizes), *counts, _pointer(x), _pointer(y))
-        return y
-
-    return call
-
-
 def reading(num_bytes: int) -> Call:
     """Read `num_bytes` of memory once, by as many threads as there are cores."""
     count = os.cpu_count() or 1
     parts = np.array_split(np.ones(num_bytes // 8, np.uint64), count)
     pool = ThreadPoolExecutor(count)
-
-    def read(part: np.ndarray) -> int:
-        return int(_library().read_words(_pointer(part), ctypes.c_int64(len(part))))
-
-    return lambda: sum(pool.map(read, parts))
+    return lambda: sum(pool.map(np.sum, parts))

@@ -8,9 +8,6 @@ import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-_END = b"0\r\n\r\n"
-"""End of a body in chunks."""
-
 
 class Connection(NamedTuple):
     """A keep-alive connection that carries one stream after another."""
@@ -25,9 +22,9 @@ class Connection(NamedTuple):
         Raises:
           ConnectionError: the status is not 200, or the connection ended before the stream.
         """
-        self.writer.write(_request(self.host, path, fields, "POST", "keep-alive"))
+        self.send("POST", path, fields)
         answer, first = bytearray(), 0.0
-        while not answer.endswith(_END):
+        while not answer.endswith(b"0\r\n\r\n"):
             part = await self.reader.read(1 << 16)
             answer += part
             if not part or not answer.startswith(b"HTTP/1.1 200 "):
@@ -35,6 +32,12 @@ class Connection(NamedTuple):
             if not first and b"data: {" in part:
                 first = time.perf_counter()
         return bytes(answer), first, time.perf_counter()
+
+    def send(self, method: str, path: str, fields: Any, connection: str = "keep-alive") -> None:
+        """Send a request with `fields` as JSON, if there are any."""
+        body = b"" if fields is None else json.dumps(fields).encode()
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: {connection}\r\n"
+        self.writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
 @contextlib.asynccontextmanager
@@ -48,21 +51,9 @@ async def connected(url: str) -> AsyncIterator[Connection]:
         writer.close()
 
 
-async def fetch(
-    url: str, path: str, fields: Any = None, method: str | None = None
-) -> tuple[int, bytes]:
-    """Status and body of a response, over a connection of its own.
-
-    Without a `method`, it is POST with `fields`, which are sent as JSON, and GET without.
-    """
-    method = method or ("GET" if fields is None else "POST")
+async def fetch(url: str, method: str, path: str, fields: Any = None) -> tuple[int, bytes]:
+    """Status and body of a response, over a new connection."""
     async with connected(url) as connection:
-        connection.writer.write(_request(connection.host, path, fields, method, "close"))
+        connection.send(method, path, fields, "close")
         head, _, body = (await connection.reader.read()).partition(b"\r\n\r\n")
     return int(head.split()[1]), body
-
-
-def _request(host: str, path: str, fields: Any, method: str, connection: str) -> bytes:
-    body = b"" if fields is None else json.dumps(fields).encode()
-    head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -1,7 +1,5 @@
-"""Interleaved timing, functions in fresh processes, peak memory, and the machine."""
+"""Interleaved timing, functions in fresh processes, resident memory, and the machine."""
 
-import ctypes
-import gc
 import math
 import os
 import pickle
@@ -113,31 +111,12 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
     return call_isolated(function, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, **arguments)
 
 
-def process_peak(work: Call) -> float | None:
-    """Do compiled `work`; return the peak resident bytes over those before it, in a fresh process.
-
-    None if the device is not a CPU, or there is no ``/proc``.
-    """
-    clear = Path("/proc/self/clear_refs")
-    if jax.default_backend() != "cpu" or not clear.exists():
-        jax.block_until_ready(work())
-        return None
-
-    gc.collect()
-    # Otherwise memory that compilation has freed would be reused, unseen. Only glibc has it.
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
-    clear.write_text("5", encoding="ascii")
-    before = resident_bytes("self")
-    jax.block_until_ready(work())
-    return resident_bytes("self", "VmHWM") - before
-
-
-def resident_bytes(pid: int | str, field: str = "VmRSS") -> float:
+def resident_bytes(pid: int) -> float:
     """Resident memory of a process; raises OSError once it has ended, waited for or not."""
     status = Path(f"/proc/{pid}/status").read_text("ascii")
-    size = re.search(rf"^{field}:\s+(\d+) kB$", status, re.M)
+    size = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.M)
     if size is None:
-        raise ProcessLookupError(f"process {pid} has no {field}: it has ended")
+        raise ProcessLookupError(f"process {pid} has no memory: it has ended")
     return 1024 * float(size[1])
 
 
@@ -147,10 +126,8 @@ def describe_machine() -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     versions = {package.name.lower(): package.version for package in metadata.distributions()}
     settings = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-    commit = f"simplernn_jax {simplernn_jax.__version__}"
-    if project.IS_CHECKOUT:
-        command = ["git", "-C", str(project.ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    command = ["git", "-C", str(project.ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
         "processor": model[1] if model else platform.processor(),

@@ -31,17 +31,12 @@ class Shape(NamedTuple):
 
 SHAPES = tuple(Shape(16, 256, *sizes) for sizes in ((1, 128, 128), (4, 32, 32), (4, 64, 64)))
 DTYPES = ("float32", "bfloat16")
-LENGTHS = (256, 1024, 4096, 16384)
 
 
 def run(effort: Effort) -> Iterator[Table]:
-    """Tables by shape, times in ms and memory in MB (1e6 bytes), and by length."""
+    """Table by shape, times in ms and memory in MB (1e6 bytes)."""
     rows = [compare(shape, dtype, effort) for dtype in DTYPES for shape in SHAPES]
     yield Table("ops: forward + backward", rows)
-    by_length = [
-        compare_lengths(LENGTHS, shape, dtype, effort) for dtype in DTYPES for shape in SHAPES[:2]
-    ]
-    yield Table(f"ops: us per token, B T = {max(LENGTHS):,}, and relative", by_length)
 
 
 def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
@@ -68,21 +63,6 @@ def compare(shape: Shape, dtype: str, effort: Effort) -> Row:
         "share": flops / of_ceiling / block_ratio(times["ours"], times["ceiling"]),
         **{f"{name} MB": megabytes(program) for name, program in programs.items()},
     }
-
-
-def compare_lengths(lengths: tuple[int, ...], widths: Shape, dtype: str, effort: Effort) -> Row:
-    """Time per token by length, each of as many tokens as the longest, relative to the first."""
-    tokens = max(lengths)
-    calls: dict[str, Call] = {}
-    for length in lengths:
-        inputs = draw_inputs(widths._replace(batch=tokens // length, length=length), dtype)
-        program = compile_gradients(inputs, "auto")
-        calls[f"T {length}"] = functools.partial(program, *inputs)
-    times = alternate(calls, effort)
-    first, *others = times
-    row: Row = {"H, K, V": ", ".join(map(str, widths[2:])), "dtype": dtype}
-    row |= {name: 1e6 * median(blocks) / tokens for name, blocks in times.items()}
-    return row | {f"{each} / {first}": block_ratio(times[each], times[first]) for each in others}
 
 
 def draw_inputs(shape: Shape, dtype: str) -> tuple[jax.Array, ...]:

@@ -6,14 +6,12 @@ many sequences together, up to the number of slots.
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,13 +29,11 @@ from simplernn_jax.training.preparation import prepare
 
 from . import measure
 from .decoding import random_tokens
-from .http_client import connected, fetch
-from .measure import Effort, call_isolated, resident_bytes
+from .http_client import connected
+from .measure import Effort
 from .tables import Row, Table
 from .train_steps import load_config
 
-TITLE = "serve: base"
-COMPLETE = "/v1/completions"
 PATHS = "HTTP", "generate"
 FIRST, EACH = "first token, ms", "per token, ms"
 CLIENTS, SLOTS = (1, 8, 32, 64), 32
@@ -56,25 +52,20 @@ class Stream(NamedTuple):
 
 
 def run(effort: Effort) -> Iterator[Table]:
-    """Tables of load, and of what a server must withstand."""
+    """Table of the server under load."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "text.txt")
         source.write_text("A text. " * 1000, encoding="utf-8")
         config = load_config("base", 1, 256, source=str(source), sample_every=0)
         save_untrained(config, folder)
         model, _, _ = load_model(folder)
-        with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (process, url):
+        with serving(folder, f"--slots={SLOTS}", "--max_queue=64") as (_, url):
             rows = [compare(model, url, clients, effort) for clients in CLIENTS]
-            panels = {"tokens/s": {name: curve(rows, f"{name} tokens/s") for name in PATHS}}
-            panels |= {name: {"HTTP": curve(rows, f"{name}, p50")} for name in (FIRST, EACH)}
-            yield Table(TITLE, rows, panels, "clients", "serving")
             long = compare(model, url, SLOTS, effort, tokens=LONG)
-            yield Table(f"serve: completions of {LONG:,} tokens", [long])
-            apart = compare(model, url, SLOTS, effort, is_staggered=True)
-            yield Table("serve: clients that begin apart", [apart])
-            half = asyncio.run(half_loaded(model, url, effort))
-            yield Table("serve: one more prompt beside 16 streams", [half])
-            yield Table("serve: limits", asyncio.run(limits(model, url, process.pid)))
+    panels = {"tokens/s": {name: curve(rows, f"{name} tokens/s") for name in PATHS}}
+    panels |= {name: {"HTTP": curve(rows, f"{name}, p50")} for name in (FIRST, EACH)}
+    yield Table("serve: base", rows, panels, "clients", "serving")
+    yield Table(f"serve: completions of {LONG:,} tokens", [long])
 
 
 def curve(rows: Sequence[Row], column: str) -> dict[str, float]:
@@ -83,12 +74,7 @@ def curve(rows: Sequence[Row], column: str) -> dict[str, float]:
 
 
 def compare(
-    model: LanguageModel,
-    url: str,
-    clients: int,
-    effort: Effort,
-    tokens: int = NEW_TOKENS,
-    is_staggered: bool = False,
+    model: LanguageModel, url: str, clients: int, effort: Effort, tokens: int = NEW_TOKENS
 ) -> Row:
     """Rates and latencies of a number of clients at once, and the rate of `generate`."""
     prompts = random_tokens(model.config, clients, COMPLETIONS * PROMPT)
@@ -97,7 +83,7 @@ def compare(
     for block in range(effort.blocks * effort.calls + 1):
         # Other prompts each time, or the prefix cache would have them.
         prompts = (prompts + 1) % model.config.vocab_size
-        seconds, found = asyncio.run(stream_all(url, prompts, tokens, is_staggered))
+        seconds, found = asyncio.run(stream_all(url, prompts, tokens))
         start = time.perf_counter()
         new = generate(model, prompts[:SLOTS, :PROMPT], max_new_tokens=tokens).tokens
         in_process = time.perf_counter() - start
@@ -113,108 +99,33 @@ def compare(
     return row | firsts | percentiles(EACH, between)
 
 
-async def half_loaded(model: LanguageModel, url: str, effort: Effort) -> Row:
-    """Time to the first token of one more prompt, while half of the slots stream."""
-    prompts = random_tokens(model.config, SLOTS // 2, PROMPT)
-    others = asyncio.ensure_future(stream_all(url, prompts, 20 * NEW_TOKENS))
-    await asyncio.sleep(0.5)
-    firsts: list[float] = []
-    while len(firsts) < 4 * effort.blocks * effort.calls and not others.done():
-        prompt = (prompts[:1] + len(firsts) + 1) % model.config.vocab_size
-        _, (stream,) = await stream_all(url, prompt, 8)
-        firsts.append(1e3 * stream.first)
-    await others
-    return percentiles(FIRST, firsts)
-
-
-async def limits(model: LanguageModel, url: str, pid: int) -> list[Row]:
-    """A long prefix read twice, clients that leave, and more connections than the queue holds."""
-    measured: dict[str, float] = {}
-    prefix = random_tokens(model.config, 1, 50_000)
-    times = [(await stream_all(url, prefix, 1))[0] for _ in range(2)]
-    measured["50,000 tokens again / at first"] = times[1] / times[0]
-
-    prompts = random_tokens(model.config, 200, PROMPT)
-    asked = [fields_of(prompt, 10**6) for prompt in prompts]
-    leaving = [asyncio.ensure_future(fetch(url, COMPLETE, one)) for one in asked]
-    await asyncio.sleep(0.5)
-    for task in leaving:
-        task.cancel()
-    await asyncio.gather(*leaving, return_exceptions=True)
-    start = time.perf_counter()
-    await stream_all(url, prompts[:1], 1)
-    while json.loads((await fetch(url, "/slots"))[1])["active"]:
-        await asyncio.sleep(0.01)
-    measured["all idle after 200 clients left, s"] = time.perf_counter() - start
-
-    before, health = resident_bytes(pid), []
-    burst = asyncio.ensure_future(asyncio.to_thread(call_isolated, statuses, url=url))
-    while not burst.done():
-        start = time.perf_counter()
-        await fetch(url, "/health")
-        health.append(1e3 * (time.perf_counter() - start))
-        await asyncio.sleep(0.02)
-    for status, count in sorted(burst.result().items()):
-        measured[f"status {status} of 1,000 connections"] = count
-    measured["/health meanwhile, ms, p99"] = float(np.percentile(health, 99))
-    measured["memory added, MB"] = (resident_bytes(pid) - before) / 1e6
-    return [{"measured": name, "value": value} for name, value in measured.items()]
-
-
-def statuses(url: str) -> Counter[int]:
-    """Numbers of the statuses of 1,000 completions that are asked for at once."""
-
-    async def ask() -> Counter[int]:
-        prompts = np.random.default_rng(0).integers(0, 256, (1000, PROMPT))
-        asked = [fields_of(prompt, 32) for prompt in prompts]
-        answers = await asyncio.gather(*(fetch(url, COMPLETE, one) for one in asked))
-        return Counter(status for status, _ in answers)
-
-    return asyncio.run(ask())
-
-
 def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
     """Columns of the median and the 99th percentile."""
     return {f"{name}, p{p}": float(np.percentile(values, p)) for p in (50, 99)}
 
 
-async def stream_all(
-    url: str, prompts: np.ndarray, tokens: int, is_staggered: bool = False
-) -> tuple[float, list[Stream]]:
-    """Stream completions of each row of prompts, over a connection of its own.
+async def stream_all(url: str, prompts: np.ndarray, tokens: int) -> tuple[float, list[Stream]]:
+    """Stream completions of each row of prompts, over a connection for the row.
 
-    A row has as many prompts of `PROMPT` tokens as fit, or one longer. If staggered, the first
-    completion of each client ends at another time, and the last one makes up for it. Returns the
-    seconds of all, and each of them.
+    A row has prompts of `PROMPT` tokens. Returns the seconds of all, and each of them.
     """
 
-    async def client(index: int, row: np.ndarray) -> list[Stream]:
-        count = len(row) // PROMPT if len(row) <= COMPLETIONS * PROMPT else 1
-        lengths = np.full(count, tokens)
-        if is_staggered:
-            lengths[0] = tokens * (index + 1) // len(prompts)
-            lengths[-1] += tokens - lengths[0]
+    async def client(row: np.ndarray) -> list[Stream]:
         streams = []
         async with connected(url) as connection:
-            for prompt, length in zip(np.split(row, count), lengths.tolist(), strict=True):
+            for prompt in np.split(row, COMPLETIONS):
+                fields: Row = {"prompt": prompt.tolist(), "max_tokens": tokens, "temperature": 0}
+                fields |= {"ignore_eos": True, "stream": True}
+                fields |= {"stream_options": {"include_usage": True}}
                 start = time.perf_counter()
-                answer, first, end = await connection.stream(COMPLETE, fields_of(prompt, length))
+                answer, first, end = await connection.stream("/v1/completions", fields)
                 number = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
                 streams.append(Stream(first - start, end - start, number))
         return streams
 
     start = time.perf_counter()
-    found = await asyncio.gather(*(client(index, row) for index, row in enumerate(prompts)))
+    found = await asyncio.gather(*map(client, prompts))
     return time.perf_counter() - start, [stream for streams in found for stream in streams]
-
-
-def fields_of(prompt: np.ndarray, tokens: int) -> Row:
-    """Body of a request that streams greedy tokens, whatever they are."""
-    fields: Row = {"prompt": prompt.tolist(), "max_tokens": tokens, "temperature": 0}
-    return fields | {
-        **{"ignore_eos": True, "stream": True},
-        "stream_options": {"include_usage": True},
-    }
 
 
 def save_untrained(

@@ -26,7 +26,6 @@ from .train_steps import (
     with_method,
 )
 
-TITLE = "sizes: a train step on 8 devices, MB of one device"
 DEVICES = 8
 NAMES = ("small", "gpt2_size")
 MESHES: tuple[Mapping[str, int], ...] = ({"data": 8}, {"fsdp": 8}, {"tensor": 4, "fsdp": 2})
@@ -43,7 +42,7 @@ def run() -> Iterator[Table]:
             measured = on_simulated_devices(DEVICES, measure_step, config=config)
             mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
             rows.append({"configuration": name, "mesh": mesh} | measured)
-    yield Table(TITLE, rows)
+    yield Table("sizes: a train step on 8 devices, MB of one device", rows)
 
 
 def measure_step(config: Config) -> Row:
@@ -88,7 +87,6 @@ def text_of_loops(text: str) -> str:
     return "".join(computations[name] for name in sorted(inside))
 
 
-MEMORY_TITLE = "memory: train step of base, B 1, float32"
 LENGTHS = (1024, 4096, 16384, 65536)
 SCAN = "plain, by scan"
 TECHNIQUES: dict[str, dict[str, Any]] = {
@@ -111,7 +109,9 @@ def run_memory() -> Iterator[Table]:
         for name, fields in TECHNIQUES.items()
     }
     panels = {"working memory of a train step of base, MB": curves}
-    yield Table(MEMORY_TITLE, panels=panels, x="tokens", picture="memory")
+    yield Table(
+        "memory: train step of base, B 1, float32", panels=panels, x="tokens", picture="memory"
+    )
 
 
 def measure_memory(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:

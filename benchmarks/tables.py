@@ -81,13 +81,7 @@ class Results:
         for title, each in self.tables.items():
             picture = f"![{title}]({each.picture}.png)\n\n" if each.picture else ""
             parts.append(f"## {title}\n\n{picture}{each.markdown()}")
-        keys = ("processor", "cores", "jax", "commit")
-        conditions = [
-            {"table": title} | {key: each.machine[key] for key in keys}
-            for title, each in self.tables.items()
-        ]
-        page = "\n".join([*parts, f"## conditions\n\n{markdown(conditions)}"])
-        write_file(self.out / "table.md", page.encode())
+        write_file(self.out / "table.md", "\n".join(parts).encode())
 
 
 def text_of(value: Any) -> str:
@@ -149,7 +143,7 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
                 axes.plot(list(map(int, curve)), curve.values(), label=label, **styles[label])
             ticks = sorted({int(x) for curve in curves.values() for x in curve})
             axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, list(map(_tick, ticks)))
+            axes.set_xticks(ticks, [f"{x:,}" if x < 10_000 else f"{x / 1e3:.3g}k" for x in ticks])
             axes.xaxis.minorticks_off()
             axes.set(title=title, xlabel=x)
             axes.grid(axis="y")
@@ -166,10 +160,3 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
         if len(labels) > 1:
             add_legend(figure, grid[0])
         return png(figure)
-
-
-def _tick(x: int) -> str:
-    """Short label of `x` on an axis."""
-    if x < 10_000:
-        return f"{x:,}"
-    return f"{x / 1e6:.3g}M" if x >= 1_000_000 else f"{x / 1e3:.3g}k"

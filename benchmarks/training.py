@@ -28,20 +28,6 @@ from .train_steps import count_parameters, load_config, our_step
 BATCH, LENGTH = 16, 256
 _SHARES = {"base": (BATCH, LENGTH), "small": (8, 512)}
 """Sequences and their tokens, by configuration."""
-PROGRAMS = ("ours", "scan", "GRU", "PyTorch loop")
-
-
-def make_step(program: str, config: Config) -> Call:
-    """A train step by one of `PROGRAMS`."""
-    if program == "GRU":
-        return gru_step(config)
-    if program == "PyTorch loop":
-        from .torch_loop import torch_step
-
-        return torch_step(config)
-    return (
-        our_step(train_steps.with_method(config, "scan")) if program == "scan" else our_step(config)
-    )
 
 
 def run(effort: Effort) -> Iterator[Table]:
@@ -57,30 +43,23 @@ def run(effort: Effort) -> Iterator[Table]:
 
 
 def compare_programs(config: Config, effort: Effort) -> list[Row]:
-    """Compare all programs that can train `config`, a plain model with one head.
-
-    ``peak`` is the memory of two steps on a CPU over that held before them, in a process of its
-    own, in MB (1e6 bytes).
-    """
+    """Compare all programs that can train `config`, a plain model with one head."""
     has_torch = importlib.util.find_spec("torch") is not None
-    names = PROGRAMS if has_torch else PROGRAMS[:-1]
-    times = alternate({name: make_step(name, config) for name in names}, effort)
+    calls = {"ours": our_step(config), "GRU": gru_step(config)}
+    if has_torch:
+        from .torch_loop import torch_step
+
+        calls["PyTorch loop"] = torch_step(config)
+    calls["scan"] = our_step(train_steps.with_method(config, "scan"))
+    times = alternate(calls, effort)
     tokens = config.data.batch_size * config.data.sequence_length
     rows: list[Row] = []
     for name, blocks in times.items():
-        peak = measure.call_isolated(peak_of_steps, program=name, config=config)
         row = {"program": name, "tokens/s": tokens / median(blocks)}
-        row["times slower than ours"] = block_ratio(blocks, times["ours"])
-        rows.append(row | {"peak MB": peak and peak / 1e6})
+        rows.append(row | {"times slower than ours": block_ratio(blocks, times["ours"])})
     if not has_torch:
         rows.append({"program": "PyTorch loop: torch is not installed (pip install -e '.[bench]')"})
     return rows
-
-
-def peak_of_steps(program: str, config: Config) -> float | None:
-    """`process_peak` of two steps of `program`; for `call_isolated`."""
-    step = make_step(program, config)
-    return measure.process_peak(lambda: [step(), step()])
 
 
 def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list[Row]:

@@ -1,28 +1,25 @@
 """Measure speed and memory, compared with baselines and the machine's peak throughput.
 
-    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes growth]
+    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes]
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
-        [--programs NAMES] [--rates RATES] [--seeds N] [--source TEXT]
+        [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
     decode     time per generated token, compared with recomputing the prefix
-    startup    imports, and the first train step with and without a compilation cache
+    startup    the first train step, with and without a compilation cache
     memory     memory of a train step against the length of its sequence
     sizes      memory and communication of a train step of small and gpt2_size on eight devices
     serve      the server under load, compared with generation in process
     scaling    the techniques to scale training, A to F, and their effects
-    growth     time and memory against parameters, length, batch, corpus and devices, with slopes;
-               --largest_corpus sets the largest text
     attention  SimpleRNN against self-attention in six aspects, as a table with plots;
                --quick measures small sizes, --only a part of it
     baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
                architecture, an LSTM and a GRU, for --seconds each
 
-Except in attention, baselines and growth, candidates run in alternating blocks of one process
-(A B A B ...), compiled and warmed up; the first call of every block is dropped. Times are medians;
-a ratio is the median over blocks. Tables that --out has from earlier runs stay there.
+Except in attention and baselines, candidates run in alternating blocks of one process, compiled
+and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
 """
 
 import bootstrap
@@ -30,81 +27,55 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from benchmarks import decoding, growth, recurrence, scaling, serving, sizes, startup, training
+from benchmarks import decoding, recurrence, scaling, serving, sizes, startup, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
-from benchmarks.baselines.programs import LOOKS
+from benchmarks.baselines.programs import LABELS
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
 from simplernn_jax.cli import command_line, config_files, process_start
 from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 
-COMPARISONS: dict[str, Callable[[Effort], Iterator[Table]]] = {
-    "ops": recurrence.run,
-    "train": training.run,
-    "decode": decoding.run,
-    "startup": startup.run,
-    "memory": lambda _: sizes.run_memory(),
-    "scaling": scaling.run,
-    "serve": serving.run,
-    "sizes": lambda _: sizes.run(),
-    "growth": growth.run,
-}
-GROWTH, ATTENTION, BASELINES = "growth", "attention", "baselines"
-NAMES = (*COMPARISONS, ATTENTION, BASELINES)
-
-_ARGUMENTS = command_line.define_arguments(" ".join(NAMES))
 _OUT = flags.DEFINE_string("out", None, "Folder of results.json, table.md and the plots.")
+_BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
+_CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only", list(MEASUREMENTS), f"attention: measurements, any of {', '.join(MEASUREMENTS)}."
 )
-_CONFIGS = flags.DEFINE_list(
-    "configs", ["base"], "baselines: configurations, such as tiny,shakespeare."
+_OF_BASELINES: tuple[flags.FlagHolder, ...] = (
+    flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
+    flags.DEFINE_string("source", None, "baselines: text of all configurations."),
+    flags.DEFINE_list(
+        "seconds", ["0"], "baselines: seconds per program, 0 for the steps of its settings."
+    ),
+    flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1),
+    flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
+    flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
-_SOURCE = flags.DEFINE_string(
-    "source", None, "baselines: text, in place of that of every configuration."
-)
-_SECONDS = flags.DEFINE_list(
-    "seconds",
-    ["0"],
-    "baselines: seconds of training per program, one number or one for each configuration; 0: the "
-    "steps of its settings.",
-)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1)
-_PROGRAMS = flags.DEFINE_list(
-    "programs", [], f"baselines: programs to train, any of {', '.join(LOOKS)}."
-)
-_RATES = flags.DEFINE_list(
-    "rates",
-    [],
-    "baselines: peak learning rates to try for every baseline; a single one is used as it is.",
-)
-_LARGEST_CORPUS = flags.DEFINE_integer(
-    "largest_corpus",
-    1000,
-    "growth: MB of the largest text; it takes up to six times as much disk.",
-    lower_bound=growth.SMALLEST_CORPUS,
-)
-_BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
-_CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
-OF_COMPARISONS = (_BLOCKS, _CALLS)
-OF_BASELINES = (_CONFIGS, _SOURCE, _SECONDS, _SEEDS, _PROGRAMS, _RATES)
-OWN_FLAGS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
-    **dict.fromkeys(COMPARISONS, OF_COMPARISONS),
-    GROWTH: (*OF_COMPARISONS, _LARGEST_CORPUS),
-    ATTENTION: (_QUICK, _ONLY),
-    BASELINES: OF_BASELINES,
+BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
+    "ops": lambda effort, _: recurrence.run(effort),
+    "train": lambda effort, _: training.run(effort),
+    "decode": lambda effort, _: decoding.run(effort),
+    "serve": lambda effort, _: serving.run(effort),
+    "startup": lambda effort, _: startup.run(effort),
+    "memory": lambda *_: sizes.run_memory(),
+    "scaling": lambda effort, _: scaling.run(effort),
+    "sizes": lambda *_: sizes.run(),
+    "attention": lambda _, results: aspects.run(
+        MEASUREMENTS, _ONLY.value, _QUICK.value, results.tables
+    ),
+    "baselines": lambda _, results: report.run(
+        report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
+    ),
 }
-"""Flags of each benchmark, except --out."""
+_ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
 
 
 def main() -> int:
@@ -112,42 +83,26 @@ def main() -> int:
     process_start.raise_on_signals()  # there are temporary folders and children
     names = _ARGUMENTS.value
     if not names:
-        raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(NAMES)}")
-    _check_names(names, NAMES, "benchmark")
-    _check_names(_ONLY.value or [""], MEASUREMENTS, "measurement")
-    _check_names(_PROGRAMS.value, LOOKS, "program")
-    _check_names(_CONFIGS.value, config_files.config_names(), "configuration")
-    own = {flag.name for name in names for flag in OWN_FLAGS[name]}
-    for flag in itertools.chain(*OWN_FLAGS.values()):
-        if flag.present and flag.name not in own:
-            raise UserError(f"--{flag.name}: not of {names[0]}; see --help")
+        raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(BENCHMARKS)}")
+    check_names(names, BENCHMARKS, "benchmark")
+    check_names(_ONLY.value, MEASUREMENTS, "measurement")
+    given = {flag.name: flag.value for flag in _OF_BASELINES}
+    check_names(given["configs"], config_files.config_names(), "configuration")
+    check_names(given["programs"], LABELS, "program")
     results = Results(Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None)
     check_devices()
-    effort = Effort(_BLOCKS.value, _CALLS.value)
-    for name in names:
-        if name == ATTENTION:
-            tables = aspects.run(MEASUREMENTS, _ONLY.value, _QUICK.value, results.tables)
-        elif name == BASELINES:
-            requests = report.make_requests(*(flag.value for flag in OF_BASELINES))
-            tables = report.run(requests, results)
-        elif name == GROWTH:
-            tables = growth.run(effort, _LARGEST_CORPUS.value)
-        else:
-            tables = COMPARISONS[name](effort)
-        for table in tables:  # written one by one, so that a later failure loses nothing
-            results.add(table)
+    for name in dict.fromkeys(names):
+        for table in BENCHMARKS[name](Effort(_BLOCKS.value, _CALLS.value), results):
+            results.add(table)  # one by one, so that a later failure loses nothing
     return 0
 
 
-def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
-    seen = set()
+def check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    """Reject a name that is unknown."""
     for name in names:
         if name not in known:
             near = nearest_name(name, known)
             raise UserError(f"{name!r}: no such {kind}{near}; there are {', '.join(known)}")
-        if name in seen:
-            raise UserError(f"{name!r}: this {kind} is named twice; name it once")
-        seen.add(name)
 
 
 if __name__ == "__main__":

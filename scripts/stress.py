@@ -5,8 +5,8 @@
     python scripts/stress.py all --seed 1 --out reliability.md
 
 Each experiment injects faults and checks a promise; docs/reliability.md lists them. Cases follow
-from the seed. ``quick`` runs a few cases of each experiment in about 5 minutes, ``all`` all of
-them, for hours; an experiment named alone runs all of its cases too, unless -n is given.
+from the seed. ``quick`` runs a few cases of each experiment, in minutes, ``all`` all of them, for
+hours; an experiment named alone runs all of its cases too, unless -n is given.
 
 Needs the packages of the extra ``test``. Exits with code 1 if any case failed.
 """
@@ -16,28 +16,30 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
 from absl import flags
 
 from benchmarks import tables
-from benchmarks.stress import (  # noqa: F401 - each registers its experiments
-    corruption,
-    determinism,
-    faults,
-    fuzz,
-    hosts,
-    non_finite,
-    numerics,
-    resume,
-    scripts,
-    soak,
-)
-from benchmarks.stress.experiment import EXPERIMENTS, check_packages, run_experiment
+from benchmarks.stress import corruption, faults, fuzz, hosts, non_finite, resume, soak
+from benchmarks.stress.experiment import Experiment, run_experiment
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
+
+EXPERIMENTS = {
+    "kill": Experiment(faults.kill, full=500, quick=2),
+    "full_disk": Experiment(faults.full_disk, full=600, quick=2),
+    "hosts": Experiment(hosts.hosts, full=100, quick=1),
+    "resume": Experiment(resume.resume, full=18 * 59, quick=2),
+    "corruption": Experiment(corruption.corruption, full=5000, quick=24),
+    "stores": Experiment(corruption.stores, full=1200, quick=60),
+    "fuzz": Experiment(fuzz.fuzz, full=10_000, quick=1000),
+    "non_finite": Experiment(non_finite.non_finite, full=500, quick=4),
+    "soak": Experiment(soak.soak, full=100, quick=1),
+}
 
 _ARGUMENTS = command_line.define_arguments("|".join([*EXPERIMENTS, "quick", "all"]))
 _COUNT = flags.DEFINE_integer(
@@ -54,17 +56,17 @@ def main() -> int:
     """Run the experiments that the arguments name; 1 if any case failed."""
     process_start.raise_on_signals()  # there are temporary folders and children
     names = _ARGUMENTS.value
-    is_quick = names == ["quick"]
     chosen = list(EXPERIMENTS) if names in (["quick"], ["all"]) else names
     if not chosen or not set(chosen) <= EXPERIMENTS.keys():
         raise UserError(f"name experiments, quick or all; there are {', '.join(EXPERIMENTS)}")
-    check_packages(chosen)
+    if importlib.util.find_spec("uvicorn") is None:  # of `soak`
+        raise UserError("uvicorn is not installed; run: pip install -e '.[test]'")
     rows: list[tables.Row] = []
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
         for name in dict.fromkeys(chosen):
             experiment = EXPERIMENTS[name]
-            count = _COUNT.value or (experiment.quick if is_quick else experiment.full)
-            rows.append(run_experiment(name, Path(folder, name), count, _SEED.value))
+            count = _COUNT.value or (experiment.quick if names == ["quick"] else experiment.full)
+            rows.append(run_experiment(name, experiment, Path(folder, name), count, _SEED.value))
             if _OUT.value is not None:  # after each, since all of them take hours
                 write_file(_OUT.value, tables.markdown(rows).encode())
     return int(any(row["failed"] for row in rows))

@@ -15,4 +15,3 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "corpus": corpus.measure_corpus,
     "interpretability": corpus.measure_interpretability,
 }
-"""In the order of their aspects in the table."""

@@ -1,4 +1,4 @@
-"""Time per token, FLOPs, critical path, memory, and communication of devices.
+"""Time per token, FLOPs, memory, and communication of devices.
 
 FLOPs are counted in the program before XLA (`program_work`), of the chunkwise recurrence.
 """
@@ -21,17 +21,18 @@ from ..measure import Call, Effort, alternate, median, on_simulated_devices
 from ..tables import Curves, curves_of
 from ..train_steps import compile_quickly, with_method
 from .aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, lines_of
-from .program_work import Work, count_work
+from .program_work import count_flops
 
-CHUNKS, SCAN = f"{RECURRENCE} chunkwise", f"{RECURRENCE} by scan"
+CHUNKS = f"{RECURRENCE} chunkwise"
 PROGRAMS: dict[str, tuple[str, str]] = {
     RECURRENCE: (RECURRENCE, "auto"),
     ATTENTION: (ATTENTION, "auto"),
     CHUNKS: (RECURRENCE, "chunkwise"),
-    SCAN: (RECURRENCE, "scan"),
+    f"{RECURRENCE} by scan": (RECURRENCE, "scan"),
 }
 """Variant and method of the recurrence of every program."""
-COUNTED = {RECURRENCE: CHUNKS, ATTENTION: ATTENTION}
+COUNTED = {RECURRENCE: "chunkwise", ATTENTION: "auto"}
+"""Method in which FLOPs are counted."""
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 LEAST_PROMPT = 16
 """Filled slots of a KV cache when decoding is timed: attention computes all slots anyway."""
@@ -55,10 +56,10 @@ def time_calls(
 
 
 def measure_parallelism(quick: bool) -> Measured:
-    """Time of a train step at constant tokens, and the critical path of one sequence's gradient.
+    """Time of a train step at constant tokens.
 
-    The critical path is the length of the longest chain of dependent array operations. SimpleRNN is
-    the form that training runs; on a CPU that goes token by token as `scan`, in one function.
+    SimpleRNN is the form that training runs; on a CPU that goes token by token as `scan`, in one
+    function.
     """
     lengths, layers, blocks = (LENGTHS[:3], 1, 2) if quick else (LENGTHS[:4], 4, 3)
     tokens = lengths[-1]
@@ -68,25 +69,11 @@ def measure_parallelism(quick: bool) -> Measured:
         config = config_of(variant, length, tokens // length, num_layers=layers)
         return train_steps.our_step(with_method(config, method))
 
-    def chain(program: str, length: int) -> float:
-        return gradient_work(program, length, num_layers=layers).chain
-
-    what = f"training, {counted(layers, 'layer')}"
-    times = {f"us/token, {what}": time_calls(step, PROGRAMS, lengths, tokens, blocks)}
-    chains = curves_of((ATTENTION, CHUNKS, SCAN), lengths, chain)
-    curves = times | {f"critical path, {what}": chains}
-    in_chunks = {f"{k}, chunkwise": {**v, RECURRENCE: v[CHUNKS]} for k, v in curves.items()}
-    return Measured(lines_of("parallelism", times | in_chunks), curves)
-
-
-def gradient_work(program: str, length: int, **fields: Any) -> Work:
-    """`Work` of the gradient of one sequence by one of `PROGRAMS`."""
-    variant, method = PROGRAMS[program]
-    config = config_of(variant, length, **fields)
-    gradient = make_grad_fn(with_method(config, method))
-    _, params = abstract_model(config.model)
-    key = jax.random.key_data(jax.random.key(0))
-    return count_work(gradient, params, train_steps.random_batch(config), (), key, jnp.int32(0))
+    what = f"us/token, training, {counted(layers, 'layer')}"
+    times = time_calls(step, PROGRAMS, lengths, tokens, blocks)
+    in_chunks = {**times, RECURRENCE: times[CHUNKS]}
+    compared = {what: times, f"{what}, chunkwise": in_chunks}
+    return Measured(lines_of("parallelism", compared), {what: times})
 
 
 def measure_cost(quick: bool) -> Measured:
@@ -118,19 +105,27 @@ def measure_cost(quick: bool) -> Measured:
 def count_mflops(lengths: Sequence[int]) -> dict[str, Curves]:
     """MFLOPs per token by kind, variant and length."""
     kinds: dict[str, Callable[[str, int], float]] = {
-        "training": lambda variant, n: gradient_work(COUNTED[variant], n).flops / n / 1e6,
-        "prefill": lambda variant, n: forward_flops(COUNTED[variant], n, n) / n / 1e6,
-        "decode": lambda variant, n: forward_flops(COUNTED[variant], n, 1) / 1e6,
+        "training": lambda variant, n: gradient_flops(variant, n) / n / 1e6,
+        "prefill": lambda variant, n: forward_flops(variant, n, n) / n / 1e6,
+        "decode": lambda variant, n: forward_flops(variant, n, 1) / 1e6,
     }
     name = "MFLOPs/token"
     return {f"{name}, {kind}": curves_of(VARIANTS, lengths, kinds[kind]) for kind in kinds}
 
 
-def forward_flops(program: str, length: int, tokens: int) -> float:
+def gradient_flops(variant: str, length: int) -> float:
+    """FLOPs of the gradient of one sequence."""
+    config = with_method(config_of(variant, length), COUNTED[variant])
+    _, params = abstract_model(config.model)
+    key = jax.random.key_data(jax.random.key(0))
+    batch = train_steps.random_batch(config)
+    return count_flops(make_grad_fn(config), params, batch, (), key, jnp.int32(0))
+
+
+def forward_flops(variant: str, length: int, tokens: int) -> float:
     """FLOPs of a forward pass over `tokens` tokens; one token comes after a full state."""
-    variant, method = PROGRAMS[program]
-    config = config_of(variant, length)
-    graph, params = abstract_train_model(with_method(config, method))
+    config = with_method(config_of(variant, length), COUNTED[variant])
+    graph, params = abstract_train_model(config)
 
     def last_logits(params: Any, ids: jax.Array, state: Any) -> jax.Array:
         model = nnx.merge(graph, params)
@@ -139,7 +134,7 @@ def forward_flops(program: str, length: int, tokens: int) -> float:
 
     state = train_steps.abstract_state(config.model) if tokens == 1 else None
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    return count_work(last_logits, params, ids, state).flops
+    return count_flops(last_logits, params, ids, state)
 
 
 def measure_memory(quick: bool) -> Measured:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from simplernn_jax.config import Config, ModelConfig, OptimizerConfig
+from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.training.evaluate import Evaluator
@@ -80,21 +80,12 @@ class GRUTrainer(JaxTrainer):
     """Training of a `ResettingGRU`; windows start from a zero state."""
 
     def __init__(
-        self,
-        baseline: Baseline,
-        corpus: TokenizedCorpus,
-        vocab: int,
-        steps: int,
-        rate: float,
-        seed: int,
+        self, baseline: Baseline, corpus: TokenizedCorpus, vocab: int, steps: int, seed: int
     ) -> None:
         super().__init__(corpus, baseline.data_config(), seed)
         self._baseline = baseline
-        schedule = OptimizerConfig(
-            learning_rate=rate, warmup_steps=steps // 20, final_learning_rate=0.1
-        )
         adamw = optax.adamw(
-            learning_rate_schedule(schedule, steps),
+            learning_rate_schedule(baseline.schedule(steps), steps),
             b2=0.99,
             weight_decay=0.1,
             mask=lambda params: jax.tree.map(lambda values: values.ndim == 2, params),

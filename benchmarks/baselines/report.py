@@ -10,19 +10,19 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from simplernn_jax import project
-from simplernn_jax.analysis.plots import add_legend, new_figure, png
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
-from simplernn_jax.errors import UserError, counted
-from simplernn_jax.files import write_file
+from simplernn_jax.errors import UserError
 
 from ..measure import call_isolated, describe_machine
-from ..tables import Results, Row, Table
-from .programs import LOOKS, NANOGPT, OURS, default_programs, find_baseline
+from ..tables import Curves, Row, Table
+from .programs import LABELS, NANOGPT, OURS, default_programs
 from .trainer import train_timed
 
 TITLE = "baselines: "
@@ -46,9 +46,8 @@ class Request(NamedTuple):
     """Training time of each program; 0: as many steps as its settings say."""
     seeds: int
     programs: Sequence[str]
-    rates: Sequence[float]
-    """Learning rates to try for every baseline. A single one is used without a trial; none: that
-    of its settings."""
+    rate: float | None
+    """Learning rate of every baseline, in the place of that of its settings."""
 
 
 def make_requests(
@@ -57,27 +56,23 @@ def make_requests(
     seconds: Sequence[str],
     seeds: int,
     programs: Sequence[str],
-    rates: Sequence[str],
+    rate: float | None,
 ) -> list[Request]:
     """Check the flags of the command line, before hours of work.
 
     Raises:
-      UserError: there is no configuration, seconds are neither one number of at least 0 nor one
-        for each, rates are not different positive numbers; or a configuration has no text, holds
-        out none of it, or has no number of steps.
+      UserError: seconds are neither one number of at least 0 nor one for each configuration; or a
+        configuration has no text, holds out none of it, or has no number of steps.
     """
-    if not names:
-        raise UserError("--configs: name a configuration, such as base")
-    limits, tried = _numbers("seconds", seconds), _numbers("rates", rates)
-    if not all(0 <= limit < math.inf for limit in limits):
-        raise UserError(f"--seconds={','.join(seconds)}: must be 0 or more")
-    if len(limits) not in (1, len(names)):
+    try:
+        limits = [float(value) for value in seconds]
+    except ValueError as error:
+        raise UserError(f"--seconds={','.join(seconds)}: {error}; list numbers") from error
+    if len(limits) not in (1, len(names)) or not all(0 <= limit < math.inf for limit in limits):
         raise UserError(
-            f"--seconds={','.join(seconds)}: {counted(len(limits), 'value')} for "
-            f"{counted(len(names), 'configuration')}; give one, or one for each configuration"
+            f"--seconds={','.join(seconds)}: give one number of 0 or more, or one for each "
+            "configuration"
         )
-    if not all(0 < rate < math.inf for rate in tried) or len(set(tried)) < len(tried):
-        raise UserError(f"--rates={','.join(rates)}: list different positive numbers")
     requests = []
     for name, limit in zip(names, limits * len(names), strict=False):
         config = config_files.load_config(project.ROOT / "configs" / f"{name}.py")
@@ -92,41 +87,39 @@ def make_requests(
         if not config.train.steps and not limit:
             raise UserError(f"{name}: has no number of steps; give it a time, such as --seconds=60")
         chosen = programs or default_programs(config.data.tokenizer)
-        requests.append(Request(name, config, limit, seeds, chosen, tried))
+        requests.append(Request(name, config, limit, seeds, chosen, rate))
     return requests
 
 
-def _numbers(flag: str, values: Sequence[str]) -> list[float]:
-    try:
-        return [float(value) for value in values]
-    except ValueError as error:
-        raise UserError(f"--{flag}={','.join(values)}: {error}; list numbers") from error
-
-
-def run(requests: Sequence[Request], results: Results) -> Iterator[Table]:
-    """Train all programs; tables of their configurations so far, after each program.
+def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Table]:
+    """Train all programs; the table of their configuration so far, after each program.
 
     Raises:
       UserError: there are results of these configurations under other conditions; or, after all
         others, programs have failed.
     """
     machine, failed = describe_machine(), []
-    started = [start_results(request, results.tables, machine) for request in requests]
+    started = [start_results(request, kept, machine) for request in requests]
     for request, data in zip(requests, started, strict=True):
+        seconds = f"{request.seconds:g} s each." if request.seconds else "Steps of its settings."
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             for program in request.programs:
                 try:
-                    found = train_program(program, request, folder)
+                    runs = [train(program, request, folder, n) for n in range(request.seeds)]
                 except (subprocess.CalledProcessError, UserError) as error:
                     print(f"  {program}: {error}", flush=True)
                     failed.append(f"{program} of {request.name}")
                     continue
-                for key, rows in found.items():
-                    others = [row for row in data[key] if row["program"] != program]
-                    data[key] = [*others, *rows]
-                yield from tables_of(request.name, data)
-                if results.out is not None:
-                    write_file(results.out / "baselines.png", draw(results.tables))
+                data["runs"] = [row for row in data["runs"] if row["program"] != program] + runs
+                yield Table(
+                    f"{TITLE}{request.name}",
+                    summarize(request.name, data),
+                    panels_of(data),
+                    "seconds",
+                    f"baselines_{request.name}",
+                    text=seconds,
+                    data=data,
+                )
     if failed:
         raise UserError(f"failed, with the output above: {', '.join(failed)}")
 
@@ -141,59 +134,24 @@ def start_results(request: Request, kept: Mapping[str, Table], machine: Row) -> 
     unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
     conditions: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
     conditions |= {key: machine[key] for key in _CONDITIONS}
-    before = kept.get(f"{TITLE}{request.name}")
-    if before is None:
-        return {"conditions": conditions, "runs": [], "tried": []}
-    for key, old in before.data["conditions"].items():
-        if old != conditions[key]:
-            raise UserError(
-                f"--out: its results of {request.name} have {key} {old}, these "
-                f"{conditions[key]}; name another --out"
-            )
+    if (before := kept.get(f"{TITLE}{request.name}")) is None:
+        return {"conditions": conditions, "runs": []}
+    old = before.data["conditions"]
+    if others := [key for key in old if old[key] != conditions[key]]:
+        raise UserError(
+            f"--out: its results of {request.name} have other {', '.join(others)}; name another"
+        )
     return dict(before.data)
 
 
-def train_program(program: str, request: Request, folder: str) -> dict[str, list[Row]]:
-    """The ``runs`` of a program, one per seed, and before those the rates that were ``tried``.
-
-    The rate with the lowest loss on the last tenth of the training text is used. Ours are tuned in
-    their configurations.
-    """
-
-    def train(rate: float | None, seed: int = 0, is_tuning: bool = False) -> Row:
-        given: Row = {"config": request.config, "workdir": folder, "name": program, "rate": rate}
-        given |= {"seconds": request.seconds, "seed": seed, "is_tuning": is_tuning}
-        row: Row = call_isolated(train_timed, **given)
-        shown = (
-            f"{row['steps']:,} steps in {row['seconds']:.1f} s: {row['nats/token']:.4f} nats/token"
-        )
-        what = " on training text" * is_tuning
-        print(f"  {program}, rate {row['rate']}, seed {seed}{what}: {shown}", flush=True)
-        return row
-
-    rates, tried = request.rates, []
-    rate = None
-    if program != OURS:
-        rate = rates[0] if rates else find_baseline(program, request.config).rate
-        if len(rates) > 1:
-            tried = [train(rate, is_tuning=True) for rate in rates]
-            best = min(tried, key=lambda row: (math.isnan(row["loss"]), row["loss"]))
-            rate = best["rate"]
-    return {"runs": [train(rate, seed) for seed in range(request.seeds)], "tried": tried}
-
-
-def tables_of(name: str, data: Row) -> Iterator[Table]:
-    """Tables of a configuration: its losses, and the rates that were tried."""
-    seconds = data["conditions"]["seconds"]
-    budget = f"{seconds:g} s each" if seconds else "steps of its settings"
-    yield Table(f"{TITLE}{name}", summarize(name, data), text=f"{budget}.", data=data)
-    if data["tried"]:
-        rows: dict[str, Row] = {}
-        for each in data["tried"]:
-            row = rows.setdefault(each["program"], {"program": each["program"]})
-            row[f"rate {each['rate']:g}"] = each["nats/token"]
-        text = "Nats/token on the last tenth of the training text."
-        yield Table(f"{TITLE}{name}, learning rates", list(rows.values()), text=text)
+def train(program: str, request: Request, folder: str, seed: int) -> Row:
+    """Train a program in a process of its own; return the row of `train_timed`."""
+    rate = None if program == OURS else request.rate
+    given: Row = {"config": request.config, "workdir": folder, "name": program, "rate": rate}
+    row: Row = call_isolated(train_timed, **given, seconds=request.seconds, seed=seed)
+    steps = f"{row['steps']:,} steps in {row['seconds']:.1f} s"
+    print(f"  {program}, rate {row['rate']}, seed {seed}: {steps}: {row['loss']:.4f}", flush=True)
+    return row
 
 
 def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -234,51 +192,18 @@ def summarize(name: str, data: Row) -> list[Row]:
         rows.append(row)
     nanogpt = next((row for row in rows if row["program"] == NANOGPT), None)
     if nanogpt is not None and target is not None:
-        theirs = nanogpt[f"seconds to {target}"]
         for row in rows:
             mine = row[f"seconds to {target}"]
             row["of nanoGPT's run"] = mine and mine / nanogpt["seconds"]
-            row["of its time to that"] = mine and theirs and mine / theirs
     return rows
 
 
-def plot_style(program: str) -> Row:
-    """Arguments of ``plot`` for a program, the same in every picture."""
-    label, color, marker, line = LOOKS[program]
-    style: Row = {"label": label, "color": color, "marker": marker, "linestyle": line}
-    return style | {"linewidth": 1.2, "markerfacecolor": "none", "markersize": 5}
-
-
-def draw(kept: Mapping[str, Table]) -> bytes:
-    """A PNG file with a panel for every configuration: loss against seconds of training."""
-    found: dict[str, Any] = {
-        title.removeprefix(TITLE): table.data
-        for title, table in kept.items()
-        if title.startswith(TITLE) and table.data
-    }
-    programs = dict.fromkeys(run["program"] for data in found.values() for run in data["runs"])
-    columns = min(len(found), 2)
-    rows = -(-len(found) // columns)
-    with new_figure(5.8 * columns, 3.6 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axes in grid[len(found) :]:
-            axes.set_axis_off()
-        for axes, (name, data) in zip(grid, found.items(), strict=False):
-            unit, target = data["conditions"]["unit"], target_of(name, data)
-            for run in data["runs"]:
-                style = plot_style(run["program"]) | {"label": None}
-                axes.plot(*zip(*run["curve"], strict=True), **style)
-            axes.set(xscale="log", title=name, xlabel="seconds of training", ylabel=unit)
-            axes.set_yscale("log", subs=[1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8])
-            axes.xaxis.set_major_formatter("{x:,g}")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-            if target is not None:
-                axes.axhline(target, color="grey", linewidth=1)
-                at = axes.get_yaxis_transform()  # x as a share of the width, y a loss
-                axes.text(0.01, target, f"target {target}", va="bottom", transform=at)
-            axes.grid(axis="y", which="both")
-        for program in programs:
-            figure.axes[0].plot([], [], **plot_style(program))
-        add_legend(figure, figure.axes[0])
-        return png(figure)
+def panels_of(data: Row) -> dict[str, Curves]:
+    """Loss of the first seed of every program, by seconds of training."""
+    curves: dict[str, dict[str, float]] = {}
+    for run in data["runs"]:
+        seconds, losses = zip(*run["curve"], strict=True)
+        points = [2**n for n in range(16) if seconds[0] <= 2**n <= seconds[-1]]
+        curve = {str(x): float(np.interp(x, seconds, losses)) for x in points}
+        curves.setdefault(LABELS[run["program"]], curve)
+    return {data["conditions"]["unit"]: curves} if any(curves.values()) else {}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
+from simplernn_jax.training.optimizer import learning_rate_schedule
 
 from .programs import Baseline
 from .trainer import Trainer
@@ -87,31 +89,26 @@ class TorchTrainer(Trainer):
     """Training of one baseline; windows start from a zero state."""
 
     def __init__(
-        self,
-        baseline: Baseline,
-        corpus: TokenizedCorpus,
-        vocab: int,
-        steps: int,
-        rate: float,
-        seed: int,
+        self, baseline: Baseline, corpus: TokenizedCorpus, vocab: int, steps: int, seed: int
     ) -> None:
         super().__init__(corpus, baseline.data_config(), seed)
         torch.manual_seed(seed)
-        self._baseline, self._schedule = baseline, (steps, rate)
+        rates = learning_rate_schedule(baseline.schedule(steps), steps)(jnp.arange(1.0 * steps))
+        self._baseline, self._rates = baseline, iter(rates.tolist())
         self._model = GPT(baseline, vocab) if baseline.model == "gpt" else LSTM(baseline, vocab)
         self._trained: Any = torch.compile(self._model) if baseline.is_compiled else self._model
         self.parameters = sum(values.numel() for values in self._model.parameters())
         matrices = [values for values in self._model.parameters() if values.dim() == 2]
         others = [values for values in self._model.parameters() if values.dim() != 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
-        self._taken = 0
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
     def take(self, steps: int) -> None:
         """See `Trainer.take`."""
-        for step in range(self._taken, self._taken + steps):
+        for _ in range(steps):
+            rate = next(self._rates, 0.0)  # a trial may take more steps than its settings
             for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate(step, *self._schedule)
+                group["lr"] = rate
             batch = next(self._batches)
             logits, _ = self._trained(_ids(batch.tokens))
             targets = _ids(np.where(batch.loss_mask, batch.targets, -1))
@@ -120,7 +117,6 @@ class TorchTrainer(Trainer):
             loss.backward()
             nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
-        self._taken += steps
 
     def evaluate(self, limit_tokens: int = 0) -> float:
         """See `Trainer.evaluate`; attention sees overlapping contexts."""
@@ -155,15 +151,6 @@ class TorchTrainer(Trainer):
             nats = F.cross_entropy(logits.mT, targets, reduction="none").numpy()
             total += float(nats[batch.loss_mask[:, start:end]].sum(dtype=np.float64))
         return total, carry
-
-
-def learning_rate(step: int, steps: int, rate: float) -> float:
-    """Linear warmup over 5 % of the steps, then a cosine to a tenth of `rate`."""
-    warmup = steps // 20
-    if step < warmup:
-        return rate * (step + 1) / warmup
-    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
-    return rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def _ids(tokens: np.ndarray) -> Any:

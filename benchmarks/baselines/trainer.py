@@ -1,7 +1,6 @@
 """One training whose held-out loss is measured against the seconds of its steps."""
 
 import abc
-import dataclasses
 import importlib.util
 import math
 import time
@@ -13,7 +12,7 @@ import numpy as np
 from simplernn_jax.config import Config, DataConfig
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.data.evaluation_batches import evaluation_batches
-from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit
+from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
 from simplernn_jax.training.preparation import prepare
@@ -71,37 +70,22 @@ class Trainer(abc.ABC):
 
 
 def train_timed(
-    config: Config,
-    workdir: str,
-    name: str,
-    seconds: float = 0.0,
-    rate: float | None = None,
-    seed: int = 0,
-    is_tuning: bool = False,
+    config: Config, workdir: str, name: str, seconds: float, rate: float | None, seed: int
 ) -> Row:
-    """Train `name`, one of `LOOKS`, on the text of `config`; for `call_isolated`.
+    """Train `name`, one of `LABELS`, on the text of `config`; for `call_isolated`.
 
-    With `seconds`, the time of all steps, their number is estimated from some timed beforehand.
-    `rate` is the peak learning rate of a baseline, if not that of its settings. With `is_tuning`,
-    the last tenth of the training text is held out instead of the validation split, which does not
-    depend on `seed`, and only the final loss is computed.
+    With `seconds` above 0, the time of all steps, their number is estimated from some timed
+    beforehand. `rate` is the peak learning rate of a baseline, if not that of its settings.
 
     Returns:
-      Its sizes; ``nats/token`` of the whole held-out text; ``loss``, the same in nats/char for a
-      text of characters, else in bits/byte; and ``curve``, pairs of seconds of steps (without the
-      first, which compiles, and without evaluations) and loss of a part, shifted so that the last
-      is that of the whole.
-
-    Raises:
-      UserError: nothing is held out.
+      Its sizes; ``loss`` of the whole held-out text, in nats/char for a text of characters, else in
+      bits/byte; and ``curve``, pairs of seconds of steps (without the first, which compiles, and
+      without evaluations) and loss of a part, shifted so that the last is that of the whole.
     """
     config, corpus = prepare(config, workdir)
-    if corpus.validation is None:
-        raise UserError("baselines: nothing is held out; set config.data.validation_fraction")
-    corpus = hold_out_training_text(corpus) if is_tuning else corpus
     held_out: Any = corpus.validation
-    program = config.train if name == OURS else find_baseline(name, config)
-    steps = program.steps
+    baseline = None if name == OURS else find_baseline(name, config, rate)
+    steps = config.train.steps if baseline is None else baseline.steps
     if seconds:
         trial = make_trainer(name, config, corpus, steps, rate, seed)
         steps = max(2, int(seconds / seconds_per_step(trial, CALIBRATION * seconds)))
@@ -115,17 +99,18 @@ def train_timed(
         started = time.perf_counter()
         trainer.take(until - taken)
         trained, taken = trained + time.perf_counter() - started, until
-        if not is_tuning and (evaluating <= trained or point == POINTS):
+        if evaluating <= trained or point == POINTS:
             started = time.perf_counter()
             curve.append((trained, trainer.evaluate(CURVE_TOKENS)))
             evaluating += time.perf_counter() - started
     final, is_text = trainer.evaluate(), config.data.tokenizer != "char"
     unit = held_out.num_predictions / held_out.num_bytes / math.log(2) if is_text else 1.0
-    shift = final - curve[-1][1] if curve else 0.0
+    shift = final - curve[-1][1]
     shift = shift if math.isfinite(shift) else 0.0
     return {
-        **{"program": name, "seed": seed, "rate": rate, "parameters": trainer.parameters},
-        **{"steps": taken, "seconds": trained, "nats/token": final, "loss": unit * final},
+        **{"program": name, "seed": seed, "rate": baseline and baseline.rate},
+        **{"parameters": trainer.parameters, "steps": taken, "seconds": trained},
+        "loss": unit * final,
         "curve": [(seconds, unit * (loss + shift)) for seconds, loss in curve],
     }
 
@@ -142,17 +127,17 @@ def make_trainer(
         from .jax_trainers import OurTrainer
 
         return OurTrainer(config, corpus, steps, seed)
-    baseline = find_baseline(name, config)
-    settings = corpus, config.model.vocab_size, steps, rate or baseline.rate, seed
+    baseline = find_baseline(name, config, rate)
+    settings = baseline, corpus, config.model.vocab_size, steps, seed
     if baseline.model == "gru":
         from .jax_trainers import GRUTrainer
 
-        return GRUTrainer(baseline, *settings)
+        return GRUTrainer(*settings)
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"{name}: torch is not installed; run: pip install -e '.[bench]'")
     from .torch_trainers import TorchTrainer
 
-    return TorchTrainer(baseline, *settings)
+    return TorchTrainer(*settings)
 
 
 def seconds_per_step(trainer: Trainer, seconds: float) -> float:
@@ -164,26 +149,3 @@ def seconds_per_step(trainer: Trainer, seconds: float) -> float:
         trainer.take(count)
         taken += count
     return (time.perf_counter() - started) / taken
-
-
-def hold_out_training_text(corpus: TokenizedCorpus) -> TokenizedCorpus:
-    """The training split in two: its last tenth is held out to choose a learning rate."""
-    whole = corpus.train
-    cut, starts = len(whole.tokens) * 9 // 10, whole.document_starts
-    later = [0, *(starts[starts > cut] - cut)]
-    parts = (
-        ("train", slice(0, cut), starts[starts < cut]),
-        ("validation", slice(cut, None), np.array(later, starts.dtype)),
-    )
-    train, validation = (
-        TokenSplit(
-            name,
-            whole.tokens[part],
-            part_starts,
-            whole.num_bytes * len(whole.tokens[part]) // len(whole.tokens),
-            f"{whole.content_hash} {name}",
-            None if whole.targets is None else whole.targets[part],
-        )
-        for name, part, part_starts in parts
-    )
-    return dataclasses.replace(corpus, train=train, validation=validation)

@@ -4,11 +4,8 @@ import faulthandler
 import os
 import random
 import shutil
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +14,6 @@ from flax import nnx
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.cli.compilation_cache import delete_invalid_entries, seal_entries
 from simplernn_jax.config import Config
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -28,7 +24,7 @@ from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
 from simplernn_jax.inference.state import load_state, save_state
 from simplernn_jax.models import LanguageModel
 
-from .experiment import Case, experiment, run_cases
+from .experiment import Case, run_cases
 from .runs import bytes_of, quiet, read_checkpoint, run_quietly, small_config
 
 HANG_SECONDS = 120.0
@@ -37,35 +33,17 @@ _STEPS = 12
 """Steps of the run, which saves every third one."""
 _RESUMED = 6
 """One case in this many resumes the run, which takes longer than to load its model."""
-_NEEDED = ("checkpoints/", "config.json", "swap the folder")
-"""Corruption that may be rejected, also of a folder that was swapped with that of the checkpoints;
-all other files are for readers of the results."""
-_C_CODE, _C_CODE_EVERY = "C code", 20
-"""One store in this many is compiled C code, which is loaded in a process of its own."""
-_USES_C = """
-import numpy as np
-from simplernn_jax.ops.rms_norm import rms_norm
-x = np.random.default_rng(0).normal(size=(7, 99)).astype(np.float32)
-print(np.asarray(rms_norm(x, native=True)).tobytes().hex())
-"""
-_COMPILES_ONCE = """#!/bin/sh
-case "$1" in --version) exec cc "$@" ;; esac
-for last; do :; done
-if test -e {saved}; then cp {saved} "$last"; else cc "$@" && cp "$last" {saved}; fi
-"""
-"""Compiler of the C code."""
+_NEEDED = ("checkpoints/", "config.json")
+"""Corruption that may be rejected; all other files are for readers of the results."""
 
 
 class _Store(NamedTuple):
-    """Files that are copied, corrupted and read."""
+    """Files that are copied, corrupted and read; `read` raises `UserError` to reject them."""
 
     whole: Path
     corrupt: Path
-    """The folder that is read, which may hold a copy of `whole`."""
     read: Callable[[Path], Any]
-    """Read a folder; raises `UserError` to reject it."""
     allowed: list[Any]
-    """Results that are right."""
 
     def check(self, draw: random.Random, *folders: Path) -> tuple[str, str | None, str | None]:
         """Corrupt a file in each of the folders of a copy, and read it; a hang ends the process.
@@ -91,7 +69,6 @@ class _Store(NamedTuple):
         return what, message, problem
 
 
-@experiment(full=5000, quick=40)
 def corruption(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Corrupt files of a workdir are repaired, recovered from or rejected in one line.
 
@@ -127,15 +104,12 @@ def corruption(folder: Path, count: int, seed: int) -> Iterator[Case]:
     return run_cases(run_case, count, seed)
 
 
-@experiment(full=2000, quick=150)
 def stores(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Corrupt token stores, decoder states, programs, exports and C code are never used."""
+    """Corrupt token stores, decoder states and exports are never used."""
     kinds = _make_stores(folder)
-    others = [kind for kind in kinds if kind != _C_CODE]
 
     def run_case(number: int, draw: random.Random) -> Case:
-        is_c_code = number % _C_CODE_EVERY == _C_CODE_EVERY - 1
-        kind = _C_CODE if is_c_code else others[number % len(others)]
+        kind = list(kinds)[number % len(kinds)]
         what, _, problem = kinds[kind].check(draw, kinds[kind].corrupt)
         return Case(f"{number}: {kind}, {what}", problem, kind)
 
@@ -147,11 +121,6 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     config = small_config(folder, steps=1)
     run_quietly(config, folder / "run")
     model, tokenizer, _ = load_model(str(folder / "run"))
-    has_transformers = find_spec("torch") is not None and find_spec("transformers") is not None
-    exports = ["safetensors", "huggingface"] if has_transformers else ["safetensors"]
-    compiler = folder / "compiler"
-    compiler.write_text(_COMPILES_ONCE.format(saved=folder / "native.so"))
-    compiler.chmod(0o755)
 
     def read_tokens(path: Path) -> list[bytes]:
         corpus = prepare_corpus(config.data, 0, str(path), show_progress=False)
@@ -161,41 +130,20 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     def read_state(path: Path) -> tuple[bytes, ...]:
         return bytes_of(vars(load_state(str(path / "state"), model, tokenizer)))
 
-    def read_program(path: Path) -> bytes:
-        try:
-            delete_invalid_entries(path)
-        except OSError as error:  # of its lock: the cache is not used
-            raise UserError(f"not cached: {error}") from error
-        if not (path / "key-cache").exists():
-            raise UserError("compiled again")
-        return (path / "key-cache").read_bytes()
-
     def read_export(path: Path) -> Any:
         return contents_of(load_exported(str(path)))
 
-    def run_c_code(path: Path) -> bytes:
-        environment = os.environ | {"XDG_CACHE_HOME": str(path), "CC": str(compiler)}
-        words, seconds = [sys.executable, "-c", _USES_C], HANG_SECONDS / 2
-        return subprocess.check_output(
-            words, stderr=subprocess.DEVNULL, env=environment, timeout=seconds
-        )
-
-    reads = {"tokens": read_tokens, "state": read_state, "program": read_program}
-    reads |= dict.fromkeys(exports, read_export) | {_C_CODE: run_c_code}
+    reads = {"tokens": read_tokens, "state": read_state, "export": read_export}
     whole = {name: folder / name / "whole" for name in reads}
     for path in whole.values():
         path.mkdir(parents=True)
     state = generate(model, [1, 2, 3], max_new_tokens=5).state
     save_state(str(whole["state"] / "state"), state, model, tokenizer)
-    (whole["program"] / "key-cache").write_bytes(b"program" * 999)
-    (whole["program"] / "key-atime").write_bytes(bytes(8))
-    seal_entries(whole["program"])
-    for name in exports:
-        trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
-        find_format(name).write(trained, whole[name])
-        for path in whole[name].iterdir():
-            if path.name not in (RUN, WEIGHTS):  # for other programs
-                path.unlink()
+    trained = TrainedModel(model, tokenizer, config, str(folder / "run"))
+    find_format("safetensors").write(trained, whole["export"])
+    for path in whole["export"].iterdir():
+        if path.name not in (RUN, WEIGHTS):  # for other programs
+            path.unlink()
     return {
         name: _Store(whole[name], folder / name / "corrupt", read, [read(whole[name])])
         for name, read in reads.items()
@@ -228,14 +176,6 @@ def corrupt_file(folder: Path, draw: random.Random, top: Path | None = None) -> 
             path.write_bytes(content[:at] + bytes(len(content) - at))
         case "swap":
             path.write_bytes(other.read_bytes())
-        case "swap the folder of":
-            parents = {parent for file in files for parent in file.parents} - {path.parent}
-            neighbors = sorted(p for p in parents if p.parent == path.parent.parent)
-            if neighbors:
-                swapped, aside = draw.choice(neighbors), path.parent.with_name("aside")
-                path.parent.rename(aside)
-                swapped.rename(path.parent)
-                aside.rename(swapped)
         case _:
             path.unlink()
             _REPLACEMENTS[kind](path, other)
@@ -250,10 +190,7 @@ _REPLACEMENTS: dict[str, Callable[[Path, Path], object]] = {
     "put a link to another file in place of": lambda path, other: path.symlink_to(other),
     "put a FIFO in place of": lambda path, other: os.mkfifo(path),
 }
-_KINDS = (
-    *("flip a bit of", "truncate", "zero the end of", "swap", "swap the folder of"),
-    *_REPLACEMENTS,
-)
+_KINDS = ("flip a bit of", "truncate", "zero the end of", "swap", *_REPLACEMENTS)
 
 
 def contents_of(

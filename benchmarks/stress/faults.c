@@ -1,11 +1,10 @@
-/* Library for LD_PRELOAD: calls that write below a folder fail, take longer, or end the process.
+/* Library for LD_PRELOAD: calls that write below a folder fail or end the process.
 
    The environment variable FAULTS is "FIRST COUNT ACTION NUMBER RECORD FOLDER": of all calls that
    write below FOLDER, by all processes together, the FIRST-th (from 1) and the COUNT - 1 that
    follow it have a fault. ACTION is
      f   fail with errno NUMBER. If the FIRST-th writes data and more than one call fails, it
          writes half of the data, as on a disk that is full then.
-     d   take NUMBER microseconds more.
      s   send signal NUMBER to the process group, then succeed; calls that open a file to read it
          or delete it count as well.
 
@@ -74,7 +73,6 @@ static int failure(const char *call, int file, const char *name) {
         snprintf(record->first, sizeof record->first, "%s %s", call, path + length + 1);
     if (call_number < first || call_number - first >= count) return 0;
     if (action == 'f') return number;
-    if (action == 'd') usleep(number);
     if (action == 's') kill(0, number);
     return 0;
 }
@@ -156,16 +154,12 @@ OF_FILE(ssize_t, copy_file_range,
         to, n, flags)
 OF_FILE(int, ftruncate, (int file, off_t size), file, size)
 OF_FILE(int, ftruncate64, (int file, off64_t size), file, size)
-OF_FILE(int, fallocate, (int file, int mode, off_t at, off_t size), file, mode, at, size)
-OF_FILE(int, fallocate64, (int file, int mode, off64_t at, off64_t size), file, mode, at, size)
 OF_FILE(int, fsync, (int file), file)
 OF_FILE(int, fdatasync, (int file), file)
 OF_PATH(mkdir, (const char *path, mode_t mode), AT_FDCWD, path, mode)
 OF_PATH(mkdirat, (int at, const char *path, mode_t mode), at, at, path, mode)
 OF_PATH(rename, (const char *old, const char *path), AT_FDCWD, old, path)
 OF_PATH(renameat, (int from, const char *old, int at, const char *path), at, from, old, at, path)
-OF_PATH(renameat2, (int from, const char *old, int at, const char *path, unsigned flags), at, from,
-        old, at, path, flags)
 DELETES(unlink, (const char *path), AT_FDCWD, path)
 DELETES(unlinkat, (int at, const char *path, int flags), at, at, path, flags)
 DELETES(rmdir, (const char *path), AT_FDCWD, path)
@@ -173,5 +167,3 @@ OPENS(open, (const char *path, int flags, ...), AT_FDCWD, path, flags)
 OPENS(open64, (const char *path, int flags, ...), AT_FDCWD, path, flags)
 OPENS(openat, (int at, const char *path, int flags, ...), at, at, path, flags)
 OPENS(openat64, (int at, const char *path, int flags, ...), at, at, path, flags)
-OF_PATH(creat, (const char *path, mode_t mode), AT_FDCWD, path, mode)
-OF_PATH(creat64, (const char *path, mode_t mode), AT_FDCWD, path, mode)

@@ -1,4 +1,4 @@
-"""Runs that are killed or interrupted, or in which a call that writes fails, and that resume."""
+"""Runs that are killed, or in which a call that writes fails, and that resume."""
 
 import errno
 import os
@@ -6,40 +6,23 @@ import random
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.errors import UserError
-from simplernn_jax.training.metrics import read_metrics
 
-from .experiment import Case, experiment
-from .runs import (
-    STEPS,
-    Run,
-    Variant,
-    disturb_runs,
-    exit_code,
-    log_of,
-    send,
-    train,
-    wait_for_a_moment,
-)
+from .experiment import Case
+from .runs import Run, Variant, disturb_runs, exit_code, log_of
 
 ALL = 10**9
 """More calls than any run has."""
-FAIL, DELAY, SIGNAL = "fds"
-"""Actions; their numbers are an errno, microseconds and a signal. See ``faults.c``."""
+FAIL, SIGNAL = "fs"
+"""Actions; their numbers are an errno and a signal. See ``faults.c``."""
 _RECORD_BYTES = 8192
 
 
 class Faults:
-    """The library of ``faults.c``, compiled into a folder.
-
-    Raises:
-      UserError: there is no C compiler.
-    """
+    """The library of ``faults.c``, compiled into a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._library = folder, folder / "faults.so"
@@ -47,11 +30,7 @@ class Faults:
         source = str(Path(__file__).with_suffix(".c"))
         options = ("-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
         command = [*compiler, *options, source, "-o", str(self._library), "-ldl"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            raise UserError(f"{' '.join(command)}: {reason}; install a C compiler") from error
+        subprocess.run(command, check=True)
 
     def variables(
         self, below: Path, first: int = ALL, count: int = 1, action: str = FAIL, number: int = 0
@@ -73,19 +52,14 @@ class Faults:
         return self._folder / f"{'-'.join(below.relative_to(self._folder).parts)}.calls"
 
 
-_SAVES_WITHIN, _COMPILES_WITHIN = 10.0, 60.0
-"""Seconds in which an interrupted run must save and exit; the latter before the first step."""
 _FAILS_WITHIN = 120.0
 """Seconds in which a run must end whose calls fail."""
-_PYTHON_STARTS_WITHIN = 0.5
-"""Seconds in which Python itself, which has its own handlers of signals, starts."""
 _RESTORE_CALLS, _COMPILE_CALLS = 120, 90
 """Approximate number of calls that read a checkpoint, and that read and write compiled programs."""
 _ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 _NOT_REACHED = "not reached"
 """Kind of the runs that end before the call with a fault: threads vary the number of calls."""
 
-_COMMON = ("train.log_every=1",)
 _FLAGS = {
     "stream": (),
     "window": ("data.mode=window",),
@@ -98,13 +72,11 @@ _FLAGS = {
     "dropout": ("model.dropout=0.2",),
     "evaluation": ("train.eval_every=1",),
 }
-"""Flags of the runs that are killed or get a signal; most of the time of the last are evaluations.
-"""
+"""Flags of the runs that are killed; most of the time of the last are evaluations."""
 _SHORT = Variant("short", ("model.num_layers=1", "train.steps=9", "train.eval_every=3"))
 """The run whose calls fail. Three saves: with the third, the first is deleted."""
 
 
-@experiment(full=500, quick=2)
 def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run killed at a random moment and resumed ends with the same bytes.
 
@@ -113,28 +85,15 @@ def kill(folder: Path, count: int, seed: int) -> Iterator[Case]:
     ten while it reads or writes compiled programs.
     """
     faults = Faults(folder)
+    variants = [Variant(name, flags) for name, flags in _FLAGS.items()]
     return disturb_runs(
-        *(folder, count, seed, _variants(folder, count)),
+        *(folder, count, seed, variants),
         lambda run: _kill(faults, run),
         is_cold=lambda number: number % 10 == 3,
         alone=lambda above: faults.variables(above, action=SIGNAL),
     )
 
 
-@experiment(full=200, quick=2)
-def signals(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """A run that gets SIGTERM or SIGINT saves, exits, and resumes to the same bytes.
-
-    Signals come at random moments, to every third run twice. Every fifth run compiles all of its
-    programs, and gets the signal meanwhile.
-    """
-    variants = _variants(folder, count)
-    return disturb_runs(
-        folder, count, seed, variants, _interrupt, is_cold=lambda number: number % 5 == 0
-    )
-
-
-@experiment(full=600, quick=3)
 def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """A run in which any write fails ends in one line, and resumes to the same bytes.
 
@@ -148,15 +107,6 @@ def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
         is_cold=lambda number: number % 10 == 9,
         alone=faults.variables,
     )
-
-
-def _variants(folder: Path, count: int) -> list[Variant]:
-    variants = [Variant(name, (*_COMMON, *flags)) for name, flags in _FLAGS.items()]
-    if count > len(variants):
-        train(folder / "pretrained")
-        fine_tuned = (*_COMMON, f"train.init_from={folder}/pretrained")
-        variants.append(Variant("fine-tuning", fine_tuned))
-    return variants
 
 
 def _kill(faults: Faults, run: Run) -> tuple[str, str | None, str]:
@@ -177,50 +127,6 @@ def _kill(faults: Faults, run: Run) -> tuple[str, str | None, str]:
     if run.number % 10 == 1 and CheckpointFolder(str(run.workdir)).steps():
         call, kind = kill_at(checkpoints, _RESTORE_CALLS), "inside a restore"
     return f"killed in {call or 'no call'}", None, kind if call else _NOT_REACHED
-
-
-def _interrupt(run: Run) -> tuple[str, str | None, str]:
-    """Send a signal, or two soon after each other, and wait for the run's end."""
-    workdir, draw, is_twice = run.workdir, run.draw, run.number % 3 == 0
-    sent = draw.choice([signal.SIGTERM, signal.SIGINT])
-    began = time.monotonic()
-    with run.start({}) as (process,):
-        when = wait_for_a_moment(workdir, [process], draw, 0 if run.is_cold else None)
-        has_workdir, steps = workdir.exists(), _recorded_steps(workdir)
-        send(process, sent)
-        sent_after = time.monotonic() - began
-        if is_twice:
-            time.sleep(draw.uniform(0, 1))
-            send(process, sent)
-        started = time.monotonic()
-        code = exit_code(process, _SAVES_WITHIN if steps else _COMPILES_WITHIN)
-    took = f"{time.monotonic() - started:.1f} s"
-    log, saved = log_of(workdir), CheckpointFolder(str(workdir)).steps()
-    allowed = {75}
-    if STEPS in saved:
-        allowed.add(0)  # it had just ended
-    if sent == signal.SIGINT and not has_workdir:
-        allowed.add(130)
-    if sent_after < _PYTHON_STARTS_WITHIN:
-        allowed |= {-sent, 128 + sent, 1}
-    problem = None
-    if code is None:
-        problem = f"has not ended within {took}"
-    elif code not in allowed:
-        problem = f"ended with code {code}: {log[-500:]}"
-    elif "Traceback" in log and sent_after >= _PYTHON_STARTS_WITHIN:
-        problem = f"a traceback: {log[-500:]}"
-    elif not is_twice and max(saved, default=0) < steps:
-        problem = f"step {steps} was recorded, and no later one than {saved} is saved"
-    kind = f"{'two' if is_twice else 'one'} {sent.name}"
-    kind += " while compiling" if run.is_cold and not steps else ""
-    return f"{kind}, sent {when}, code {code} after {took}", problem, kind
-
-
-def _recorded_steps(workdir: Path) -> int:
-    """Last step in the metrics of a run; 0 before the first one."""
-    rows = read_metrics(str(workdir))
-    return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
 
 def _fail(faults: Faults, run: Run, seed: int) -> tuple[str, str | None, str]:

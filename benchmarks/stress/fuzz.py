@@ -1,44 +1,219 @@
-"""Coverage-guided fuzzing of everything that reads input.
+"""Mutated inputs of everything that reads a file which somebody else may have made."""
 
-A process of its own (`fuzz_target`) runs Atheris, which is libFuzzer for Python: it keeps each
-input that reaches a new branch of this package, and mutates those it has kept.
-"""
-
+import contextlib
+import dataclasses
+import faulthandler
+import gzip
+import io
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from simplernn_jax.project import ROOT
+import jax
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+import tokenizers
+import zstandard
+from flax import nnx
+from pyarrow import parquet
+from tokenizers import decoders, models, pre_tokenizers
 
-from .experiment import Case, experiment
+from simplernn_jax import load_model
+from simplernn_jax.config import DataConfig, from_json
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
+from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.tokenizer import load_tokenizer, tokenizer_from_json
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate, load_state, save_state
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
+from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+from simplernn_jax.training.metrics import FILE_NAME, read_metrics
 
-OUTCOMES = "outcomes.json"
-"""File in which the process leaves the number of inputs by kind, and all failures."""
-_SHOWN = 3000
+from .experiment import Case, run_cases
+from .mutation import mutated
+from .runs import quiet, run_quietly, small_config
+
+TEXT = "The naïve café — sells 13 кофе and 茶.\n\tIt <s> closes </s> at five 🙂!\r\n"
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo\n"},
+]
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+ALPACA = {"instruction": "add", "input": "1 2", "output": "3", "history": [["a", "b"]]}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_SECONDS, HANGS_AFTER = 5.0, 300.0
+"""CPU time of an input, and seconds after which the process ends with the stacks."""
 
 
-@experiment(full=1_000_000, quick=8000, package="atheris")
+class Reader(NamedTuple):
+    """Something that reads input."""
+
+    name: str
+    examples: Sequence[bytes]
+    """Valid inputs."""
+    read: Callable[[bytes], object]
+    """Use the input; anything but a rejection is a defect, wrong results included."""
+
+
 def fuzz(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Any input to a reader of files, requests or arguments is accepted or rejected in time."""
-    words = [sys.executable, "-m", f"{__package__}.fuzz_target", str(folder)]
-    words += [str(number) for number in (count, seed, os.getpid())]
-    path = os.pathsep.join([str(ROOT), *filter(os.path.isabs, sys.path)])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
-    log = folder / "log"
-    with open(log, "wb") as file:
-        process = subprocess.run(words, check=False, env=environment, stdout=file, stderr=file)
-    outcomes: dict[str, Any] = {"kinds": {}, "failures": []}
-    if (folder / OUTCOMES).exists():  # not after a signal
-        outcomes = json.loads((folder / OUTCOMES).read_text())
-    yield from (Case(*failure) for failure in outcomes["failures"])
-    for kind, number in outcomes["kinds"].items():
-        yield from [Case("an input", None, kind)] * number
-    num_inputs = len(outcomes["failures"]) + sum(outcomes["kinds"].values())
-    if process.returncode or num_inputs < count:
-        end = log.read_bytes()[-_SHOWN:].decode(errors="replace")
-        problem = f"ended the process with code {process.returncode}: {end}"
-        yield Case(f"input {num_inputs + 1}", problem)
+    """Any input to a reader of files is accepted, or rejected with a reason, in time."""
+    with quiet():
+        readers = [*_text_readers(folder), *_tokenizer_readers(folder), *_run_readers(folder)]
+        for reader in readers:
+            for example in reader.examples:
+                reader.read(example)  # or every input would be rejected
+
+    def run_case(number: int, draw: random.Random) -> Case:
+        reader = readers[number % len(readers)]
+        content = mutated(draw.choice(reader.examples), draw)
+        kind, problem = "accepted", None
+        faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+        started = time.process_time()
+        try:
+            with quiet():
+                reader.read(content)
+        except (UserError, TemplateError) as error:
+            kind, problem = "rejected", None if str(error).strip() else "rejected without a reason"
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # such as a panic of a library in Rust
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"{error!r:.300} at {place.filename}:{place.lineno}"
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        seconds = time.process_time() - started
+        if seconds > MAX_SECONDS and problem is None:
+            problem = f"took {seconds:.1f} s"
+        return Case(f"{number}: {reader.name}, {content[:10_000]!r}", problem, kind)
+
+    return run_cases(run_case, count, seed)
+
+
+def _of_file(
+    name: str, path: Path, read: Callable[[], object], examples: Sequence[bytes] = ()
+) -> Reader:
+    """A reader of a file, whose present content is the example by default."""
+
+    def write_and_read(content: bytes) -> None:
+        path.write_bytes(content)
+        read()
+
+    return Reader(name, examples or [path.read_bytes()], write_and_read)
+
+
+def _text_readers(folder: Path) -> Iterator[Reader]:
+    """Readers of each format of text and conversations."""
+    text, lines = TEXT.encode(), _lines({"text": TEXT, "n": 1.5}, {"text": ""}, {"text": "b"})
+    table = io.BytesIO()
+    parquet.write_table(pa.table({"text": [TEXT, "b"], "n": [1, 2]}), table)
+    chats = _lines({"messages": CHAT}, {"messages": CHAT[1:]}, SHAREGPT, ALPACA)
+    texts = {".txt": text, ".txt.gz": gzip.compress(text), ".txt.zst": zstandard.compress(text)}
+    texts |= {".jsonl": lines, ".jsonl.gz": gzip.compress(lines), ".parquet": table.getvalue()}
+    texts |= {".csv": f'n,text\n1,"{TEXT}"\n2,b\n'.encode(), ".chat.jsonl": chats}
+
+    def read(path: Path) -> None:
+        for errors in ("strict", "replace"):
+            config = DataConfig(source=str(path), encoding_errors=errors)
+            if ".chat" in path.name:
+                config = dataclasses.replace(config, template="roles", loss_mask="assistant")
+            documents = [
+                "".join(piece.text for piece in document.pieces)
+                for document in open_corpus(config).documents()
+            ]
+            if path.suffix == ".txt":
+                text = path.read_bytes().decode("utf-8", errors)
+                assert documents == [text.removeprefix("\ufeff")], "another text"
+
+    for suffix, content in texts.items():
+        path = folder / f"text{suffix}"
+        yield _of_file(suffix, path, lambda path=path: read(path), [content])  # type: ignore[misc]
+
+
+def _lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def byte_level_json(*special_tokens: str) -> str:
+    """JSON of a byte-level BPE of 307 ids, trained on `TEXT`."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=307,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 5, trainer)
+    return tokenizer.to_str()
+
+
+def _tokenizer_readers(folder: Path) -> Iterator[Reader]:
+    """Readers of tokenizers and of chat templates."""
+    library, path = byte_level_json("<s>"), folder / "tokenizer.json"
+    saved = {"kind": "pretrained", "tokenizer": library, "special_ids": {"bos_id": 0}}
+    kinds = [saved, {"kind": "char", "alphabet": "ab c\n"}]
+
+    def use(tokenizer: Any) -> None:
+        for text in ("a b", TEXT):
+            ids = tokenizer.encode(text)
+            assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "wrong ids"
+            tokenizer.decode(ids)
+        tokenizer.decode(range(-2, min(tokenizer.vocab_size + 2, 400)))
+
+    def use_saved(content: bytes) -> None:
+        tokenizer = tokenizer_from_json(_as_text(content))
+        with contextlib.suppress(UserError):  # the alphabet may lack characters of the text
+            use(tokenizer)
+
+    def render(content: bytes) -> None:
+        template = ChatTemplate(load_template(_as_text(content)))
+        template.render(CHAT, add_generation_prompt=True)
+        list(template.pieces([CHAT], only_assistant=True))
+
+    yield _of_file(path.name, path, lambda: use(load_tokenizer(str(path))), [library.encode()])
+    yield Reader("saved tokenizer", [json.dumps(kind).encode() for kind in kinds], use_saved)
+    yield Reader("chat template", [CHATML.encode(), load_template("roles").encode()], render)
+
+
+def _run_readers(folder: Path) -> Iterator[Reader]:
+    """Readers of what runs and exports write."""
+    run, path, fla = folder / "run", folder / "state.safetensors", folder / "fla"
+    run_quietly(small_config(folder, steps=3, save_every=3, eval_every=3), run)
+    model, tokenizer, config = load_model(str(run))
+    state = generate(model, [[1, 2, 3]], max_new_tokens=2).state
+    save_state(str(path), state, model, tokenizer)
+    weights = folder / "weights.safetensors"
+    safetensors.numpy.save_file(named_weights(model), weights)
+    gla = dataclasses.replace(config.model, block="swiglu", mixer="gla")
+    fla.mkdir()
+    named = named_weights(LanguageModel(gla, rngs=nnx.Rngs(0)))
+    safetensors.numpy.save_file(named, fla / "model.safetensors")
+    (fla / "config.json").write_text(json.dumps(to_fla_config(gla)))
+
+    def read_state() -> None:
+        found = load_state(str(path), model, tokenizer)
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+
+    configuration = (run / "config.json").read_bytes()
+    yield Reader("configuration", [configuration], lambda x: from_json(_as_text(x)))
+    yield _of_file("metrics", run / FILE_NAME, lambda: read_metrics(str(run)))
+    yield _of_file("state", path, read_state)
+    yield _of_file("weights", weights, lambda: read_pytorch_weights(str(weights)))
+    yield _of_file("settings of fla", fla / "config.json", lambda: load_gla_checkpoint(str(fla)))
+
+
+def _as_text(content: bytes) -> str:
+    """Decode an input that is given as text; lone surrogates stand for what is not UTF-8."""
+    return content.decode("utf-8", "surrogateescape")

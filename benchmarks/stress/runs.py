@@ -82,15 +82,12 @@ def start_run(
     size: int = 1,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    of_process: Mapping[int, Mapping[str, str]] | None = None,
-    ports: Mapping[int, int] | None = None,
 ) -> Iterator[list[Process]]:
     """Start or resume a small run of `size` processes; kill what is left of it in the end.
 
     It carries state between its batches. The parent of `workdir` has what runs share: corpus,
     compiled programs, and logs. `flags` of the configuration come last; `environment` replaces
-    variables, and `of_process` those of the processes of these numbers. `ports` are those through
-    which each process reaches the coordinator, which listens to that of process 0.
+    variables.
     """
     folder = workdir.parent
     corpus = write_text(folder / "corpus.txt")
@@ -108,21 +105,19 @@ def start_run(
     }
     if size > 1:
         words += ["--distributed", f"--num_processes={size}", "--join_timeout=30"]
+        words += [f"--coordinator=127.0.0.1:{free_port()}"]
         variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // size)}
-    ports = ports or dict.fromkeys(range(size), free_port())
     with open(workdir.with_suffix(".log"), "ab") as log:
         # A group of its own, so that a signal also reaches its child, which trains.
         processes = [
             subprocess.Popen(
-                [*words, f"--process_id={number}", f"--coordinator=127.0.0.1:{port}"]
-                if size > 1
-                else words,
-                env=variables | dict((of_process or {}).get(number, {})),
+                [*words, f"--process_id={number}"] if size > 1 else words,
+                env=variables,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-            for number, port in ports.items()
+            for number in range(size)
         ]
     try:
         yield processes
@@ -178,12 +173,8 @@ class Run(NamedTuple):
     """The same folder of a run that nothing disturbed."""
     is_cold: bool
     """Whether it starts without the compiled programs that the others share."""
-    start: Callable[..., contextlib.AbstractContextManager[list[Process]]]
-    """Start or resume it, with more variables; options as of `start_run`."""
-
-
-Disturbance = Callable[[Run], tuple[str, str | None, str]]
-"""Disturbs a run; returns a description, a problem and a kind."""
+    start: Callable[[Mapping[str, str]], contextlib.AbstractContextManager[list[Process]]]
+    """Start or resume it, with more variables."""
 
 
 def disturb_runs(
@@ -191,16 +182,15 @@ def disturb_runs(
     count: int,
     seed: int,
     variants: Sequence[Variant],
-    disturb: Disturbance,
+    disturb: Callable[[Run], tuple[str, str | None, str]],
     *,
     is_cold: Callable[[int], bool] = lambda number: False,
     alone: Callable[[Path], Mapping[str, str]] = lambda above: {},
-    resumes: bool = True,
 ) -> Iterator[Case]:
     """Disturb and resume `count` runs, which must end as those that nothing disturbs.
 
-    `alone` gives the latter more variables of their environment. Without `resumes`, disturbed runs
-    end by themselves.
+    `disturb` returns a description, a problem and a kind; `alone` gives runs that nothing disturbs
+    more variables of their environment.
     """
     shared = folder / "programs"
 
@@ -220,15 +210,13 @@ def disturb_runs(
         above.mkdir()
         programs = above / "programs" if is_cold(number) else shared
 
-        def start(more: Mapping[str, str], **others: Any) -> Any:
-            return start_run(above / "run", **options(variant, programs, more), **others)
+        def start(more: Mapping[str, str]) -> Any:
+            return start_run(above / "run", **options(variant, programs, more))
 
         paths = above / "run", folder / variant.name
         what, problem, kind = disturb(Run(number, draw, variant, *paths, is_cold(number), start))
-        if problem is None and resumes:
+        if problem is None:
             problem = resume(above / "run", expected[variant], **options(variant, programs, {}))
-        elif problem is None:
-            problem = difference(read_checkpoint(above / "run"), expected[variant])
         shutil.rmtree(above)
         return Case(f"run {number}, {variant.name}, {what}", problem, kind)
 
@@ -256,14 +244,9 @@ def exit_code(process: Process, seconds: float) -> int | None:
     return None
 
 
-def wait_for_a_moment(
-    workdir: Path, processes: list[Process], draw: random.Random, save: int | None = None
-) -> str:
-    """Wait until a random moment of the start, or after a random save; describe it.
-
-    `save` is the number of that save, if it is not random; 0 is the start.
-    """
-    save = draw.randrange(STEPS // SAVE_EVERY) if save is None else save
+def wait_for_a_moment(workdir: Path, processes: list[Process], draw: random.Random) -> str:
+    """Wait until a random moment of the start, or after a random save; describe it."""
+    save = draw.randrange(STEPS // SAVE_EVERY)
     wait_for_save(workdir, processes, save)
     seconds = draw.uniform(0, SAVE_SECONDS if save else START_SECONDS)
     time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Long runs and a long-lived server: memory, files, threads and speed stay as they are."""
+"""Long runs and a long-lived server: memory, files and threads stay as they are."""
 
 import asyncio
 import contextlib
@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from simplernn_jax.training.metrics import read_metrics
-
 from ..http_client import fetch
 from ..measure import resident_bytes
 from ..serving import save_untrained, serving
 from ..train_steps import load_config
-from .experiment import Case, experiment
+from .experiment import Case
 from .runs import log_of, start_run, wait_for_save, write_text
 
 STEPS, REQUESTS = 1000, 100
@@ -31,14 +29,11 @@ which frees what tracing and compiling left, 100 MB; and what a shorter run may 
 SAVES = 40
 """Saves of a run, however long: what `tensorstore.Spec.to_json` (0.1.86) returns, 2 kB, is never
 freed, and Orbax calls it for each array. The 20 saves between those samples add 2 MiB."""
-MAX_SLOWDOWN = 1.5
-"""Time per step, or of a request, in the last quarter over that in the second, each of the fastest:
-another process on the machine slows down single ones."""
 MAX_POOL = min(32, (os.cpu_count() or 1) + 4)
 """Threads of the pool of asyncio, which starts one whenever none is idle, up to this number."""
 _CLIENTS = 8
-_TIMED = {"prompt": "abc", "max_tokens": 20, "ignore_eos": True, "temperature": 0}
-"""The request that is timed."""
+_LEAVES = 0
+"""In the place of the status of a request whose client does not wait."""
 
 
 class Sample(NamedTuple):
@@ -47,13 +42,10 @@ class Sample(NamedTuple):
     memory: float
     files: int
     threads: int
-    seconds: float = 0.0
-    """Fastest of some equal requests to a server."""
 
 
-@experiment(full=100, quick=2, package="uvicorn")
 def soak(folder: Path, count: int, seed: int) -> Iterator[Case]:
-    """Long runs and servers need no more memory, files, threads or time per step.
+    """Long runs and servers need no more memory, files or threads.
 
     A run takes `count` times `STEPS` steps, and a server gets `count` times `REQUESTS` requests.
     """
@@ -78,12 +70,9 @@ def _train(workdir: Path, num_steps: int) -> Iterator[Case]:
             time.sleep(0.1)
     # The last sample may be of a process that ends.
     growth = MAX_GROWTH if num_steps >= SETTLED else MAX_UNSETTLED_GROWTH
-    what = f"{num_steps:,} steps"
-    yield from _compare(what, samples[:-1], growth, 0)
+    yield from _compare(f"{num_steps:,} steps", samples[:-1], growth, 0)
     problem = None if process.returncode == 0 else log_of(workdir)[-500:]
-    yield Case(f"{what}, exit code {process.returncode}", problem)
-    rows = [row for row in read_metrics(str(workdir)) if row["kind"] == "train"]
-    yield _compare_times(what, [1 / row["tokens_per_second"] for row in rows])
+    yield Case(f"{num_steps:,} steps, exit code {process.returncode}", problem)
 
 
 def _serve(folder: Path, number: int, seed: int) -> Iterator[Case]:
@@ -99,7 +88,6 @@ def _serve(folder: Path, number: int, seed: int) -> Iterator[Case]:
     yield Case(f"{what}, exit code {ended}", None if ended is None else "ended")
     yield Case(f"{what}, {len(wrong)} wrong answers", "; ".join(wrong[:5]) or None)
     yield from _compare(what, samples, MAX_GROWTH, MAX_POOL)
-    yield _compare_times(what, [sample.seconds for sample in samples])
 
 
 async def _send_all(url: str, pid: int, number: int, seed: int) -> tuple[list[Sample], list[str]]:
@@ -108,53 +96,35 @@ async def _send_all(url: str, pid: int, number: int, seed: int) -> tuple[list[Sa
     for start in range(0, number, _CLIENTS):
         draws = [random.Random(f"{seed} {start + i}") for i in range(min(_CLIENTS, number - start))]
         found = await asyncio.gather(*(_send(url, draw) for draw in draws))
+        while json.loads((await fetch(url, "GET", "/slots"))[1])["active"]:
+            await asyncio.sleep(0.01)  # until requests of clients that left are cancelled
         wrong += [problem for problem in found if problem is not None]
-        if not start % (5 * _CLIENTS):
-            while json.loads((await fetch(url, "/slots"))[1])["active"]:
-                await asyncio.sleep(0.01)  # until requests of clients that left are cancelled
-            seconds = [await _time_request(url) for _ in range(5)]
-            samples.append(_sample(pid)._replace(seconds=min(seconds)))
+        samples.append(_sample(pid))
     return samples, wrong
-
-
-async def _time_request(url: str) -> float:
-    start = time.perf_counter()
-    status, body = await fetch(url, "/v1/completions", _TIMED)
-    if status != 200:
-        raise RuntimeError(f"an answer of a running server: {status} {body[:200]!r}")
-    return time.perf_counter() - start
 
 
 async def _send(url: str, draw: random.Random) -> str | None:
     """Send a request of a random kind; describe an answer that is not as expected."""
     prompt = "".join(draw.choices("abcdefgh \n", k=draw.randint(1, 200)))
-    name, completions, states = f"s{draw.getrandbits(60)}", "/v1/completions", "/v1/states"
-    body = {"prompt": prompt, "max_tokens": draw.randint(1, 40), "ignore_eos": True}
-    leaving = 0
+    completions, states = "/v1/completions", "/v1/states"
+    name, body = f"s{draw.getrandbits(60)}", {"prompt": prompt, "ignore_eos": True}
     kinds: list[list[tuple[str, str, object, int]]] = [
-        [("POST", completions, body, 200)],
+        [("POST", completions, body | {"max_tokens": draw.randint(1, 40)}, 200)],
         [("POST", completions, body | {"stream": True, "n": 2, "logprobs": 3}, 200)],
-        [("POST", completions, body | {"stream": True, "max_tokens": 10**6}, leaving)],
-        [("POST", completions, body | {"max_tokens": 10**6}, leaving)],
-        [("POST", completions, body | {"temperature": "hot"}, 400)],
+        [("POST", completions, body | {"stream": True, "max_tokens": 10**6}, _LEAVES)],
+        [("POST", completions, body | {"max_tokens": 10**6}, _LEAVES)],
         [("POST", completions, prompt, 400)],
-        [("POST", "/v1/chat/completions", {"messages": []}, 400)],
-        [("POST", "/tokenize", {"prompt": prompt}, 200)],
-        [("POST", "/detokenize", {"tokens": [97, 10**9]}, 400)],
-        [("GET", f"/{name}", None, 404)],
-        [("GET", f"{states}/{name}", None, 404)],
         [("PUT", f"{states}/{name}/file", prompt, 400)],
         [("GET", "/metrics", None, 200)],
         [
             ("POST", states, {"prompt": prompt, "name": name}, 201),
-            ("GET", f"{states}/{name}", None, 200),
             ("DELETE", f"{states}/{name}", None, 200),
         ],
     ]
     for method, path, fields, expected in draw.choice(kinds):
         try:
             async with asyncio.timeout(None if expected else 0.02):
-                status, answer = await fetch(url, path, fields, method)
+                status, answer = await fetch(url, method, path, fields)
         except TimeoutError:
             return None  # has left
         if expected and status != expected:
@@ -171,21 +141,11 @@ def _sample(pid: int) -> Sample:
 def _compare(
     what: str, samples: Sequence[Sample], max_growth: int, new_threads: int
 ) -> Iterator[Case]:
-    """Compare the second quarter with the last one; the smallest samples, between saves."""
+    """Compare the smallest samples, between saves, of the second quarter and of the last one."""
+    count = len(samples)
     for name, bound in (("memory", max_growth), ("files", 0), ("threads", new_threads)):
-        second, last = _smallest([getattr(sample, name) for sample in samples])
-        growth = last - second
+        values = [getattr(sample, name) for sample in samples]
+        second, last = values[count // 4 : count // 2 or 1], values[3 * count // 4 :]
+        growth = min(last) - min(second)
         problem = None if growth <= bound else f"{growth:,.0f} more than before"
         yield Case(f"{what}, {name} {growth:+,.0f}", problem)
-
-
-def _compare_times(what: str, seconds: Sequence[float]) -> Case:
-    second, last = _smallest(seconds)
-    problem = None if last / second <= MAX_SLOWDOWN else "slower"
-    return Case(f"{what}, {last / second:.2f} times the time of each", problem)
-
-
-def _smallest(values: Sequence[float]) -> tuple[float, float]:
-    """Smallest values of the second and of the last quarter."""
-    count = len(values)
-    return min(values[count // 4 : count // 2 or 1]), min(values[3 * count // 4 :])

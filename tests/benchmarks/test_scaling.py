@@ -1,26 +1,24 @@
-"""``benchmark.py scaling`` at tiny sizes: results, never a time."""
+"""``benchmark.py scaling``, ``sizes`` and ``memory`` at tiny sizes: results, never a time."""
 
-import copy
+import json
 
 import jax
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import scaling, train_steps
+from benchmarks import scaling, sizes, train_steps
 from benchmarks.measure import Effort
-from simplernn_jax import config as config_lib
+from benchmarks.train_steps import count_parameters
+from simplernn_jax.config import validate
 
 pytestmark = pytest.mark.oldest_python
-
-BATCH, LENGTH = 8, 8
-EFFORT = Effort(1, 1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     config = small_config(
-        **{"batch_size": BATCH, "sequence_length": LENGTH, "steps": 3, "eval_tokens": 300},
+        **{"batch_size": 8, "sequence_length": 8, "steps": 3, "eval_tokens": 300},
         **{"source": write_corpus(folder / "texts", documents=30), "validation_fraction": 0.3},
     )
     return config, train_steps.train_on_corpus(config, str(folder)), folder
@@ -28,9 +26,9 @@ def trained(tmp_path_factory):
 
 def test_every_technique_is_valid_and_trains_on_as_many_tokens():
     for _, _, given in scaling.TECHNIQUES:
-        fields = {name: given[name] for name in given.keys() - {"seed", "recurrence"}}
+        fields = {name: given[name] for name in given.keys() - {"seed"}}
         config = train_steps.change(scaling.small_run(), **fields)
-        config_lib.validate(config)
+        validate(config)
         tokens = config.data.batch_size * config.data.sequence_length
         assert tokens == scaling.BATCH * scaling.LENGTH
 
@@ -46,35 +44,41 @@ def test_a_training_is_measured_and_another_seed_is_another_run_on_the_same_text
     assert any((one != two).any() for one, two in pairs)
 
 
-def test_evaluations_a_cached_prefix_and_a_step_without_compilation(trained, monkeypatch):
-    config, result, folder = trained
-    rows = scaling.evaluations(config, result, EFFORT)
-    assert rows[0]["nats/token"] == pytest.approx(result.measured["nats/token"], rel=1e-6)
-    assert len({row["nats/token"] for row in rows}) == len(rows)  # windows make a difference
+def test_a_cached_prefix_is_continued(trained, monkeypatch):
+    _, result, folder = trained
     monkeypatch.setattr(scaling, "PREFIX", 9)
-    prefilled, cached = scaling.cached_prefix(result, str(folder), EFFORT)
-    assert "9 tokens" in prefilled["change"]
+    prefilled, cached = scaling.cached_prefix(result, str(folder), Effort(1, 1))
+    assert "9 tokens prefilled" in prefilled["change"]
     assert "loaded" in cached["change"]
-    monkeypatch.setattr(scaling, "EAGER_TOKENS", 2)
-    eager = scaling.eager_step(copy.deepcopy(config))
-    assert eager["tokens/s"] > 0
 
 
-def test_truncation_is_biased_unless_the_window_covers_the_sequence(trained):
-    config, result, _ = trained
-    cut, whole = scaling.truncation_bias(copy.deepcopy(config), result, (2, LENGTH))
-    assert 1e-3 < cut["difference / whole"] < 1
-    assert 0 < cut["cosine"] < 1
-    assert whole["difference / whole"] < 1e-5
-    assert whole["cosine"] == pytest.approx(1)
+def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
+    fields = {"vocab_size": 264, "mlp_dim": 8, "num_heads": 4, "batch_size": 8, "data": 1}
+    config = small_config("residual", **fields)
+    monkeypatch.setattr(sizes.config_files, "load_config", lambda _: config)
+    monkeypatch.setattr(sizes, "NAMES", ("tiny",))
+    monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
+    (table,) = sizes.run()
+    data, fsdp, tensor = json.loads(json.dumps(table.rows))
+    assert data["parameters"] == count_parameters(config)
+    # Gradients, with a few sums of single numbers.
+    assert data["all-reduce"] * 1e6 == pytest.approx(4 * data["parameters"], abs=50)
+    assert data["all-gather"] == data["reduce-scatter"] == 0 < fsdp["reduce-scatter"]
+    assert fsdp["state and batch"] < data["state and batch"] / 4
+    assert tensor["all-reduce"] > fsdp["all-reduce"]
 
 
-def test_a_bfloat16_state_loses_more_with_the_position():
-    rows = scaling.state_errors(256)
-    assert [row["position"] for row in rows] == ["up to 16", "up to 64", "up to 256"]
-    assert max(row["float32"] for row in rows) < 1e-5
-    by_token = [row["bfloat16, each token"] for row in rows]
-    assert sorted(by_token) == by_token
-    # The first rounding by chunks is after 64 tokens.
-    by_chunk = [row["bfloat16, each 64 tokens"] for row in rows]
-    assert by_chunk[1] < 1e-5 < 1e-4 < by_chunk[2]
+def load_small(name, batch, length, **fields):
+    return small_config(batch_size=batch, sequence_length=length, **fields)
+
+
+def test_memory_against_length(monkeypatch):
+    monkeypatch.setattr(sizes, "load_config", load_small)
+    monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
+    techniques = {"plain": {}, sizes.SCAN: {}, "sharded": {"sequence": 2}}
+    monkeypatch.setattr(sizes, "TECHNIQUES", techniques)
+    monkeypatch.setattr(sizes, "LENGTHS", (256,))
+    (table,) = sizes.run_memory()
+    ((_, curves),) = table.panels.items()
+    plain, scan, sharded = (curves[name]["256"] for name in techniques)
+    assert sharded < plain != scan

@@ -1,68 +1,37 @@
-"""Registry of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
-
-import os
-import random
-import shutil
-import subprocess
-import sys
+"""The harness of ``scripts/stress.py``; its experiments are run by ``stress.py quick``."""
 
 import pytest
 from processes import assert_each_refused
 
-from benchmarks.measure import resident_bytes
 from benchmarks.stress import corruption
-from benchmarks.stress.corruption import corrupt_file
-from benchmarks.stress.experiment import (
-    EXPERIMENTS,
-    Case,
-    check_packages,
-    experiment,
-    run_cases,
-    run_experiment,
-)
+from benchmarks.stress.experiment import Case, Experiment, run_cases, run_experiment
 from simplernn_jax.checkpoint.folder import CheckpointFolder
-from simplernn_jax.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def registry(monkeypatch):
-    for name in list(EXPERIMENTS):
-        monkeypatch.delitem(EXPERIMENTS, name)
 
 
 def test_failures_are_reported(tmp_path, capsys):
-    @experiment(full=3, quick=1)
     def losing(*_):
-        """Nothing is lost.
-
-        More than the promise.
-        """
         return [Case("one", None, "a"), Case("two", "is lost", "b"), Case("three", None, "a")]
 
-    row = run_experiment("losing", tmp_path / "losing", 3, 7)
+    row = run_experiment("losing", Experiment(losing, 3, 1), tmp_path / "losing", 3, 7)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "losing: two: is lost"
     assert lines[1].startswith("losing: 3 cases, 1 failed (2 a, 1 b); ")
     assert row | {"s": 0} == {
-        **{"experiment": "losing", "promise": "Nothing is lost", "seed": 7},
+        **{"experiment": "losing", "seed": 7},
         **{"cases": 3, "failed": 1, "kinds": "2 a, 1 b", "s": 0},
     }
 
 
 def test_an_exception_or_no_case_is_a_failure(tmp_path, capsys):
-    @experiment(full=3, quick=1)
     def raising(*_):
         yield Case("one", None)
         raise RuntimeError("no compiler")
 
-    @experiment(full=3, quick=1)
-    def nothing(*_):
-        return []
-
-    row = run_experiment("raising", tmp_path / "a", 3, 7)
+    row = run_experiment("raising", Experiment(raising, 3, 1), tmp_path / "a", 3, 7)
     assert (row["cases"], row["failed"]) == (2, 1)
     assert "RuntimeError: no compiler" in capsys.readouterr().out
-    assert run_experiment("nothing", tmp_path / "b", 3, 7)["failed"] == 1
+    nothing = Experiment(lambda *_: [], 3, 1)
+    assert run_experiment("nothing", nothing, tmp_path / "b", 3, 7)["failed"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -86,50 +55,12 @@ def test_corruption_that_nothing_detects_is_found(tmp_path, monkeypatch):
             file.write_bytes(bytes(file.stat().st_size))
         return "checkpoints/"
 
-    def problems(name):
-        (tmp_path / name).mkdir()
-        return [case.problem for case in corruption.corruption(tmp_path / name, 4, 1)]
-
-    assert problems("checked") == [None] * 4
     monkeypatch.setattr(CheckpointFolder, "find_corruption", lambda *_: None)
     monkeypatch.setattr(corruption, "corrupt_file", zero_parameters)
-    assert None not in problems("unchecked")
-
-
-@pytest.mark.oldest_python
-def test_corruption_stays_in_its_folder(tmp_path):
-    """A link of one case would otherwise be followed when the next one copies the whole run."""
-    for path in ("whole/c", "whole/a/d", "whole/a/b/e", "whole/f/g"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(path)
-    inode = (tmp_path / "whole").stat().st_ino
-    what = set()
-    for seed in range(300):
-        shutil.rmtree(tmp_path / "corrupt", ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", tmp_path / "corrupt")
-        what.add(corrupt_file(tmp_path / "corrupt", random.Random(seed)))
-        assert (tmp_path / "whole").stat().st_ino == inode
-    assert {"swap the folder of a/d", "swap the folder of f/g", "swap the folder of c"} <= what
-
-
-def test_a_missing_package_is_named_before_anything_runs():
-    @experiment(full=1, quick=1, package="no_such_package")
-    def needing(*_):
-        return []
-
-    with pytest.raises(UserError, match=r"^needing needs no_such_package; run: pip install"):
-        check_packages(["needing"])
-
-
-def test_memory_of_a_process_that_has_just_ended():
-    """It is in /proc until it is waited for, without its memory."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(ProcessLookupError, match="it has ended"):
-            resident_bytes(process.pid)
+    assert None not in [case.problem for case in corruption.corruption(tmp_path, 4, 1)]
 
 
 def test_says_what_it_can_do():
-    names = "there are corruption, stores, determinism, kill"
+    names = "there are kill, full_disk, hosts, resume"
     cases = [(words, names) for words in ([], ["kill", "all"], ["unknown"])]
     assert_each_refused("scripts/stress.py", *cases)

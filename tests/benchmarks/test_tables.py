@@ -5,8 +5,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,7 +75,7 @@ def test_a_folder_keeps_the_tables_of_earlier_runs(tmp_path, capsys):
     results.add(Table("second", [{"a": 1}], data={"more": [1]}))
     results.add(Table("second", [{"a": 2}], data={"more": [2]}))
     page = (tmp_path / "table.md").read_text()
-    parts = ("## first", "](plot.png)", "A text.", "ms:\n\n", "## second", "| 2 |", "| first  ")
+    parts = ("## first", "](plot.png)", "A text.", "ms:\n\n", "## second", "| 2 |")
     positions = [page.index(part) for part in parts]
     assert positions == sorted(positions)
     assert Results(tmp_path).tables["second"].data == {"more": [2]}
@@ -87,12 +85,7 @@ def test_a_folder_keeps_the_tables_of_earlier_runs(tmp_path, capsys):
             Results(tmp_path)
 
 
-def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(
-    capfd, tmp_path, monkeypatch
-):
-    (tmp_path / "random.py").write_text("raise ImportError")  # nothing is imported from there
-    monkeypatch.chdir(tmp_path)
-    assert measure.call_isolated(os.getcwd) == str(tmp_path)
+def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(capfd):
     name, variable = "BENCHMARK_TEST", "a value"
     assert measure.call_isolated(os.getenv, {name: variable}, key=name) == variable
     with pytest.raises(subprocess.CalledProcessError):
@@ -102,34 +95,15 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(
         measure.call_isolated(open_corpus, config=DataConfig(source="nowhere"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_peak_of_a_process_counts_freed_memory():
-    peak = measure.process_peak(lambda: np.ones(2**24))  # 128 MiB
-    assert 100 * 2**20 < peak < 200 * 2**20
-
-
-@pytest.mark.parametrize("dtype", recurrence.DTYPES)
-def test_rates_of_the_recurrence_count_its_necessary_products(dtype, monkeypatch):
+def test_rates_of_the_recurrence_count_its_necessary_products(monkeypatch):
     fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
-    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), dtype, EFFORT)
+    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), "float32", EFFORT)
     json.dumps(row)
     multiply_adds = 2 * 19 * 3 * (2 + 4) * 5 * 7
     assert (row["ours ms"], row["scan / ours"]) == (500, 6)
     assert row["GFLOP/s"] == pytest.approx(2 * multiply_adds / 0.5 / 1e9)
     assert row["share"] == pytest.approx(row["GFLOP/s"] / row["ceiling GFLOP/s"])
     assert min(row[f"{name} MB"] for name in ("ours", "chunks", "scan")) > 0
-
-
-def test_other_programs_learn_the_batch():
-    *ours, gru = (
-        training.make_step(name, small_config("pytorch_reference"))
-        for name in training.PROGRAMS[:3]
-    )
-    np.testing.assert_allclose(
-        *[[float(step().loss) for _ in range(3)] for step in ours], rtol=1e-5
-    )
-    first, *_, last = [float(gru()) for _ in range(20)]
-    assert last < first
 
 
 def test_the_pytorch_loop_trains_our_plain_model(tmp_path):
@@ -163,45 +137,24 @@ def test_table_of_precisions_counts_six_operations_per_parameter_and_token(monke
     assert bfloat16["share"] == pytest.approx((flops / 0.125) / (2 * 8**3 / 0.25))
 
 
-def test_the_recomputed_token_and_every_matrix_in_the_products():
-    """Kernels and the embedding; the weights of the short convolution are in no matmul."""
+def test_the_recomputed_token_is_the_generated_one():
     config = small_config("base").model
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     prompt = decoding.random_tokens(config, 1, 9)
     generated = decoding.generate(model, prompt, max_new_tokens=1).tokens
     assert generated[0] == decoding.recompute_call(model, prompt)()
 
-    before = decoding.products_in_xla(model, 3)()
-    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    matrices = [leaf for path, leaf in leaves if path[-1] in ("kernel", "embedding")]
-    assert len(matrices) == 1 + config.num_layers * 8
-    for matrix in matrices:
-        value = matrix[...]
-        matrix.set_value(value[:, ::-1])
-        assert not np.allclose(decoding.products_in_xla(model, 3)(), before)
-        matrix.set_value(value)
-
-
-def test_plain_loops_leave_subnormal_numbers_as_they_are():
-    """Code that GCC links for -ffast-math flushes them in every later computation of the thread."""
-    decoding.products_in_c(LanguageModel(small_config("base").model, rngs=nnx.Rngs(0)), 1)()
-    assert sys.float_info.min / 2 > 0
-
 
 def test_bad_arguments_are_one_line():
     baselines = ["baselines", "--out=x"]
     assert_each_refused(
         ROOT / "scripts" / "benchmark.py",
-        ([], "name a benchmark: python scripts/benchmark.py ops|train|decode|startup|memory"),
+        ([], "name a benchmark: python scripts/benchmark.py ops|train|decode|serve|startup|memory"),
         (["attention", "--only=recal"], "'recal': no such measurement; did you mean"),
-        (["attention", "--blocks=2"], "--blocks: not of attention"),
         (["opps"], "'opps': no such benchmark; did you mean 'ops'?"),
         (["ops", f"--out={ROOT / 'README.md'}"], "README.md: file exists"),
         (["ops", "--blocks=0"], "blocks"),
-        (["sizes", "--configs=base"], "--configs: not of sizes"),
         ([*baselines, "--configs=tiny,bas"], "'bas': no such configuration; did you mean 'base'?"),
-        ([*baselines, "--configs=base,base"], "'base': this configuration is named twice"),
         ([*baselines, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
-        ([*baselines, "--calls=2"], "--calls: not of baselines"),
         imports="benchmarks.scaling",
     )

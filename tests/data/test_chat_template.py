@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from corpus_files import read_all, records, talk, write
 
-from benchmarks.stress.fuzz_data import CHATML
+from benchmarks.stress.fuzz import CHATML
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import BatchSource, document_ends
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template

@@ -12,7 +12,7 @@ from processes import run_python
 from small_tokenizers import byte_level, char_tokenizer, word_level
 from tokenizers import normalizers
 
-from benchmarks.stress.fuzz_data import TEXT, byte_level_json
+from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, prepare_corpus, tokenizer_from_json
 from simplernn_jax.errors import UserError

@@ -16,7 +16,7 @@ from processes import run_scripts
 from small_runs import small_config, write_corpus
 from small_tokenizers import byte_level, pretrained, word_level
 
-from benchmarks.stress.fuzz_data import TEXT, byte_level_json
+from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export

@@ -17,7 +17,7 @@ from flax import nnx
 from small_runs import HYBRID, small_config, untrained_run, write_corpus
 from small_tokenizers import pretrained
 
-from benchmarks.stress.fuzz_data import TEXT, byte_level_json
+from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.errors import UserError

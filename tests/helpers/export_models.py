@@ -3,7 +3,7 @@
 from flax import nnx
 from small_tokenizers import bpe_of, char_tokenizer, pretrained
 
-from benchmarks.stress.fuzz_data import TEXT, byte_level_json
+from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data import load_tokenizer
 from simplernn_jax.export.formats import TrainedModel
