@@ -252,6 +252,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if {"-h", "-help", "--help"} & set(options):
         print(_help())
         sys.exit(0)
+    if any(word.partition("=")[0] in ("-flagfile", "--flagfile") for word in options):
+        raise UserError("--flagfile: not supported, name the flags")  # absl would read any device
     try:
         arguments: list[str] = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:

@@ -263,9 +263,20 @@ atexit.register(_RENDERER.close)
 def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Message]:
     """Return the messages of a record, which are in `field`, in the form of OpenAI or ShareGPT.
 
+    A record without ``messages`` may have ShareGPT's ``conversations``, or Alpaca's
+    ``instruction``, ``input`` and ``output``.
+
     Raises:
       TemplateError: it lacks the field, or has something else in it.
     """
+    if field == "messages" not in record:
+        if {"instruction", "output"} <= record.keys():
+            parts = [record["instruction"], record.get("input") or ""]
+            question = "\n".join(map(str, filter(None, parts)))
+            pairs = [("user", question), ("assistant", record["output"])]
+            record = {field: [{"role": role, "content": content} for role, content in pairs]}
+        elif "conversations" in record:
+            field = "conversations"
     if field not in record:
         raise TemplateError(
             f"no field {field!r}; it has {', '.join([*record][:8]) or 'none'}: name the one with "

@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
@@ -94,7 +95,12 @@ def _glob_files(source: str, pattern: str, exclude: frozenset[str]) -> list[Sour
     found = [] if top is None else sorted(map(str, _matching_files(Path(top), pattern, exclude)))
     if not found:
         what = "no such file or folder" if top is None else "no file matches this glob"
-        advice = "; download it first, and give its path" if "://" in source else ""
+        advice = ""
+        if source.startswith("hf://") or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            hub = "hf download --repo-type dataset USER/NAME --local-dir FOLDER"
+            advice = f"; a dataset of the Hugging Face hub is downloaded first, with {hub}"
+        elif "://" in source:
+            advice = "; download it first, and give its path"
         shown = one_line(source, 200)  # so that what is wrong with it is not left out
         raise UserError(f"{shown}: {what} (looked from {os.getcwd()}){advice}")
     root = os.path.commonpath(found) if len(found) > 1 else os.path.dirname(found[0])

@@ -7,6 +7,7 @@ after step t. A checkpoint captures that state and the data position of step t +
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -311,6 +312,12 @@ class Trainer:
             lines["speed"] = f"{timer.tokens_per_second:,.0f} tokens/s"
         if evaluation is not None:
             lines["all held-out text"] = f"{evaluation}, {evaluation.predictions:,} predictions"
+            uniform = math.log(run.corpus.tokenizer.vocab_size)
+            if evaluation.nats_per_token >= 0.98 * uniform:
+                lines["warning"] = (
+                    f"not clearly better than uniform guessing ({uniform:.4f} nats/token); train "
+                    "for more steps, or with another config.optimizer.learning_rate"
+                )
         lines |= run.history.summary(stopped_early=run.stopped_early)
         if is_coordinator():
             lines["loss curve"] = plot_loss(run.workdir, self._model)

@@ -74,8 +74,8 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     template = load_template(config.data.template) if config.data.template else ""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))
     if saved is not None:
-        _check_source(config.data.source, saved[0].data.source, workdir)
         _check_same_batches(config, saved[0])
+        _check_source(config.data.source, saved[0].data.source, workdir)
         tokenizer = tokenizer_from_json(saved[1])
     corpus = prepare_corpus(
         config.data,

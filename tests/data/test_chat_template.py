@@ -177,9 +177,18 @@ def test_templates_come_from_files(tmp_path):
 
 def test_records_of_sharegpt(tmp_path):
     chat = [{"from": "system", "value": "S"}, {"from": "human", "value": "a"}]
-    path = write(tmp_path / "a.jsonl", records({"talk": [*chat, {"from": "gpt", "value": "b"}]}))
-    texts = read_all(path, template="roles", field="talk")
-    assert [*texts.values()] == ["\x01S\x04\x02a\x04\x03b\x04"]
+    record = {"conversations": [*chat, {"from": "gpt", "value": "b"}]}
+    path = write(tmp_path / "a.jsonl", records(record))
+    for field in ({}, {"field": "conversations"}):
+        texts = read_all(path, template="roles", **field)
+        assert [*texts.values()] == ["\x01S\x04\x02a\x04\x03b\x04"]
+
+
+def test_records_of_alpaca(tmp_path):
+    whole = {"instruction": "add", "input": "1 2", "output": "3"}
+    path = write(tmp_path / "a.jsonl", records(whole, {"instruction": "go", "output": ""}))
+    texts = read_all(path, template="roles")
+    assert [*texts.values()] == ["\x02add\n1 2\x04\x033\x04", "\x02go\x04\x03\x04"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +197,7 @@ def test_records_of_sharegpt(tmp_path):
         ({"prompt": "a", "output": "b"}, "no field 'messages'; it has prompt, output: name the"),
         ({"messages": [{"from": ["a"], "value": "a"}]}, r"role \['a'\]; known are human, "),
         ({"messages": [{"from": "gpt", "value": 1}]}, "message 0 has no text"),
+        ({"instruction": "a", "output": None}, "message 1 has no text"),
         ({"messages": "text"}, "not a list"),
         ({"messages": []}, "not a list"),
         ({"messages": ["a"]}, "message 0 is of type str"),

@@ -171,6 +171,7 @@ def test_only_regular_files_are_opened(tmp_path):
         ("self", "not a regular file"),
         ("~nosuchuser/a.txt", "no such file or folder"),
         ("a\0*", "no path holds a NUL"),
+        ("hf://datasets/user/name", "hf download --repo-type dataset USER/NAME"),
         ("https://example.org/a.txt", "download it first, and give its path"),
         ("a:1,\udfff:2", "half a surrogate pair; correct it"),
         ("caf\udce9.txt", "no such file or folder"),  # a byte of a file name

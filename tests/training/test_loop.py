@@ -122,6 +122,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert read_metrics(str(workdir)) == rows
     output = capsys.readouterr().out
     assert "all steps are done" in output
+    assert "not clearly better than uniform guessing" in output
     assert "first step" not in output
     train(with_train(config, steps=3), workdir)  # "all steps are done": it keeps its configuration
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
