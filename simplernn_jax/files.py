@@ -88,8 +88,12 @@ def read_file(
     with open_file(path, follow_link=follow_link) as file:
         if only_own:
             check_owner(os.fstat(file.fileno()), path)
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        # `read` allocates all that it may return: request little more than the file's size.
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= limit else b""
+        if size < len(content) <= limit:  # of a growing file, or one without a size
+            content += file.read(limit + 1 - len(content))
+    if max(size, len(content)) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
     return content
 

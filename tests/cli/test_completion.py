@@ -61,7 +61,7 @@ def complete(script, folder, *words):
         ),
         (["train", "--nodis"], ["--nodistributed"]),
         (["launch_local", "2", "--workd"], ["--workdir"]),
-        (["benchmark", "s"], ["startup", "scaling", "serve", "sizes"]),
+        (["benchmark", "s"], ["serve", "startup", "scaling", "sizes"]),
         (["evaluate", "--split", ""], ["validation", "train"]),
         (["evaluate", "--split=t"], ["--split=train"]),  # as zsh splits them
         (["train", "--config", "ti"], ["tiny", "tiny_mine.py"]),
