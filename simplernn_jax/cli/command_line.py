@@ -35,6 +35,19 @@ flags.disclaim_key_flags()  # --help lists these flags under the script that def
 _MAX_TEXT_BYTES = 1 << 30
 
 
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_new_tokens": "max_length max_tokens num_tokens",
+    "num_samples": "n",
+    "out": "o output output_dir",
+    "prompt": "text",
+    "source": "data dataset file text text_file",
+    "steps": "iters max_iters max_steps",
+    "workdir": "logdir log_dir out_dir output_dir run_dir",
+}
+"""What other programs call the flags and fields of this project."""
+
+
 class Arguments:
     """Positional arguments of the command line."""
 
@@ -280,7 +293,8 @@ def _nearest_flag(name: str) -> str:
     fields = [f"config.{field}" for field in by_field(Config())] if "config" in own else []
     known = {one.rpartition(".")[2]: f"--{one}" for one in [*fields, *own]}
     name = name.rpartition(".")[2].replace("-", "_")
-    near = [one for one in known if len(name) > 2 and one.startswith(name)]
+    near = [one for one, others in _OTHER_NAMES.items() if one in known and name in others.split()]
+    near += [one for one in known if len(name) > 2 and one.startswith(name)]
     near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {known[near[0]]!r}?" if near else ""
 

@@ -112,6 +112,9 @@ def test_wrong_flag_is_one_line(tmp_path):
     [
         ("train", "learnig-rate", "config.optimizer.learning_rate"),
         ("train", "epochs", "config.train.epochs"),
+        ("train", "config.optimizer.lr", "config.optimizer.learning_rate"),
+        ("sample", "n", "num_samples"),
+        ("evaluate", "text_file", "source"),
         ("sample", "temp", "temperature"),
         ("sample", "v1", ""),
     ],
