@@ -82,8 +82,10 @@ class Engine:
         architecture, self.parameters = split_model(model)
         self.is_native = architecture.decodes_natively
         """True if a C function decodes the model."""
-        self.weights = weights_for(architecture, self.parameters)
         self.programs = programs_for(architecture)
+        self.weights: Any = self.parameters
+        if self.is_native:
+            self.weights = _packed_weights(architecture, self.parameters)
 
     def chunk_length(self, num_left: int, lengths: Sequence[int]) -> int:
         """Choose the length of the next chunk of a prompt that has `num_left` tokens left, over 0.
@@ -186,35 +188,23 @@ _packed: list[tuple[Architecture, list[weakref.ref[Array]], DecoderWeights]] = [
 """The newest packed weights, as long as their parameters exist."""
 
 
-def weights_for(architecture: Architecture, parameters: list[Array]) -> Any:
-    """Return the weights of the programs: parameters, or those of the C function.
-
-    The newest ones are kept for further calls with the same arrays.
-    """
-    if not architecture.decodes_natively:
-        return parameters
+def _packed_weights(architecture: Architecture, parameters: list[Array]) -> DecoderWeights:
+    """Return the weights of the C function, those of an earlier call if it had the same arrays."""
     for kept, references, weights in list(_packed):
         is_same = all(ref() is x for ref, x in zip(references, parameters, strict=False))
         if is_same and kept == architecture:
             return weights
-    weights = _pack(architecture)(parameters)
+    weights = programs_for(architecture).pack(parameters)
     references = [weakref.ref(x, lambda _: _packed.clear()) for x in parameters]
     _packed[:] = [(architecture, references, weights)]
     return weights
 
 
-@functools.lru_cache(maxsize=16)
-def _pack(architecture: Architecture) -> Callable[[list[Array]], DecoderWeights]:
-    def pack(parameters: list[Array]) -> DecoderWeights:
-        model = architecture.merge(parameters)
-        return decoder_weights(model, weight_format(model))
-
-    return jax.jit(pack)
-
-
 class _Programs(NamedTuple):
-    """Jitted functions of one architecture, for the methods of `Engine`."""
+    """Jitted functions of one architecture, for `Engine`."""
 
+    pack: Callable[[list[Array]], DecoderWeights]
+    """Makes the weights of the C function."""
     prefill: Callable[..., tuple[tuple[PrefixState, jax.Array], ...]]
     score: Callable[..., TokenLogprobs]
     decode: Callable[..., tuple[Block, Sequences]]
@@ -226,6 +216,10 @@ def programs_for(architecture: Architecture) -> _Programs:
 
     Cached here, because hashing a graph at every dispatch takes as long as a token.
     """
+
+    def pack(parameters: list[Array]) -> DecoderWeights:
+        model = architecture.merge(parameters)
+        return decoder_weights(model, weight_format(model))
 
     def prefill(
         weights: Any,
@@ -249,7 +243,9 @@ def programs_for(architecture: Architecture) -> _Programs:
         return token_logprobs(architecture.merge(parameters).logits(hidden)[0], targets)
 
     decode = functools.partial(_decode, architecture)
-    return _Programs(jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1))
+    return _Programs(
+        jax.jit(pack), jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1)
+    )
 
 
 def _advance(
