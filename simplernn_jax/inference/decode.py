@@ -171,16 +171,12 @@ def _prefill(engine: Engine, state: DecoderState, prompts: list[np.ndarray]) -> 
     now, lengths = PrefixState(state.layers, state.logits), CHUNK_LENGTHS
     if engine.is_native:
         lengths = (max(1, NATIVE_TOKENS // len(prompts)),)
-    size = np.asarray([len(prompt) for prompt in prompts])
-    done = np.zeros_like(size)
-    while (size > done).any():
-        length, count = engine.next_chunk(size - done, lengths)
-        tokens = np.zeros((len(prompts), length), np.int32)
-        for index in np.flatnonzero(count):
-            tokens[index, : count[index]] = prompts[index][done[index] :][: count[index]]
-        ((now, _),) = engine.prefill([now], tokens, count)
-        done += count
-    finished = jnp.asarray(np.asarray(state.finished) & (size == 0))
+    left = prompts
+    while num_left := max(map(len, left), default=0):
+        ((now, _),), counts = engine.prefill([now], left, engine.chunk_length(num_left, lengths))
+        left = [prompt[count:] for prompt, count in zip(left, counts, strict=True)]
+    is_empty = np.array([len(prompt) == 0 for prompt in prompts])
+    finished = jnp.asarray(np.asarray(state.finished) & is_empty)
     state = dataclasses.replace(state, layers=now.layers, logits=now.logits, finished=finished)
     return _with_recent(state, prompts)
 

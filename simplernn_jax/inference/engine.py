@@ -82,44 +82,44 @@ class Engine:
         architecture, self.parameters = split_model(model)
         self.is_native = architecture.decodes_natively
         """True if a C function decodes the model."""
-        self.weights = weights_for(architecture, self.parameters)
         self.programs = programs_for(architecture)
-
-    def next_chunk(self, left: np.ndarray, lengths: Sequence[int]) -> tuple[int, np.ndarray]:
-        """Plan the next chunk of prompts that have `left` [B] tokens left.
-
-        Chunks have few lengths, so that few programs serve every prompt. They need no padding, so
-        that the state of a sequence depends on its own tokens alone: a sequence with fewer tokens
-        waits for a shorter chunk, except if `is_native`, where it may have fewer than the others.
-
-        Args:
-          left: not all 0.
-          lengths: of chunks, the longest first, 1 last unless `is_native`.
-
-        Returns:
-          The length of the chunk, and how many tokens [B] of each prompt it takes.
-        """
+        self.weights: Any = self.parameters
         if self.is_native:
-            return lengths[0], np.minimum(left, lengths[0]).astype(np.int32)
-        length = next(length for length in lengths if length <= left.max())
-        return length, np.where(left >= length, length, 0).astype(np.int32)
+            self.weights = _packed_weights(architecture, self.parameters)
+
+    def chunk_length(self, num_left: int, lengths: Sequence[int]) -> int:
+        """Choose the length of the next chunk of a prompt that has `num_left` tokens left, over 0.
+
+        `lengths` begins with the longest, and ends with 1 unless `is_native`: chunks have few
+        lengths, so that few programs serve every prompt.
+        """
+        return lengths[0] if self.is_native else next(n for n in lengths if n <= num_left)
 
     def prefill(
-        self, states: Sequence[PrefixState], tokens: np.ndarray, num_tokens: np.ndarray
-    ) -> tuple[tuple[PrefixState, jax.Array], ...]:
+        self, states: Sequence[PrefixState], prompts: Sequence[np.ndarray], length: int
+    ) -> tuple[tuple[tuple[PrefixState, jax.Array], ...], np.ndarray]:
         """Advance states, which have B sequences together, by the next chunk of their prompts.
+
+        Chunks need no padding, so that the state of a sequence depends on its own tokens alone: a
+        sequence with fewer tokens keeps its state and waits for a shorter chunk, except if
+        `is_native`, where it may have fewer than the others.
 
         Args:
           states: before the chunk.
-          tokens: [B, T].
-          num_tokens: [B], the first tokens of each sequence that are prefilled: 0, which keeps its
-            state, or T, or any number between if `is_native`.
+          prompts: what is left of the prompts of all B sequences.
+          length: of the chunk, T.
 
         Returns:
           Each state after the chunk, and the inputs of the head at all its tokens, [b, T, D], which
-          mean nothing from `num_tokens` on.
+          mean nothing for tokens that were not taken; and [B] the tokens taken of each prompt.
         """
-        return self.programs.prefill(self.weights, tuple(states), tokens, num_tokens)
+        counts = np.array([min(len(prompt), length) for prompt in prompts], np.int32)
+        if not self.is_native:
+            counts[counts < length] = 0
+        tokens = np.zeros((len(prompts), length), np.int32)
+        for row, prompt, count in zip(tokens, prompts, counts, strict=True):
+            row[:count] = prompt[:count]
+        return self.programs.prefill(self.weights, tuple(states), tokens, counts), counts
 
     def score(self, hidden: jax.Array, targets: np.ndarray) -> TokenLogprobs:
         """Compute the log-probabilities of `targets` [T] from inputs of the head, [1, T, D]."""
@@ -188,35 +188,23 @@ _packed: list[tuple[Architecture, list[weakref.ref[Array]], DecoderWeights]] = [
 """The newest packed weights, as long as their parameters exist."""
 
 
-def weights_for(architecture: Architecture, parameters: list[Array]) -> Any:
-    """Return the weights of the programs: parameters, or those of the C function.
-
-    The newest ones are kept for further calls with the same arrays.
-    """
-    if not architecture.decodes_natively:
-        return parameters
+def _packed_weights(architecture: Architecture, parameters: list[Array]) -> DecoderWeights:
+    """Return the weights of the C function, those of an earlier call if it had the same arrays."""
     for kept, references, weights in list(_packed):
         is_same = all(ref() is x for ref, x in zip(references, parameters, strict=False))
         if is_same and kept == architecture:
             return weights
-    weights = _pack(architecture)(parameters)
+    weights = programs_for(architecture).pack(parameters)
     references = [weakref.ref(x, lambda _: _packed.clear()) for x in parameters]
     _packed[:] = [(architecture, references, weights)]
     return weights
 
 
-@functools.lru_cache(maxsize=16)
-def _pack(architecture: Architecture) -> Callable[[list[Array]], DecoderWeights]:
-    def pack(parameters: list[Array]) -> DecoderWeights:
-        model = architecture.merge(parameters)
-        return decoder_weights(model, weight_format(model))
-
-    return jax.jit(pack)
-
-
 class _Programs(NamedTuple):
-    """Jitted functions of one architecture, for the methods of `Engine`."""
+    """Jitted functions of one architecture, for `Engine`."""
 
+    pack: Callable[[list[Array]], DecoderWeights]
+    """Makes the weights of the C function."""
     prefill: Callable[..., tuple[tuple[PrefixState, jax.Array], ...]]
     score: Callable[..., TokenLogprobs]
     decode: Callable[..., tuple[Block, Sequences]]
@@ -228,6 +216,10 @@ def programs_for(architecture: Architecture) -> _Programs:
 
     Cached here, because hashing a graph at every dispatch takes as long as a token.
     """
+
+    def pack(parameters: list[Array]) -> DecoderWeights:
+        model = architecture.merge(parameters)
+        return decoder_weights(model, weight_format(model))
 
     def prefill(
         weights: Any,
@@ -251,7 +243,9 @@ def programs_for(architecture: Architecture) -> _Programs:
         return token_logprobs(architecture.merge(parameters).logits(hidden)[0], targets)
 
     decode = functools.partial(_decode, architecture)
-    return _Programs(jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1))
+    return _Programs(
+        jax.jit(pack), jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1)
+    )
 
 
 def _advance(
@@ -265,6 +259,7 @@ def _advance(
 ) -> tuple[PrefixState, Float[Array, "B T D"]]:
     """Compute states after `num_tokens` tokens, and the inputs of the head; see `Engine.prefill`.
 
+    `num_tokens` is 0 or T, or any number between where a C function decodes the model.
     Unless `copies_caches`, which takes as long as a token, a KV cache that gets no token loses the
     oldest one, which no later token attends to.
     """

@@ -17,7 +17,6 @@ from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import StopStrings, TextStream
 from simplernn_jax.serving.http import in_thread_if_long
 from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens, Prefilled
-from simplernn_jax.serving.metrics import Metrics
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.worker import Worker
 
@@ -136,11 +135,9 @@ def event_bytes(event: Event) -> int:
 class Answer:
     """The results of the jobs of a request: `submit` them, then iterate over `updates`."""
 
-    def __init__(
-        self, worker: Worker, metrics: Metrics, tokenizer: Tokenizer, jobs: list[Job]
-    ) -> None:
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, jobs: list[Job]) -> None:
         self.jobs = jobs
-        self._worker, self._metrics, self._tokenizer = worker, metrics, tokenizer
+        self._worker, self._tokenizer = worker, tokenizer
         self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         self._choices = {
             job: [ChoiceText(tokenizer, job) for _ in range(job.num_choices)] for job in jobs
@@ -221,8 +218,8 @@ class Answer:
         if isinstance(event, Prefilled):
             self.state = event.state
             self._cached_tokens += event.cached_tokens
-            self._metrics.prompt_tokens.inc(len(job.tokens))
-            self._metrics.cached_tokens.inc(event.cached_tokens)
+            self._worker.metrics.prompt_tokens.inc(len(job.tokens))
+            self._worker.metrics.cached_tokens.inc(event.cached_tokens)
             size = len(job.tokens) if job.scores_prompt else 0
             entries = await in_thread_if_long(
                 size, prompt_entries, self._tokenizer, job, event.logprobs
@@ -236,7 +233,8 @@ class Answer:
         if choice.finish_reason is not None:
             return []
         now = time.perf_counter()
-        self._metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
+        seconds = now - choice.last_seconds
+        self._worker.metrics.observe(choice.num_tokens, len(event.tokens), seconds)
         choice.last_seconds = now
         piece = choice.feed(event)
         if piece.finish_reason is not None:

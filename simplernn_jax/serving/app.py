@@ -104,7 +104,7 @@ class Api:
             except Exception:
                 logging.exception("%s %r failed", request.method, excerpt(request.scope["path"]))
                 response = error_response(RequestError("the server failed", status=500))
-            self._service.metrics.requests.labels(path, str(response.status_code)).inc()
+            self._service.worker.metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
         return respond
@@ -265,7 +265,7 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
-        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._service.worker.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def reload(self, request: Request) -> Response:
         """Load the checkpoint that is selected now."""

@@ -50,6 +50,11 @@ class Prompt:
     num_started: int = 0
     """Choices that have a slot, or had one."""
 
+    @property
+    def left(self) -> np.ndarray:
+        """Tokens that are not prefilled."""
+        return self.job.tokens[self.position :]
+
     def result(self) -> Prefilled:
         """Make the event of the whole prompt."""
         logprobs = None
@@ -85,11 +90,11 @@ class Prefiller:
             shapes = [(MAX_JOBS, GRID)]
         for count, length in [(1, GRID), *shapes]:
             yield f"prefill of {count} x {length}"
-            tokens = np.zeros((count, length), np.int32)
-            num_tokens = np.full(count, length, np.int32)
-            (state, hidden), *_ = self._engine.prefill([self._zero] * count, tokens, num_tokens)
+            tokens = np.zeros(length, np.int32)
+            results, _ = self._engine.prefill([self._zero] * count, [tokens] * count, length)
+            state, hidden = results[0]
             check_logits(state.logits)
-            self._engine.score(hidden, tokens[0])
+            self._engine.score(hidden, tokens)
 
     def start(self, job: Job) -> None:
         """Begin with a job; there must be fewer than `MAX_JOBS`."""
@@ -128,13 +133,11 @@ class Prefiller:
         self.prompts = deque(prompt for prompt in self.prompts if not prompt.job.is_cancelled)
 
     def _put(self, prompt: Prompt) -> None:
-        is_finished = prompt.position == len(prompt.job.tokens)
-        (self.finished if is_finished else self.prompts).append(prompt)
+        (self.prompts if len(prompt.left) else self.finished).append(prompt)
 
     def _program(self, prompt: Prompt) -> tuple[int, int]:
         """Return the lanes and the length of the program that prefills the next chunk."""
-        left = len(prompt.job.tokens) - prompt.position
-        length, _ = self._engine.next_chunk(np.array([left]), CHUNK_LENGTHS)
+        length = self._engine.chunk_length(len(prompt.left), CHUNK_LENGTHS)
         if self._engine.is_native:
             return MAX_JOBS, length
         return 1 if prompt.position and length == GRID else LANES, length
@@ -143,13 +146,10 @@ class Prefiller:
         """Prefill a chunk of each of `prompts`; return states and inputs of the head."""
         if self._engine.is_native and len(prompts) == 1:
             lanes = 1
-        states = [prompt.state for prompt in prompts] + [self._zero] * (lanes - len(prompts))
-        tokens, num_tokens = np.zeros((lanes, length), np.int32), np.zeros(lanes, np.int32)
-        for index, prompt in enumerate(prompts):
-            chunk = prompt.job.tokens[prompt.position :][:length]
-            num_tokens[index] = len(chunk)
-            tokens[index, : len(chunk)] = chunk
-        results = self._engine.prefill(states, tokens, num_tokens)
+        num_idle = lanes - len(prompts)
+        states = [prompt.state for prompt in prompts] + [self._zero] * num_idle
+        left = [prompt.left for prompt in prompts] + [np.zeros(0, np.int32)] * num_idle
+        results, _ = self._engine.prefill(states, left, length)
         return jax.block_until_ready(results)  # or a long prompt would run far ahead
 
     def _advance(self, prompt: Prompt, state: PrefixState, hidden: jax.Array) -> None:

@@ -16,7 +16,6 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.answers import Answer, TokenNames
 from simplernn_jax.serving.http import in_thread_if_long
 from simplernn_jax.serving.jobs import Job, Prefix
-from simplernn_jax.serving.metrics import Metrics
 from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -59,7 +58,6 @@ class Service:
         self.tokenizer = tokenizer
         self.model_name = model_name
         self.states = states
-        self.metrics = Metrics(worker)
         self.created = int(time.time())
         self.template = template
         self.status = "starting"
@@ -118,7 +116,7 @@ class Service:
         prefix = None if start is None else start.prefix
 
         def make() -> Answer:
-            return Answer(self.worker, self.metrics, self.tokenizer, self.jobs(request, prefix))
+            return Answer(self.worker, self.tokenizer, self.jobs(request, prefix))
 
         if isinstance(request, ChatRequest):
             async with self._rendering:  # one process renders: others would wait for it in threads

@@ -18,7 +18,6 @@ from simplernn_jax.files import DAMAGE, read_file, sha256_hex, write_file
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
-    DecoderState,
     decode_state,
     empty_state,
     encode_state,
@@ -36,25 +35,13 @@ class NamedState:
     """A state of one sequence with what the server knows of it."""
 
     name: str
-    state: DecoderState
+    prefix: Prefix
     fingerprint: str
     """SHA-256 of its file."""
     num_bytes: int
     length: int | None
     """Tokens before it; None for the file of another program."""
     parent: str | None
-
-    @property
-    def prefix(self) -> Prefix:
-        """What a prompt continues."""
-        state = PrefixState(self.state.layers, self.state.logits)
-        return Prefix(state, bytes.fromhex(self.fingerprint), self.recent)
-
-    @property
-    def recent(self) -> np.ndarray:
-        """The last ids, oldest first."""
-        recent = np.asarray(self.state.recent[0])
-        return recent[recent >= 0]
 
 
 class StateFolder:
@@ -97,7 +84,7 @@ class StateFolder:
             "bytes": state.num_bytes,
             "sha256": state.fingerprint,
             "parent": state.parent,
-            "text": self._tokenizer.decode(state.recent),
+            "text": self._tokenizer.decode(state.prefix.recent),
         }
 
     def read(self, name: str) -> bytes:
@@ -118,7 +105,8 @@ class StateFolder:
         before, notes = np.zeros(0, np.int32), {}
         length: int | None = 0
         if parent is not None:
-            before, length, notes = parent.recent, parent.length, {"parent": parent.name}
+            before, length = parent.prefix.recent, parent.length
+            notes["parent"] = parent.name
         if length is not None:
             notes["length"] = str(length + len(tokens))
         recent = np.concatenate([before, tokens])[-RECENT_TOKENS:]
@@ -177,11 +165,15 @@ class StateFolder:
             raise RequestError(
                 f"{where}: has {len(state.position)} sequences; save one", status=status
             )
-        length = header.get("length", "")
+        length, fingerprint = header.get("length", ""), sha256_hex(content)
+        recent = np.asarray(state.recent[0])
+        prefix = Prefix(
+            PrefixState(state.layers, state.logits), bytes.fromhex(fingerprint), recent[recent >= 0]
+        )
         return NamedState(
             name,
-            state,
-            sha256_hex(content),
+            prefix,
+            fingerprint,
             len(content),
             int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
             header.get("parent"),

@@ -8,14 +8,18 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from small_runs import small_model
 
 from simplernn_jax.data.chat_template import TemplateError
 from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.inference.sampling import Sampling
+from simplernn_jax.serving.answers import Answer
 from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.http import protect
+from simplernn_jax.serving.jobs import Failed, Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
@@ -28,8 +32,7 @@ def service(tmp_path):
     model = small_model("residual")
     worker = Worker(model, num_slots=2, cache_bytes=0, max_waiting=1)
     states = StateFolder(str(tmp_path), model, ByteTokenizer(), 1 << 30)
-    vocab_size = model.config.vocab_size
-    return Service(worker, ByteTokenizer(), vocab_size, "base", states)
+    return Service(worker, ByteTokenizer(), model.config.vocab_size, "base", states)
 
 
 def call(*request, **headers):
@@ -135,3 +138,21 @@ def test_a_failed_reload_is_tried_again(service):
     with pytest.raises(RequestError, match="the model's logits are not finite") as raised:
         asyncio.run(service.reload())
     assert raised.value.status == 409
+
+
+def test_tokens_before_a_failure_are_handed_on():
+    job = Job(np.zeros(0, np.int32), Sampling(), max_tokens=9)
+    answer, new = (
+        Answer(mock.Mock(), ByteTokenizer(), [job]),
+        NewTokens(0, np.array([97], np.int32), None, None),
+    )
+    for event in (new, new, Failed("the server is stopping")):
+        job.deliver(job, event)
+
+    async def read():
+        updates = answer.updates()
+        assert [piece.text for _, piece in await anext(updates)] == ["a", "a"]
+        with pytest.raises(RequestError, match="the server is stopping"):
+            await anext(updates)
+
+    asyncio.run(read())

@@ -58,25 +58,6 @@ def test_generate_and_show_alternatives(page, server):
     assert page.locator("#alternatives").is_hidden()
 
 
-def test_continuing_a_state_ends_the_stream_of_another(page, server):
-    server.send("POST", "/v1/states", {"prompt": "abc", "name": "other"})
-    page.reload()
-    page.get_by_role("tab", name="Chat").wait_for()
-    page.get_by_role("tab", name="Text").click()
-    page.get_by_text("Settings").click()
-    page.get_by_label("New tokens").fill("1000000")
-    page.get_by_label("Temperature").fill("0")  # which never comes to EOS here
-    page.get_by_label("Prompt").fill("a")
-    page.get_by_role("button", name="Generate").click()
-    page.locator("#text .token").nth(9).wait_for(state="attached")
-    page.get_by_role("button", name="Continue other").click()
-    page.locator("#generate:enabled").wait_for()  # as after Stop
-    assert page.locator("#text .token").count() == 0
-    assert page.locator("#error").is_hidden()
-    assert page.locator("#after").is_hidden()  # nothing of the old text can be saved
-    server.send("DELETE", "/v1/states/other")
-
-
 def test_a_new_conversation_has_nothing_of_the_answer_before(page):
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("100000")
@@ -88,24 +69,6 @@ def test_a_new_conversation_has_nothing_of_the_answer_before(page):
     assert page.locator("#error").is_hidden()
     assert page.locator(".message").count() == 0
     assert page.evaluate("messages.length") == 0
-
-
-def test_save_a_state_and_continue_it_in_several_ways(page, server):
-    first = generate(page, "abc", **{"New tokens": 8})
-    page.get_by_label("Name").fill("trunk")
-    page.get_by_role("button", name="Save state here").click()
-    texts = []
-    for seed in (2, 2, 3):
-        page.get_by_role("button", name="Continue trunk").click()
-        texts.append(generate(page, "x", Seed=seed))
-    assert texts[0] == texts[1] != texts[2]
-    page.get_by_label("Name").fill("branch")
-    page.get_by_role("button", name="Save state here").click()
-    page.get_by_text("continues trunk").wait_for()
-    assert first in server.send("GET", "/v1/states/trunk")[2]["text"] + first
-    for name in ("branch", "trunk"):
-        page.get_by_role("button", name=f"Delete {name}").click()
-        page.get_by_role("button", name=f"Delete {name}").wait_for(state="detached")
 
 
 def test_chat(page):

@@ -33,10 +33,7 @@ def service(tmp_path_factory):
 WRONG = {
     "unknown field": ({"tempera": 1}, "tempera"),
     "type": ({"max_tokens": "3"}, "max_tokens"),
-    "huge integer": ({"max_tokens": 10**400}, "max_tokens"),
     "range": ({"temperature": 2.5}, "temperature"),
-    "negative": ({"top_p": -0.1}, "top_p"),
-    "vanishing": ({"repetition_penalty": 1e-50}, "repetition_penalty"),
     "list": ({"stop": ["a"] * 33}, "stop"),
     "echoes": ({"prompt": "a" * 600_000, "echo": True, "n": 128, "max_tokens": 0}, "echo"),
     "scores": ({"prompt": "a" * 20_000, "echo": True, "n": 16, "logprobs": 20}, "logprobs"),
@@ -45,8 +42,6 @@ WRONG = {
     "no prompt": ({"prompt": []}, "prompt"),
     "many prompts": ({"prompt": [[1]] * (MAX_PROMPTS + 1)}, "prompt"),
     "id outside": ({"prompt": [3, 10**6]}, "prompt"),
-    "negative id": ({"prompt": [-1]}, "prompt"),
-    "bias": ({"logit_bias": {"x": 1}}, "logit_bias"),
     "bias outside": ({"logit_bias": {"999999": 1}}, "logit_bias"),
     "best_of": ({"best_of": 2}, "best_of"),
     "suffix": ({"suffix": "a"}, "suffix"),
@@ -54,7 +49,6 @@ WRONG = {
     "stream_options": ({"stream_options": {}}, "stream_options"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
-    "tool_choice": ({"tool_choice": "some"}, "tool_choice"),
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
 }
 USER = {"role": "user", "content": "a"}

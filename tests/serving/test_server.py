@@ -10,12 +10,16 @@ import socket
 import time
 import urllib.parse
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 from processes import assert_each_refused
 from serving_process import serving
-from small_runs import HYBRID, untrained_run
+from small_runs import HYBRID, save_untrained, small_config, untrained_run
 
 from simplernn_jax import load_model
+from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate_text, load_state, save_state
 
 pytestmark = pytest.mark.oldest_python
@@ -243,18 +247,10 @@ def test_clients_that_leave_free_their_slots_and_end_their_prefills(server):
     assert server.send("GET", "/v1/states/left")[0] == 404
 
 
-def test_a_full_queue_rejects_with_429(server):
-    def complete(index):
-        return server.send("POST", "/v1/completions", {"prompt": "a", "seed": index, **SAMPLED})
-
-    with concurrent.futures.ThreadPoolExecutor(150) as pool:
-        answers = list(pool.map(complete, range(150)))
-    assert {status for status, _, _ in answers} <= {200, 429}
-    assert all(headers["Retry-After"] for status, headers, _ in answers if status == 429)
-
-
 def test_metrics_and_openapi(server):
-    server.complete("abc " * 20, max_tokens=20)
+    usages = [server.complete("abc " * 20, max_tokens=20)["usage"] for _ in range(2)]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached == [0, 64]
     text = server.send("GET", "/metrics")[2].decode()
     values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
     assert float(values["simplernn_slots"]) == 5
@@ -302,6 +298,87 @@ def test_key_drain_and_reload(workdir, tmp_path):
             assert server.send("GET", "/health")[0] == 503
         while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
             time.sleep(0.01)
+
+
+def test_newer_parameters_do_not_disturb_running_requests(tmp_path):
+    workdir = untrained_run(tmp_path, **HYBRID)
+    config = small_config(**HYBRID, source=str(tmp_path / "texts"))
+    with serving(workdir, "--slots=5") as server:
+
+        def scores(max_tokens):
+            body = server.complete("a", max_tokens=max_tokens, logprobs=0, seed=1, ignore_eos=True)
+            return body["choices"][0]["logprobs"]["token_logprobs"]
+
+        old = scores(30)
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(scores, 3000) for _ in range(3)]
+            while server.send("GET", "/slots")[2]["active"] < 3:
+                time.sleep(0.01)
+            save_untrained(config, workdir, step=2, model_seed=5)
+            assert server.send("POST", "/admin/reload")[2] == {"reloaded": True}
+            new = scores(30)
+            found = [future.result() for future in running]
+        assert new != old
+        assert found == [found[0]] * 3
+        assert (len(found[0]), found[0][:30]) == (3000, old)
+        assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
+        assert scores(30) == new
+
+
+def test_an_export_is_served_until_its_streams_have_had_their_time(workdir, tmp_path):
+    model, tokenizer, config = load_model(str(workdir))
+    find_format("safetensors").write(TrainedModel(model, tokenizer, config, "run"), tmp_path)
+    with serving(tmp_path, "--slots=2", "--drain_timeout=0.5") as server:
+        text = server.complete("ab", max_tokens=9, temperature=0)["choices"][0]["text"]
+        assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
+        body = {"prompt": "a", "max_tokens": 10**6, "ignore_eos": True, "stream": True}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.send, "POST", "/v1/completions", body)
+            while server.send("GET", "/slots")[2]["active"] == 0:
+                time.sleep(0.01)
+            code, errors = server.stop(signal.SIGINT)
+            status, _, content = running.result()
+    assert text == generate_text(model, tokenizer, "ab", max_new_tokens=9)[0]
+    assert (code, status, "Traceback" in errors) == (0, 200, False), errors
+    *_, last, end = content.decode().split("\n\n")
+    assert end == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm-eval and its libraries
+def test_log_likelihoods_of_lm_eval_are_those_of_the_model(workdir, server):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    pairs = [("ab cé" * (1 + 5 * n), [" d", "é", "a b", "dd"][n % 4] * (1 + n)) for n in range(13)]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    found = []
+    for batch_size in (1, 8):
+        client = LocalCompletionsAPI(
+            base_url=server.url + "/v1/completions",
+            model="untrained",
+            batch_size=batch_size,
+            num_concurrent=8,
+            max_retries=1,
+        )
+        found.append(client.loglikelihood(requests, disable_tqdm=True))
+    assert found[0] == found[1]
+    model, tokenizer, _ = load_model(str(workdir))
+    encoded = [tokenizer.encode(context + rest) for context, rest in pairs]
+    padded = np.zeros((len(pairs), max(map(len, encoded))), np.int32)
+    for row, ids in zip(padded, encoded, strict=True):
+        row[: len(ids)] = ids
+    score_all = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0]))
+    logprobs = np.asarray(score_all(model, padded))
+    for (context, _), (score, is_greedy), ids, of_text in zip(
+        pairs, found[0], encoded, logprobs, strict=True
+    ):
+        start = len(tokenizer.encode(context))
+        predictions, targets = of_text[start - 1 : len(ids) - 1], ids[start:]
+        wanted = predictions[np.arange(len(targets)), targets].sum()
+        assert score == pytest.approx(float(wanted), abs=1e-4)
+        assert is_greedy == bool((predictions.argmax(axis=-1) == targets).all())
 
 
 def test_flags_that_cannot_be_served(workdir, tmp_path):

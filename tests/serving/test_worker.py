@@ -1,7 +1,6 @@
 """The worker's thread: failures, reloads and clients that leave."""
 
 import threading
-import time
 from unittest import mock
 
 import numpy as np
@@ -89,16 +88,6 @@ def test_a_worker_that_cannot_go_on_says_so(running, monkeypatch):
     assert error.value.status == 503
 
 
-def test_a_job_that_pauses_goes_on_and_holds_up_nobody(running):
-    paused, other = job(is_paused=True), job()
-    running.worker.submit(paused)
-    running.worker.submit(other)
-    assert isinstance(running.wait_for(other), NewTokens)
-    assert not [e for j, e in running.events if j is paused and isinstance(e, NewTokens)]
-    paused.is_paused = False
-    assert isinstance(running.wait_for(paused), NewTokens)
-
-
 def test_the_queue_has_room_for_free_slots_and_for_jobs_that_wait():
     worker = Worker(small_model(), num_slots=2, cache_bytes=0, max_waiting=1)
     with pytest.raises(RequestError, match="prompt: 4 prompts; the limit is 3") as error:
@@ -108,21 +97,3 @@ def test_the_queue_has_room_for_free_slots_and_for_jobs_that_wait():
     with pytest.raises(RequestError, match="3 prompts waiting; try again later") as error:
         worker.submit(job())
     assert error.value.status == 429
-
-
-def test_cancelled_jobs_leave_the_queue(running):
-    busy = [job(max_tokens=10**6) for _ in range(2)]
-    running.worker.submit(*busy)
-    while running.worker.num_active < 2:
-        time.sleep(0.01)
-    waiting = [job() for _ in range(9)]
-    running.worker.submit(*waiting)
-    for one in waiting:
-        one.is_cancelled = True
-    while running.worker.num_waiting:
-        time.sleep(0.01)
-    more = [job() for _ in range(9)]
-    running.worker.submit(*more)
-    for one in busy:
-        one.is_cancelled = True
-    assert isinstance(running.wait_for(more[-1]), NewTokens)

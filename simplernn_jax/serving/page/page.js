@@ -2,9 +2,7 @@
 // The page of the server. Everything that a model or a client has written is set as text, never as
 // markup.
 
-let abort = null;   // stops the running stream
-let shown = "";     // prompt and generated text, as shown
-let origin = null;  // name of the state that the text continues
+let abort = null;  // stops the running stream
 let messages = [];  // the conversation, in chat mode
 let isChat = false;
 
@@ -75,9 +73,7 @@ async function generate() {
 // Generate a text; yields numbers of tokens.
 async function* complete() {
   const body = { prompt: $("prompt").value, logprobs: 5 };
-  if (origin) body.state = origin;
-  shown = body.prompt;
-  $("text").replaceChildren(span("prompt", shown));
+  $("text").replaceChildren(span("prompt", body.prompt));
   for await (const choice of frames("v1/completions", body)) {
     addTokens(choice);
     yield choice.logprobs.tokens.length;
@@ -94,7 +90,6 @@ function addTokens({ text, logprobs }) {
       () => alternatives.map(([name, value]) => [JSON.stringify(name), Math.exp(value), name === tokens[i]]),
     ];
   }));
-  shown += text;
 }
 
 // Ask the question and show its answer; yields numbers of tokens.
@@ -150,56 +145,11 @@ function storage() {
   }
 }
 
-// States
-
-async function saveState() {
-  const body = { prompt: shown };
-  if (origin) body.parent = origin;
-  if ($("name").value) body.name = $("name").value;
-  await request("POST", "v1/states", body);
-  $("name").value = "";
-  await listStates();
-}
-
-async function listStates() {
-  const { data } = await (await request("GET", "v1/states")).json();
-  $("no-states").hidden = data.length > 0;
-  $("states").replaceChildren(...data.map((state) => {
-    const item = document.createElement("li");
-    const parent = state.parent ? `, continues ${state.parent}` : "";
-    const details = `${state.tokens ?? "?"} tokens, ${Math.round(state.bytes / 1000)} kB${parent}`;
-    item.append(stateBox(state.id, details, state.text, [
-      ["Continue", () => continueFrom(state.id)],
-      ["Delete", () => guarded(() => deleteState(state.id))],
-    ]));
-    return item;
-  }));
-}
-
-function continueFrom(name) {
-  abort?.abort();
-  origin = name;
-  $("origin").hidden = !name;
-  $("origin-name").textContent = name ?? "";
-  $("prompt").value = "";
-  shown = "";
-  $("text").replaceChildren();
-  if (name) setMode(false);
-  $("prompt").focus();
-}
-
-async function deleteState(name) {
-  await request("DELETE", `v1/states/${name}`);
-  if (origin === name) continueFrom(null);
-  await listStates();
-}
-
 // The rest
 
 function setRunning(isRunning) {
   $("generate").disabled = isRunning;
   $("stop").disabled = !isRunning;
-  $("after").hidden = isRunning || isChat || !shown;
 }
 
 function setMode(chat) {
@@ -210,7 +160,6 @@ function setMode(chat) {
   $("generate").textContent = chat ? "Send" : "Generate";
   for (const id of ["conversation", "anew"]) $(id).hidden = !chat;
   $("text").hidden = chat;
-  $("after").hidden = chat || !shown;
 }
 
 async function connect() {
@@ -224,7 +173,6 @@ async function connect() {
     $("conversation").replaceChildren();
     messages.forEach(addMessage);
   }
-  await listStates();
 }
 
 $("form").onsubmit = (event) => { event.preventDefault(); guarded(generate); };
@@ -236,9 +184,7 @@ $("prompt").onkeydown = (event) => {
 };
 $("stop").onclick = () => abort?.abort();
 $("anew").onclick = newConversation;
-$("save").onclick = () => guarded(saveState);
-$("leave").onclick = () => continueFrom(null);
 $("key").onchange = () => guarded(connect);
 $("mode-text").onclick = () => setMode(false);
-$("mode-chat").onclick = () => { if (!isChat) { continueFrom(null); setMode(true); } };
+$("mode-chat").onclick = () => setMode(true);
 guarded(connect);
