@@ -46,6 +46,10 @@ class TrainedModel:
     """Folder of the run, whose metrics describe the model."""
     quantize: str = "none"
     """Storage of the weights: one of `QUANTIZATIONS`."""
+    license: str = ""
+    """Name of the license of the weights; empty if none was stated."""
+    languages: tuple[str, ...] = ()
+    """Codes of the languages of the text, if stated."""
 
     @property
     def name(self) -> str:
