@@ -24,10 +24,10 @@ from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS
-from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import (
     TrainedModel,
+    chat_format,
     compute_logits,
     find_format,
     float32_model,

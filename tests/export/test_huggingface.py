@@ -23,8 +23,13 @@ from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.errors import UserError
-from simplernn_jax.export.formats import TrainedModel, compute_logits, find_format
-from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    compute_logits,
+    find_format,
+    library_tokenizer,
+)
+from simplernn_jax.export.huggingface import tokenizer_json
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 from simplernn_jax.training.loop import train
