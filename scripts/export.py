@@ -36,9 +36,15 @@ _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
 _QUANTIZE = flags.DEFINE_enum(
     "quantize",
     "none",
-    QUANTIZATIONS,
-    "Store the weights of html and onnx in fewer bits: float16 halves the files, int8 quarters "
+    [*QUANTIZATIONS],
+    "Store the weights in fewer bits: float16 (html, onnx) halves the files, int8 (html) quarters "
     "them.",
+)
+_LICENSE = flags.DEFINE_string(
+    "license", "", "License of the weights, for the model card, such as apache-2.0 or cc-by-4.0."
+)
+_LANGUAGE = flags.DEFINE_list(
+    "language", [], "Languages of the text, for the model card: ISO 639 codes, such as en,de."
 )
 _CHECKED_TOKENS = 256
 
@@ -78,6 +84,8 @@ def main() -> None:
         workdir=workdir,
         tokens=tokens,
         quantize=_QUANTIZE.value,
+        license=_LICENSE.value,
+        languages=_LANGUAGE.value,
     )
     print(f"{_OUT.value}: {report}")
 

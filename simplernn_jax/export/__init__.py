@@ -2,7 +2,5 @@
 
 FORMATS = ("html", "huggingface", "safetensors", "stablehlo", "onnx")
 
-QUANTIZATIONS = ("none", "float16", "int8")
-"""Types of the weights in `QUANTIZED_FORMATS`; int8 has a scale for each row."""
-
-QUANTIZED_FORMATS = ("html", "onnx")
+QUANTIZATIONS = {"none": FORMATS, "float16": ("html", "onnx"), "int8": ("html",)}
+"""Types of the stored weights, and the formats that have them; int8 has a scale for each row."""

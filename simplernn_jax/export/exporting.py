@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, format_bytes
-from simplernn_jax.export import QUANTIZED_FORMATS
+from simplernn_jax.export import QUANTIZATIONS
 from simplernn_jax.export.formats import (
     Loaded,
     TrainedModel,
@@ -73,6 +73,8 @@ def export(
     workdir: str,
     tokens: np.ndarray,
     quantize: str = "none",
+    license: str = "",
+    languages: Sequence[str] = (),
 ) -> Report:
     """Export a model to the new folder `out` and check it.
 
@@ -83,19 +85,20 @@ def export(
       workdir: folder of the run, whose metrics describe the model.
       tokens: [T] ids of held-out text to compare logits on, T at least 2.
       quantize: how the weights are stored: one of `QUANTIZATIONS`.
+      license, languages: of the weights and the text, for the model card of huggingface.
 
     Raises:
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
         written, the model is not supported by it, or the exported one does not compute the same.
     """
     module = find_format(format_name)
-    if quantize != "none" and format_name not in QUANTIZED_FORMATS:
-        raise UserError(
-            f"--quantize={quantize}: only with --format={' or '.join(QUANTIZED_FORMATS)}"
-        )
+    if format_name not in (formats := QUANTIZATIONS[quantize]):
+        raise UserError(f"--quantize={quantize}: only with --format={' or '.join(formats)}")
     split_model(model)  # which checks the parameters
     model = float32_model(model)
-    trained = TrainedModel(model, tokenizer, without_paths(config), workdir, quantize)
+    trained = TrainedModel(
+        model, tokenizer, without_paths(config), workdir, quantize, license, tuple(languages)
+    )
     with new_folder(out) as folder:
         module.write(trained, folder)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -18,14 +18,15 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from simplernn_jax.config import Config
-from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError
+from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
+from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError, nearest_name, one_line
 from simplernn_jax.export import FORMATS, example
-from simplernn_jax.export.chat_format import chat_format
-from simplernn_jax.export.tokenizer_file import library_tokenizer
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
@@ -46,6 +47,10 @@ class TrainedModel:
     """Folder of the run, whose metrics describe the model."""
     quantize: str = "none"
     """Storage of the weights: one of `QUANTIZATIONS`."""
+    license: str = ""
+    """Name of the license of the weights; empty if none was stated."""
+    languages: tuple[str, ...] = ()
+    """Codes of the languages of the text, if stated."""
 
     @property
     def name(self) -> str:
@@ -139,6 +144,31 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
+def library_tokenizer(tokenizer: Tokenizer) -> Any:
+    """Return the tokenizer as `tokenizers.Tokenizer`, in which other special ids have no token."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    saved = json.loads(tokenizer.to_json())
+    if isinstance(tokenizer, ByteTokenizer):
+        # Byte-level BPE without merges: a token for each byte.
+        result = tokenizers.Tokenizer(models.BPE(byte_level_alphabet(), []))
+        result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        result.decoder = decoders.ByteLevel()
+    elif isinstance(tokenizer, CharTokenizer):
+        # Words of one character; without an unknown token, other characters are errors.
+        alphabet = {character: i for i, character in enumerate(saved["alphabet"])}
+        result = tokenizers.Tokenizer(models.WordLevel(alphabet, unk_token="<|unknown|>"))  # noqa: S106
+        every = tokenizers.Regex(r"[\s\S]")
+        result.pre_tokenizer = pre_tokenizers.Split(every, "isolated")
+        result.decoder = decoders.Fuse()
+    else:
+        result = tokenizers.Tokenizer.from_str(saved["tokenizer"])
+        result.no_truncation()
+        result.no_padding()
+    return result
+
+
 def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], module: str) -> None:
     """Write what comes with two programs: ``config.json``, the tokenizer, the example and a README.
 
@@ -156,6 +186,42 @@ def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], m
     (folder / "tokenizer.json").write_text(library_tokenizer(trained.tokenizer).to_str(), "utf-8")
     shutil.copyfile(example.__file__, folder / "example.py")
     shutil.copyfile(Path(module).with_suffix(".md"), folder / "README.md")
+
+
+_MARK = "question 8254093"
+_PROBES = ("x", "2 > 1  \n\n\tand\r\n more", "É漢😀 don't", "<b>&amp;{{ 1 }}{% x %}\\n")
+
+
+def chat_format(template: str) -> dict[str, Any] | None:
+    """Return the text around messages, as `Conversation` renders them.
+
+    Returns:
+      ``first`` and ``next``: the parts before and after the first question and each later one, up
+      to the answer; ``end_of_turn``: the text after an answer; ``stop``: the part of it that ends
+      generation. Questions have no white space at their ends, which many templates remove.
+      None without a template or, with a warning, if the template does more than that.
+    """
+    try:
+        return _derive(ChatTemplate(template)) if template else None
+    except (UserError, TemplateError) as error:
+        logging.warning("this export continues text instead of chatting: %s", error)
+        return None
+
+
+def _derive(template: ChatTemplate) -> dict[str, Any]:
+    mark: Message = {"role": "user", "content": _MARK}
+    first = template.render([mark], add_generation_prompt=True).split(_MARK)
+    later = template.render_next([mark]).split(_MARK)
+    answer: Message = {"role": "assistant", "content": "answer"}
+    for probe in _PROBES:
+        message: Message = {"role": "user", "content": probe}
+        messages = [message, answer, message, answer, message]
+        turns = [probe.join(first), probe.join(later), probe.join(later)]
+        expected = f"answer{template.end_of_turn}".join(turns)
+        if template.render(messages, add_generation_prompt=True) != expected:
+            raise TemplateError("the template changes messages, or the text around them varies")
+    end = {"end_of_turn": template.end_of_turn, "stop": template.stop}
+    return {"first": first, "next": later, **end}
 
 
 def int8_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

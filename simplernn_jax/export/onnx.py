@@ -19,7 +19,7 @@ from simplernn_jax.export.formats import (
     check_architecture,
     check_packages,
     description,
-    int8_rows,
+    float16,
     is_rounded,
     rounded_weights,
     write_example,
@@ -103,54 +103,26 @@ def _finish(path: Path, kind: str, *, is_large: bool) -> None:
     data.unlink(missing_ok=True)
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
         del part.metadata_props[:]
-    if kind != "none":
-        _store_rounded(model.graph, kind)
+    if kind == "float16":
+        _store_float16(model.graph)
     onnx.save(model, path, save_as_external_data=is_large, location=data.name)
     onnx.checker.check_model(str(path))  # the path tells where weights in files of their own are
 
 
-def _store_rounded(graph: Any, kind: str) -> None:
-    """Replace matrices of rounded values by values of fewer bits, and nodes that convert them."""
+def _store_float16(graph: Any) -> None:
+    """Replace matrices by float16 values, and nodes that convert them."""
     import onnx
-    from onnx.helper import make_node
 
     for tensor in list(graph.initializer):
         matrix = onnx.numpy_helper.to_array(tensor)
-        if matrix.dtype != np.float32 or not is_rounded(matrix):
-            continue
-        name = tensor.name
-        # No DequantizeLinear: with it, ONNX Runtime rounds activations to 8 bits too.
-        if kind == "float16":
-            arrays = {f"{name}.stored": matrix.astype(np.float16)}
-            nodes = [make_node("Cast", [*arrays], [name], to=onnx.TensorProto.FLOAT)]
-        elif (axis := next((axis for axis in (0, 1) if _is_int8(matrix, axis)), None)) is not None:
-            integers, scale = int8_rows(np.moveaxis(matrix, axis, 0))
-            arrays = {
-                f"{name}.stored": np.moveaxis(integers, 0, axis),
-                f"{name}.scale": np.expand_dims(scale, 1 - axis),
-            }
-            stored, by = arrays
-            nodes = [
-                make_node("Cast", [stored], [f"{name}.float"], to=onnx.TensorProto.FLOAT),
-                make_node("Mul", [f"{name}.float", by], [name]),
-            ]
-        else:
-            continue  # not a weight
-        graph.initializer.remove(tensor)
-        for key, array in arrays.items():
-            graph.initializer.append(onnx.numpy_helper.from_array(array, key))
-        for node in reversed(nodes):
-            graph.node.insert(0, node)
-
-
-def _is_int8(matrix: np.ndarray, axis: int) -> bool:
-    """Return whether int8, with a scale for each index of `axis`, has been rounded to already.
-
-    The converter transposes some matrices, so that the axis of the outputs is not known.
-    """
-    integers, scale = int8_rows(np.moveaxis(matrix, axis, 0))
-    values = np.moveaxis(integers * scale[:, None], 0, axis)
-    return np.allclose(values, matrix, rtol=1e-6, atol=0)
+        if matrix.dtype == np.float32 and is_rounded(matrix):
+            stored = onnx.numpy_helper.from_array(float16(matrix), f"{tensor.name}.stored")
+            to_float32 = onnx.helper.make_node(
+                "Cast", [stored.name], [tensor.name], to=onnx.TensorProto.FLOAT
+            )
+            graph.initializer.remove(tensor)
+            graph.initializer.append(stored)
+            graph.node.insert(0, to_float32)
 
 
 def initial_state(modeling: Any, model: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex, write_file
 from simplernn_jax.inference.arguments import check_model, checked_integer
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
+from simplernn_jax.models.safetensors_bytes import decode_safetensors, digest_of
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 RECENT_TOKENS = 64
@@ -189,8 +189,7 @@ def decode_state(
 ) -> tuple[DecoderState, dict[str, str]]:
     """Decode a state file to arrays and metadata; `UserError` begins with `where`."""
     try:
-        header = decode_metadata(content)
-        arrays = decode_safetensors(content)
+        arrays, header = decode_safetensors(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: corrupted, or not a state ({error}); {_ADVICE}") from error
     if not _FORMAT.items() <= header.items():

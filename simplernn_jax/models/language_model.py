@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import (
-    Activations,
     LogicalAxes,
     ModelState,
     SegmentIds,
@@ -26,12 +25,11 @@ from simplernn_jax.array_types import (
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.models.blocks import BLOCKS
-from simplernn_jax.models.layer_stack import LayerStack, rematerialize
+from simplernn_jax.models.layer_stack import LayerList, LayerStack
 from simplernn_jax.models.layers import Dense, Embedding, kernel_init
 from simplernn_jax.models.mixers.token_mixer import MakeMixer, find_mixer
-from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_batch, check_segment_ids
+from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.segments import reset_state
 from simplernn_jax.parallel.mesh import partition_spec
 from simplernn_jax.parallel.tensor import fused_projection
 
@@ -76,7 +74,7 @@ class LanguageModel(nnx.Module):
             config.vocab_size, config.hidden_dim, init=normal, rngs=rngs
         )
         layers = _make_layers(config, rngs)
-        self.layers = LayerStack(layers) if stack_layers else nnx.List(layers)
+        self.layers = LayerStack(layers) if stack_layers else LayerList(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))
         tied = config.tie_embeddings and not plain
         options: dict[str, Any] = {} if plain else {"kernel_init": normal}
@@ -93,22 +91,15 @@ class LanguageModel(nnx.Module):
         convolutions float32. Under ``jax_enable_x64``, float32 ones are float64, except in KV
         caches.
         """
-        if isinstance(self.layers, LayerStack):
-            return self.layers.initial_state(batch_size)
-        return tuple(layer.initial_state(batch_size) for layer in self.layers)
+        return self.layers.initial_state(batch_size)
 
     def state_axes(self) -> ModelState:
         """Return the logical axes of each array of the state, in its structure."""
-        if isinstance(self.layers, LayerStack):
-            return self.layers.state_axes()
-        return tuple(layer.state_axes() for layer in self.layers)
+        return self.layers.state_axes()
 
     def reset_states(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
         """Return the initial state for the sequences `where`, `state` for the others."""
-        if isinstance(self.layers, LayerStack):
-            return reset_state(state, where)  # of mixers that start from zero
-        pairs = zip(self.layers, state, strict=True)
-        return tuple(layer.reset(layer_state, where) for layer, layer_state in pairs)
+        return self.layers.reset(state, where)
 
     def select_states(
         self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
@@ -120,8 +111,7 @@ class LanguageModel(nnx.Module):
           previous: the states before the last token.
           current: the states after it, of the same structure, which the result has too.
         """
-        triples = zip(self.layers, previous, current, strict=True)
-        return tuple(layer.select(keep_previous, old, new) for layer, old, new in triples)
+        return self.layers.select(keep_previous, previous, current)
 
     def hidden_states(
         self,
@@ -144,36 +134,10 @@ class LanguageModel(nnx.Module):
         if self.config.block == "residual":
             # Scale to unit variance; a tied head needs 1/sqrt(D) initialization.
             x = x * self.config.hidden_dim**0.5
-        if isinstance(self.layers, LayerStack):
-            x, state = self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
-        else:
-            x, state = self._apply_layers(x, state, segment_ids, dropout_key)
+        x, state = self.layers(x, state, segment_ids, dropout_key, remat=self.remat)
         if self.final_scale is not None:
             x = rms_norm(x, epsilon=self.config.norm_epsilon) * self.final_scale[...][None, None]
         return x, state
-
-    def _apply_layers(
-        self,
-        x: Activations,
-        state: ModelState | None,
-        segment_ids: SegmentIds | None,
-        dropout_key: jax.Array | None,
-    ) -> tuple[Activations, ModelState]:
-        if state is None:
-            state = (None,) * len(self.layers)
-        found = len(state) if isinstance(state, list | tuple) else type(state).__name__
-        if found != len(self.layers):
-            raise ValueError(
-                f"state: expected a tuple of {len(self.layers)} layer states (see "
-                f"`initial_state`); got {found}"
-            )
-        check_batch("state", state, x.shape[0])
-        states = []
-        for index, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x, layer_state = rematerialize(layer, self.remat)(x, layer_state, segment_ids, key)
-            states.append(layer_state)
-        return x, tuple(states)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states ``[..., D]`` to logits ``[..., vocab]``, float32.

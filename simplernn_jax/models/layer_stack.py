@@ -1,11 +1,13 @@
-"""All layers of a model with stacked parameters, to be sharded over pipeline stages."""
+"""The layers of a model: a list, or stacked parameters to be sharded over pipeline stages."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import (
     Activations,
@@ -14,7 +16,9 @@ from simplernn_jax.array_types import (
     SegmentIds,
     TimeShardActivations,
 )
+from simplernn_jax.models.blocks import PlainBlock
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
+from simplernn_jax.ops.segments import reset_state, select_sequences
 from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.layer_layout import STACKED
 from simplernn_jax.parallel.pipeline import choose_num_chunks, run_pipeline
@@ -40,6 +44,55 @@ def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
         return layer(*inputs)
 
     return jax.checkpoint(call)
+
+
+class LayerList(nnx.List[PlainBlock]):
+    """Layers that run one after the other; the state is a tuple of theirs."""
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """Return the state before the first token."""
+        return tuple(layer.initial_state(batch_size) for layer in self)
+
+    def state_axes(self) -> ModelState:
+        """Return the logical axes of each array of the state."""
+        return tuple(layer.state_axes() for layer in self)
+
+    def reset(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
+        """Return the initial state for the sequences `where`, `state` for the others."""
+        pairs = zip(self, state, strict=True)
+        return tuple(layer.reset(layer_state, where) for layer, layer_state in pairs)
+
+    def select(
+        self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
+    ) -> ModelState:
+        """Select states by sequence; see `LanguageModel.select_states`."""
+        triples = zip(self, previous, current, strict=True)
+        return tuple(layer.select(keep_previous, old, new) for layer, old, new in triples)
+
+    def __call__(
+        self,
+        x: Activations,
+        state: ModelState | None,
+        segment_ids: SegmentIds | None,
+        dropout_key: jax.Array | None = None,
+        remat: str = "none",
+    ) -> tuple[Activations, ModelState]:
+        """Apply all layers to a sequence; arguments and errors as in `LanguageModel.__call__`."""
+        if state is None:
+            state = (None,) * len(self)
+        found = len(state) if isinstance(state, list | tuple) else type(state).__name__
+        if found != len(self):
+            raise ValueError(
+                f"state: expected a tuple of {len(self)} layer states (see `initial_state`); "
+                f"got {found}"
+            )
+        check_batch("state", state, x.shape[0])
+        states = []
+        for index, (layer, layer_state) in enumerate(zip(self, state, strict=True)):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            x, layer_state = rematerialize(layer, remat)(x, layer_state, segment_ids, key)
+            states.append(layer_state)
+        return x, tuple(states)
 
 
 class LayerStack(nnx.Module):
@@ -79,6 +132,16 @@ class LayerStack(nnx.Module):
             return LogicalAxes(axes[0], "layers", *axes[1:])
 
         return {STACKED: jax.tree.map(stacked, self.stacked.state_axes())}
+
+    def reset(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
+        """Return the zero state for the sequences `where`, `state` for the others."""
+        return reset_state(state, where)
+
+    def select(
+        self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
+    ) -> ModelState:
+        """Select states by sequence; see `LanguageModel.select_states`."""
+        return jax.tree.map(partial(select_sequences, keep_previous), previous, current)
 
     def __call__(
         self,

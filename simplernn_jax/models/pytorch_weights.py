@@ -21,7 +21,7 @@ from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import open_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.named_weights import Weights, model_from_weights
-from simplernn_jax.models.safetensors_bytes import decode_metadata, decode_safetensors, digest_of
+from simplernn_jax.models.safetensors_bytes import decode_safetensors, digest_of
 
 _ADVICE = "export the file again"
 _METADATA = {"format": "pt"}
@@ -118,8 +118,7 @@ def _read_pt(path: str, file: BinaryIO) -> tuple[Weights, None]:
 
 
 def _read_safetensors(path: str, file: BinaryIO) -> tuple[Weights, str | None]:
-    content = file.read()
-    weights, metadata = decode_safetensors(content), decode_metadata(content)
+    weights, metadata = decode_safetensors(file.read())
     digest = metadata.pop(_DIGEST, None)
     if digest is not None and digest != digest_of(metadata, weights):
         raise ValueError(f"corrupted, or changed by a program that kept its {_DIGEST}")

@@ -17,8 +17,8 @@ _DTYPES: dict[str, Any] = {
 """`safetensors.numpy` has no bfloat16."""
 
 
-def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays by name.
+def decode_safetensors(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the arrays by name, and the metadata.
 
     Raises:
       ValueError: `content` is corrupted or has arrays of an unsupported dtype, such as float8.
@@ -32,14 +32,8 @@ def decode_safetensors(content: bytes) -> dict[str, np.ndarray]:
         if part["dtype"] not in _DTYPES:
             raise ValueError(f"{name!r} has the unsupported dtype {part['dtype']}")
         arrays[name] = np.frombuffer(part["data"], _DTYPES[part["dtype"]]).reshape(part["shape"])
-    return arrays
-
-
-def decode_metadata(content: bytes) -> dict[str, Any]:
-    """Return the metadata, empty if there are none; ValueError if `content` is corrupted."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return metadata if isinstance(metadata, dict) else {}
+    return arrays, header.get("__metadata__") or {}
 
 
 def digest_of(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:

@@ -24,10 +24,10 @@ from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.export import FORMATS
-from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import (
     TrainedModel,
+    chat_format,
     compute_logits,
     find_format,
     float32_model,
@@ -195,11 +195,11 @@ def test_a_template_that_is_more_than_text_around_messages(caplog, question, rea
 
 
 @pytest.mark.parametrize(
-    ("format_name", "kind"), [*itertools.product(("html", "onnx"), ("float16", "int8"))]
+    ("format_name", "kind"), [("html", "float16"), ("html", "int8"), ("onnx", "float16")]
 )
 @OF_THE_CONVERTER
 def test_rounded_weights(tmp_path, monkeypatch, format_name, kind):
-    if kind == "int8" and format_name == "onnx":  # weights in files of their own
+    if format_name == "onnx":  # weights in files of their own
         monkeypatch.setattr(find_format("onnx"), "MAX_INLINE_BYTES", 0)
     original = dataclasses.replace(trained(MODELS["hybrid"]), quantize=kind)
     loaded = written(format_name, original, tmp_path)
@@ -218,8 +218,7 @@ def test_rounded_weights(tmp_path, monkeypatch, format_name, kind):
         tensors = onnx.load(tmp_path / "decode.onnx").graph.initializer
         matrices = [x for x in tensors if len(x.dims) == 2 and min(x.dims) > 4]
         assert len(matrices) > 10
-        stored = onnx.TensorProto.FLOAT16 if kind == "float16" else onnx.TensorProto.INT8
-        assert {x.data_type for x in matrices} == {stored}
+        assert {x.data_type for x in matrices} == {onnx.TensorProto.FLOAT16}
 
 
 @OF_THE_CONVERTER
@@ -290,7 +289,7 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
         ({"workdir": empty}, f"no checkpoint in {empty}", "train there first"),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
-        ({"quantize": "int8"}, "--quantize=int8: only with --format=html or onnx", ""),
+        ({"quantize": "int8"}, "--quantize=int8: only with --format=html", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
         ({"format": ""}, "no --format", "specify html"),
     ]

@@ -211,27 +211,6 @@ def test_greedy_text_is_that_of_the_model(page, exported):
     assert page.locator("#alternatives .chosen").count() == 1
 
 
-def test_states_are_kept_and_continued(page):
-    written(page, "ab", 20)
-    page.get_by_role("button", name="Keep this state").click()
-    texts = []
-    for _ in range(2):
-        page.get_by_role("button", name="Continue state 1").click()
-        texts.append(written(page, "c", 30))
-    assert texts[0] == texts[1]
-    page.get_by_role("button", name="Reset").click()
-    whole = written(page, "ab", 20)
-    assert page.locator("#text .prompt").text_content() == "ab"
-    page.get_by_role("button", name="Keep this state").click()
-    page.get_by_role("button", name="Continue state 2").click()
-    rest = written(page, "", 10)
-    page.get_by_role("button", name="Reset").click()
-    assert written(page, "ab", 30) == whole + rest
-    for name in ("state 1", "state 2"):
-        page.get_by_role("button", name=f"Delete {name}").click()
-    assert page.locator("#no-states").is_visible()
-
-
 @pytest.fixture
 def chat_page(browser, exported_chat):
     with opened(browser, exported_chat[1], viewport={"width": 1280, "height": 900}) as page:
@@ -266,17 +245,6 @@ def test_chat_answers_as_in_the_terminal(chat_page, exported_chat):
     assert chat_page.get_by_label("Message").input_value() == " \n"
 
 
-def test_a_conversation_is_kept_and_continued(chat_page):
-    answered(chat_page, "a")
-    chat_page.get_by_role("button", name="Keep this state").click()
-    first = answered(chat_page, "é")
-    answered(chat_page, "bc")
-    chat_page.get_by_role("button", name="Continue state 1").click()
-    assert chat_page.locator("#text .message").all_text_contents() == ["a", "yes"]
-    assert answered(chat_page, "é") == first
-    assert chat_page.locator("#text .message").all_text_contents() == ["a", "yes", "é"]
-
-
 def test_an_end_of_turn_of_several_tokens_is_not_shown(chat_page):
     chat_page.evaluate(
         """() => {
@@ -293,7 +261,7 @@ def test_an_end_of_turn_of_several_tokens_is_not_shown(chat_page):
     )
     assert answered(chat_page, "?") == "hel<lo"
     shown = [["message user", "?"], ["message assistant", "hel<lo"]]
-    assert chat_page.evaluate("origin.shown") == shown
+    assert chat_page.evaluate("conversation.shown") == shown
 
 
 def test_a_stopped_answer_is_a_turn(chat_page):
@@ -310,7 +278,7 @@ def test_a_stopped_answer_is_a_turn(chat_page):
     chat_page.locator("#text .token").nth(9).wait_for()
     chat_page.get_by_role("button", name="Stop").click()
     chat_page.locator("#generate:enabled").wait_for()
-    question, (kind, answer) = chat_page.evaluate("origin.shown")
+    question, (kind, answer) = chat_page.evaluate("conversation.shown")
     assert (question, kind) == (["message user", "?"], "message assistant")
     assert set(answer) == {"a"}
     assert chat_page.locator("#text").text_content() == "?" + answer

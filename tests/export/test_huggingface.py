@@ -1,6 +1,8 @@
 """The export for `transformers`: generation, training, tokenizers, model card, lm-eval."""
 
 import copy
+import dataclasses
+import html as html_text
 import json
 import re
 
@@ -21,9 +23,14 @@ from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.errors import UserError
-from simplernn_jax.export.formats import TrainedModel, compute_logits, find_format
-from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
-from simplernn_jax.inference import generate
+from simplernn_jax.export.formats import (
+    TrainedModel,
+    compute_logits,
+    find_format,
+    library_tokenizer,
+)
+from simplernn_jax.export.huggingface import tokenizer_json
+from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 from simplernn_jax.training.loop import train
 
@@ -280,12 +287,27 @@ def test_what_a_model_card_states(tmp_path):
         "tags": ["simplernn", "recurrent", "gated-linear-attention"],
     }
     assert html.startswith("<h1>my &lt;b&gt;_run_</h1>")
+    assert "No license was stated for the weights." in html
+    settings = {"max_new_tokens": 100, "temperature": 0.0}
+    (text,) = generate_text(model, tokenizer, config.train.sample_prompt, **settings)
+    (sample,) = re.findall(r"<pre><code>(.*?)</code></pre>", html, re.DOTALL)
+    assert html_text.unescape(sample).startswith((config.train.sample_prompt + text)[:20])
     facts = dict(re.findall(r"<td>(.*)</td>\n<td>(.*)</td>", html))
     assert facts["text"].endswith("a|b`c`")
     assert facts["steps of the training run"] == "4"
     loss = f"{result.evaluation.nats_per_token:.4f} nats per token (step 4)"
     assert facts["held-out loss"] == loss
     assert facts["held-out tokens scored"] == f"{result.evaluation.predictions:,}"
+
+
+def test_a_stated_license_and_languages(tmp_path):
+    original = trained(MODELS["residual"], template=load_template("roles"))
+    stated = dataclasses.replace(original, license="cc-by-4.0", languages=("en", "no"))
+    header, html = card_of(stated, tmp_path / "out")
+    assert header["license"] == "cc-by-4.0"
+    assert header["language"] == ["en", "no"]  # not false
+    assert "The license of the weights is cc-by-4.0." in html
+    assert "<td>en, no</td>" in html
 
 
 def test_lm_eval_gives_the_scores_of_the_model(tmp_path):

@@ -12,9 +12,9 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import ids_without_text
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.export.chat_format import chat_format
 from simplernn_jax.export.formats import (
     TrainedModel,
+    chat_format,
     check_architecture,
     check_packages,
     description,

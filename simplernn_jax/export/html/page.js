@@ -1,5 +1,5 @@
 "use strict";
-// The page: prompt, text and states; see also tokens.js.
+// The page: prompt and text; see also tokens.js.
 
 const SLICE_MS = 12;        // computed at a time, so that the page stays responsive
 const NUM_ALTERNATIVES = 6;
@@ -7,10 +7,7 @@ const NUM_ALTERNATIVES = 6;
 let model, tokenizer, special;
 let chat = null;            // the text around messages, of a chat model
 let isStopped = false;
-let current = null;         // { state, logits, shown }: after the text shown
-let origin = null;          // what the next prompt continues: a kept state, or the conversation
-let numKept = 0;
-const kept = [];
+let conversation = null;    // { state, shown }: what the next message continues
 
 function load() {
   const data = JSON.parse($("model").textContent);
@@ -32,7 +29,8 @@ async function pause(draw) {
 }
 
 // Process ids; return the logits after them, or null if it was stopped.
-async function prefill(state, ids, logits) {
+async function prefill(state, ids) {
+  let logits;
   for (const id of ids) {
     if (isStopped) return null;
     logits = model.step(state, id);
@@ -44,16 +42,14 @@ async function prefill(state, ids, logits) {
 async function generate() {
   const prompt = chat ? $("prompt").value.trim() : $("prompt").value;
   const temperature = Number($("temperature").value), maxTokens = Number($("max_tokens").value);
-  const from = origin;  // it may be changed meanwhile
-  const read = chat ? (from ? chat.next : chat.first).join(prompt) : prompt;
-  const ids = [...(from ? [] : [special.bos]), ...tokenizer.encode(read)];
-  let state = from ? structuredClone(from.state) : model.initialState();
-  const shown = [...(from?.shown ?? []), [chat ? "message user" : "prompt", prompt]];
-  current = null;
+  const read = chat ? (conversation ? chat.next : chat.first).join(prompt) : prompt;
+  const ids = [...(conversation ? [] : [special.bos]), ...tokenizer.encode(read)];
+  let state = conversation ? structuredClone(conversation.state) : model.initialState();
+  const shown = [...(conversation?.shown ?? []), [chat ? "message user" : "prompt", prompt]];
   show(shown);
   if (chat) $("prompt").value = "";
-  let logits = await prefill(state, ids, from?.logits);
-  if (!logits) return;  // the state is not that of the text
+  let logits = await prefill(state, ids);
+  if (!logits) return;
   const asked = chat && structuredClone(state);
 
   const decoder = newDecoder(), begin = performance.now();
@@ -84,17 +80,14 @@ async function generate() {
   }
   draw();
   addTokens(pending);
-  logits = logits.slice();
   if (chat) {
     // Not the state of the generation, which may have gone past the end of the turn.
     isStopped = false;
     state = asked;
-    logits = await prefill(state, tokenizer.encode(text + chat.end_of_turn));
-    if (!logits) return;
+    if (!await prefill(state, tokenizer.encode(text + chat.end_of_turn))) return;
+    shown.push(["message assistant", text]);
+    conversation = { state, shown };
   }
-  shown.push([chat ? "message assistant" : "prompt", text]);
-  current = { state, logits, shown };
-  if (chat) origin = current;
 }
 
 function show(parts) {
@@ -142,42 +135,13 @@ async function guarded(action) {
 function setRunning(isRunning) {
   $("generate").disabled = isRunning;
   $("stop").disabled = !isRunning;
-  $("leave").disabled = $("states").inert = Boolean(chat) && isRunning;
+  if (chat) $("leave").disabled = isRunning;
   if (isRunning) $("error").hidden = true;
-  $("after").hidden = isRunning || !current;
 }
 
-function keep() {
-  numKept += 1;
-  kept.push({ ...structuredClone(current), name: `state ${numKept}` });
-  listStates();
-}
-
-function listStates() {
-  $("no-states").hidden = kept.length > 0;
-  $("states").replaceChildren(...kept.map((one) => {
-    const item = document.createElement("li");
-    item.append(stateBox(one.name, "", one.shown.map(([, text]) => text).join(chat ? " " : ""), [
-      ["Continue", () => continueFrom(one)],
-      ["Delete", () => {
-        kept.splice(kept.indexOf(one), 1);
-        if (origin === one) continueFrom(null);
-        listStates();
-      }],
-    ]));
-    return item;
-  }));
-}
-
-function continueFrom(state) {
-  origin = state;
-  $("origin").hidden = !state;
-  $("origin-name").textContent = state?.name ?? "";
-  if (chat) {
-    current = state;
-    $("after").hidden = !state;
-    show(state?.shown ?? []);
-  }
+function leave() {
+  conversation = null;
+  show([]);
   $("prompt").value = "";
   $("prompt").focus();
 }
@@ -193,6 +157,5 @@ $("prompt").onkeydown = (event) => {
   if (!$("generate").disabled) run();
 };
 $("stop").onclick = () => { isStopped = true; };
-$("keep").onclick = keep;
-$("leave").onclick = () => continueFrom(null);
+if ($("leave")) $("leave").onclick = leave;
 setTimeout(() => guarded(load));  // after the first paint

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +15,14 @@ from simplernn_jax.export.formats import (
     check_architecture,
     check_packages,
     description,
+    library_tokenizer,
     write_json,
 )
 from simplernn_jax.export.huggingface.model_card import model_card
-from simplernn_jax.export.tokenizer_file import library_tokenizer, tokenizer_json
 
 CODE = "modeling_simplernn.py"
+NAMES = ("<|bos|>", "<|eos|>", "<|pad|>")
+"""Names of special tokens that have none."""
 _NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}\n"
 """Begins a template: special tokens are no text, here and in the exported tokenizer."""
 
@@ -78,6 +81,45 @@ def _turn_end(template: str, tokenizer: Tokenizer) -> list[int]:
     except UserError:  # a character that the run has never seen
         return []
     return ids if len(ids) == 1 else []
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
+    """Return the text of ``tokenizer.json`` and the names of BOS, EOS and padding.
+
+    The tokenizer adds BOS before a text, as generation here does.
+
+    Raises:
+      UserError: the special ids of a pretrained tokenizer are not supported.
+    """
+    from tokenizers import processors
+
+    result = library_tokenizer(tokenizer)
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    names = _name_special_ids(result, ids)
+    bos = names[0]
+    result.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, ids[0])]
+    )
+    return result.to_str(pretty=True) + "\n", names
+
+
+def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
+    """Add tokens for the special ids that have none; return the names of all."""
+    import tokenizers
+
+    names: dict[int, str] = {}
+    for number, name in sorted(zip(ids, NAMES, strict=True)):
+        known = tokenizer.id_to_token(number)
+        if known is None:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True)])
+            known = name
+        if tokenizer.token_to_id(known) != number:
+            raise UserError(
+                f"--format=huggingface: the id {number} of {name} is not next in the vocabulary "
+                "of the tokenizer, which is not supported by this format; use another format"
+            )
+        names[number] = known
+    return [names[number] for number in ids]
 
 
 class _Loaded:

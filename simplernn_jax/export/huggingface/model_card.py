@@ -3,10 +3,14 @@
 import json
 import math
 import re
+import textwrap
+from typing import Any
 
 from simplernn_jax.config import to_json
-from simplernn_jax.errors import counted, one_line
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
+from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.export.formats import TrainedModel
+from simplernn_jax.inference import Conversation, generate_text
 from simplernn_jax.models.named_weights import named_weights
 from simplernn_jax.training.metrics import read_metrics
 
@@ -15,7 +19,7 @@ _CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags: [simplernn, recurrent, gated-linear-attention]
----
+{stated}---
 
 # {name}
 
@@ -40,6 +44,10 @@ print(tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_toke
 `trust_remote_code=True` runs `modeling_simplernn.py` from this folder, which needs PyTorch and
 `transformers` only. With simplernn_jax installed, `load_model(folder)` loads the model, too.
 
+## Example
+
+{sample}
+
 ## Training data and results
 
 | | |
@@ -48,8 +56,8 @@ print(tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_toke
 
 ## License
 
-No license was stated for the weights. Ask the author before you use or redistribute them. The code
-in `modeling_simplernn.py` is licensed under Apache-2.0.
+{license} The code in `modeling_simplernn.py` is
+licensed under Apache-2.0.
 
 ## Limitations
 
@@ -62,6 +70,9 @@ it states can be false. It was not evaluated for any application.
 {config}
 ```
 """
+_NO_LICENSE = (
+    "No license was stated for the weights. Ask the author before you use or redistribute them."
+)
 _CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "Hello!"}]
 # Tokenize the rendered text, because the tokenizer adds BOS and apply_chat_template does not.
@@ -71,14 +82,21 @@ text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, token
 def model_card(trained: TrainedModel) -> str:
     """Write the model card."""
     model, data = trained.model.config, trained.config.data
+    stated = {"license": trained.license, "language": list(trained.languages)}
+    license = f"The license of the weights is {_escaped(trained.license)}."
     facts = {
         "text": _escaped(data.source),
+        "language": _escaped(", ".join(trained.languages) or "not stated"),
         "held out for validation": f"{data.validation_fraction:.0%} of the text",
         "tokenizer": f"{json.loads(trained.tokenizer.to_json())['kind']}, with a vocabulary of "
         f"{trained.tokenizer.vocab_size:,} tokens",
         **_results(trained.workdir),
     }
     return _CARD.format(
+        # JSON values are YAML, whatever the text.
+        stated="".join(f"{name}: {json.dumps(x)}\n" for name, x in stated.items() if x),
+        license=license if trained.license else _NO_LICENSE,
+        sample=_sample(trained),
         name=_escaped(trained.name),
         parameters=sum(weight.size for weight in named_weights(trained.model).values()),
         layers=counted(model.num_layers, "layer"),
@@ -89,6 +107,24 @@ def model_card(trained: TrainedModel) -> str:
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         config=to_json(trained.config),
     )
+
+
+def _sample(trained: TrainedModel) -> str:
+    """Return the greedy continuation of the run's sample prompt, or the answer of a chat model."""
+    settings: dict[str, Any] = {"max_new_tokens": 100, "temperature": 0.0}
+    prompt, template = trained.config.train.sample_prompt, trained.config.data.template
+    try:
+        if template:
+            prompt = prompt or "Hello!"
+            chat = Conversation(trained.model, trained.tokenizer, ChatTemplate(template))
+            text = f"{prompt}\n{chat.ask(prompt, **settings)}"
+        else:
+            text = prompt + generate_text(trained.model, trained.tokenizer, prompt, **settings)[0]
+    except (UserError, TemplateError) as error:
+        return f"No text was generated for this card ({_escaped(str(error))})."
+    # An indented code block, which no text can end.
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return f"A prompt, and what the model generates (greedy):\n\n{textwrap.indent(text, '    ')}"
 
 
 def _results(workdir: str) -> dict[str, str]:

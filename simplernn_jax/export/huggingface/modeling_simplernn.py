@@ -90,16 +90,6 @@ class SimpleRNNCache:
             for name, value in layer.items():
                 layer[name] = value.index_select(0, beam_idx.to(value.device))
 
-    def batch_select_indices(self, indices):
-        """Select sequences."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats):
-        """Repeat every sequence."""
-        for layer in self.layers:
-            for name, value in layer.items():
-                layer[name] = value.repeat_interleave(repeats, 0)
-
 
 @dataclasses.dataclass
 class SimpleRNNOutput(transformers.utils.ModelOutput):
@@ -108,7 +98,6 @@ class SimpleRNNOutput(transformers.utils.ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     cache: SimpleRNNCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
 
     @property
     def past_key_values(self):
@@ -353,12 +342,10 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids=None,
         attention_mask=None,
-        inputs_embeds=None,
         labels=None,
         cache=None,
         past_key_values=None,
         use_cache=None,
-        output_hidden_states=None,
         logits_to_keep=0,
         return_dict=True,
         num_items_in_batch=None,
@@ -371,8 +358,7 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         `num_items_in_batch`, the number of targets of a batch that is split into several calls, the
         loss is the sum divided by it.
         """
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x.float()
+        x = self.embedding(input_ids).float()
         if self.config.block != "plain":
             x = x * self.config.hidden_dim**0.5
         if use_cache is None:
@@ -385,10 +371,8 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
             is_token = attention_mask[:, -x.shape[1] :].bool()
             if states.seen_tokens and not is_token.all():
                 raise ValueError("padding after the first call; pad its sequences on the left")
-        hidden = [x]
         for layer, state in zip(self.layers, states.layers, strict=True):
             x = layer(x, is_token, state)
-            hidden.append(x)
         states.seen_tokens += x.shape[1]
         if self.config.block != "plain":
             x = rms_norm(x) * self.final_norm.weight.float()
@@ -407,10 +391,5 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
             )
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
-        output = SimpleRNNOutput(
-            loss=loss,
-            logits=logits,
-            cache=states if use_cache else None,
-            hidden_states=tuple(hidden) if output_hidden_states else None,
-        )
+        output = SimpleRNNOutput(loss, logits, states if use_cache else None)
         return output if return_dict else output.to_tuple()

@@ -70,10 +70,6 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         """Return zeros ``[B, H, K, V]`` in the state dtype."""
         return self.recurrent_state(batch_size, self.state_dtype)
 
-    def state_axes(self) -> LogicalAxes:
-        """Return the logical axes of the state."""
-        return LogicalAxes("batch", "heads")
-
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project ``[..., hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
@@ -148,7 +144,7 @@ class SimpleRNN(ZeroStateMixer):
 
     def state_axes(self) -> LogicalAxes:
         """Return the logical axes of the state."""
-        return self.cell.state_axes()
+        return LogicalAxes("batch", "heads")
 
     def __call__(
         self,
