@@ -63,26 +63,6 @@ function moveToken(event) {
   if (next) showAlternatives(next);
 }
 
-// A kept state: its name, an excerpt, and buttons of [label, action].
-function stateBox(name, details, excerpt, buttons) {
-  const box = document.createElement("div");
-  box.className = "state";
-  const title = document.createElement("b");
-  title.textContent = name;
-  const row = document.createElement("div");
-  row.className = "buttons";
-  for (const [label, action] of buttons) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = label;
-    button.setAttribute("aria-label", `${label} ${name}`);
-    button.onclick = action;
-    row.append(button);
-  }
-  box.append(title, " ", span("meta", details), span("excerpt", "…" + excerpt.slice(-60)), row);
-  return box;
-}
-
 $("text").onmouseover = (event) => showAlternatives(event.target.closest(".token"));
 $("text").onmouseleave = () => showAlternatives(null);
 $("text").onkeydown = moveToken;
