@@ -192,7 +192,7 @@ def test_the_tokenizer_knows_every_source(folder, tokenizer):
 
 
 def test_a_bpe_takes_from_each_source_by_its_weight(folder, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.bpe.MAX_BYTES", 120)
+    monkeypatch.setattr("simplernn_jax.data.pretrained_tokenizer.MAX_TRAINING_BYTES", 120)
     config = DataConfig(tokenizer="bpe:300", validation_fraction=0.0)
     config.source = "a:0,b.jsonl:1"
     only_b = train_tokenizer(config, 3, "cache")
