@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
 
 import filelock
 from absl import logging
@@ -186,16 +185,7 @@ class CheckpointFolder:
         )
 
 
-class Choice(NamedTuple):
-    """An intact checkpoint, and the reason for choosing it."""
-
-    step: int
-    path: str
-    reason: str | None
-    """One line for the user; None where there was nothing to choose."""
-
-
-def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
+def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> tuple[int, str]:
     """Choose an intact checkpoint of the run in `workdir`; quarantine corrupt ones.
 
     Args:
@@ -203,26 +193,30 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
       checkpoint: ``best``, the lowest validation loss if all checkpoints that were evaluated were
         so on the same tokens, else the newest; ``newest``; or a step.
 
+    Returns:
+      Its step, and the reason for choosing it, empty where there was nothing to choose.
+
     Raises:
       UserError: `workdir` has no checkpoint, none that is intact, or none of that step.
     """
     folder = CheckpointFolder(workdir)
     checkpoint = str(checkpoint)  # also an array, which does not compare with a text
     if checkpoint not in (BEST, NEWEST):
-        return _choose_step(folder, checkpoint)
+        return _intact_step(folder, checkpoint), ""
     while checkpoint == BEST and (best := _best(folder.qualities())) is not None:
         step, quality = best
         defect = folder.find_corruption(step)
         if defect is None:
             loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
-            return _choice(folder, step, f"the best by validation loss ({loss})")
+            return step, _reason(folder, step, f"the best by validation loss ({loss})")
         folder.quarantine(step, defect)
     newest = folder.newest_intact()
     if newest is None:
         raise UserError(f"no checkpoint in {workdir}: train there first, or use another workdir")
     if checkpoint == NEWEST:
-        return Choice(newest, folder.step_path(newest), None)
-    return _choice(folder, newest, "the newest (validation losses are missing or not comparable)")
+        return newest, ""
+    why = "the newest (validation losses are missing or not comparable)"
+    return newest, _reason(folder, newest, why)
 
 
 def steps_to_keep(
@@ -244,7 +238,7 @@ def steps_to_keep(
     return {-step for _, step in by_loss[:keep_best]} | set(steps[-keep_last:])
 
 
-def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
+def _intact_step(folder: CheckpointFolder, checkpoint: str) -> int:
     steps = folder.steps()
     if not (checkpoint.isascii() and checkpoint.isdecimal()):
         raise UserError(f"--checkpoint={checkpoint}: specify best, newest or a step")
@@ -257,12 +251,11 @@ def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
         raise UserError(
             f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
         )
-    return Choice(step, folder.step_path(step), None)
+    return step
 
 
-def _choice(folder: CheckpointFolder, step: int, why: str) -> Choice:
-    reason = f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else None
-    return Choice(step, folder.step_path(step), reason)
+def _reason(folder: CheckpointFolder, step: int, why: str) -> str:
+    return f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else ""
 
 
 def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:

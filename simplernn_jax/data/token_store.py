@@ -14,9 +14,8 @@ import filelock
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.corpora import open_corpus, parse_mixture
 from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.pretrained_tokenizer import (
     BPE_PREFIX,
     MAX_TOKENIZER_BYTES,

@@ -13,7 +13,7 @@ from token_splits import PAD, make_split
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
-from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
