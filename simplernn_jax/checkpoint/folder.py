@@ -4,9 +4,11 @@
     WORKDIR/checkpoints/N.unfinished/   being saved or deleted: a killed run loses nothing else
     WORKDIR/checkpoints_damaged/N/      quarantined corrupt checkpoints, never deleted
 
-A checkpoint gets its final name only after its manifest is written.
+A checkpoint gets its final name only after its manifest is written, which lists every file with its
+size and SHA-256, and ends in a line with the SHA-256 of the lines above it (`files.write_sealed`).
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -15,16 +17,16 @@ from collections.abc import Collection, Mapping
 import filelock
 from absl import logging
 
-from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, read_quality
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import sync
+from simplernn_jax.files import check_damage, open_file, read_sealed, sync, write_sealed
 
 BEST = "best"
 NEWEST = "newest"
 
 UNFINISHED_MARK = ".unfinished"
 
+_MANIFEST = "manifest.sha256"
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 _UNSUPPORTED = ("\\", "gs:/", "[", "*", "?")
 """Parts of a path that TensorStore or Orbax interpret: it does not find files behind a backslash,
@@ -101,7 +103,7 @@ class CheckpointFolder:
 
     def mark_complete(self, step: int) -> None:
         """Write the manifest of an unfinished checkpoint and give it its final name."""
-        manifest.write_manifest(self.unfinished_path(step))
+        write_manifest(self.unfinished_path(step))
         os.rename(self.unfinished_path(step), self.step_path(step))
         sync(self.path)
 
@@ -127,7 +129,7 @@ class CheckpointFolder:
         `parts` is as in `newest_intact`.
         """
         path = self.step_path(step)
-        defect = manifest.find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
+        defect = find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
         if defect is not None:
             return defect
         inside, _ = read_quality(path)
@@ -268,3 +270,71 @@ def _best(qualities: Mapping[int, Quality | None]) -> tuple[int, Quality] | None
     if len({quality.predictions for quality in measured.values()}) != 1:
         return None
     return min(measured.items(), key=lambda item: (item[1].validation_loss, -item[0]))
+
+
+def write_manifest(folder: str) -> None:
+    """Flush every file of `folder` to the disk, then add the manifest, atomically.
+
+    When this returns, the folder survives a power failure.
+
+    Raises:
+      OSError: the disk is full or fails.
+    """
+    body = ""
+    for name in _file_names(folder):
+        path = os.path.join(folder, name)
+        sync(path)
+        size, digest = _read_digest(path)
+        body += f"{digest} {size} {name}\n"
+    for parent, _, _ in os.walk(folder, topdown=False):
+        sync(parent)
+    write_sealed(os.path.join(folder, _MANIFEST), body)
+
+
+def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | None:
+    """Compare `folder` with its manifest: the names and sizes of all files, and every byte.
+
+    With `parts`, only the bytes of files in these folders directly below `folder`.
+
+    Returns:
+      None if all is as written, else one phrase that names the first file that is not.
+
+    Raises:
+      OSError: a file may not be read, or the machine has no memory or file descriptor for it.
+    """
+    body = read_sealed(os.path.join(folder, _MANIFEST))
+    if body is None:
+        return f"{_MANIFEST} is missing or was changed"
+    lines = [line.split(" ", 2) for line in body.splitlines()]
+    expected = {name: (int(size), digest) for digest, size, name in lines}
+    for name in sorted(expected.keys() ^ set(_file_names(folder))):
+        return f"{name} is missing" if name in expected else f"{name} does not belong there"
+    for name, (size, digest) in expected.items():
+        path = os.path.join(folder, name)
+        is_read = parts is None or name.split(os.sep)[0] in parts
+        try:
+            if os.path.getsize(path) != size:
+                return f"{name} has {os.path.getsize(path)} bytes instead of {size}"
+            if is_read and _read_digest(path) != (size, digest):
+                return f"{name} was changed"
+        except OSError as error:
+            check_damage(error)
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _file_names(folder: str) -> list[str]:
+    """List all files below `folder` except the manifest, relative and sorted."""
+    names = [
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder, onerror=check_damage)
+        for file in files
+    ]
+    return sorted(name for name in names if name != _MANIFEST)
+
+
+def _read_digest(path: str) -> tuple[int, str]:
+    """Return the size and the SHA-256 of a regular file."""
+    with open_file(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest

@@ -25,7 +25,7 @@ from references import assert_same_bytes
 from small_runs import HYBRID, untrained_run
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint import manifest
+from simplernn_jax.checkpoint import folder
 from simplernn_jax.checkpoint.checkpointer import Checkpointer, Restored, read_config
 from simplernn_jax.checkpoint.contents import Quality
 from simplernn_jax.checkpoint.folder import check_workdir
@@ -230,7 +230,7 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
     refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     save_steps(tmp_path, 1)
     with open_checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_manifest", refuse)
+        patch.setattr(folder, "write_manifest", refuse)
         checkpointer.save(2, make_state(2), {})
         with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
             checkpointer.save(3, make_state(3), {})
