@@ -13,21 +13,15 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import dataclasses
 import lzma
-import tempfile
 
 import numpy as np
 from absl import flags
 
 from simplernn_jax.cli import command_line, process_start
-from simplernn_jax.config import Config
 from simplernn_jax.data.batches import document_ends
-from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
-from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.token_split import MixedSplit
-from simplernn_jax.data.token_store import TokenSplit, prepare_corpus
+from simplernn_jax.data.token_split import MixedSplit, TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
 
@@ -67,12 +61,14 @@ def main() -> None:
     from simplernn_jax.models.memory_estimate import check_evaluation
     from simplernn_jax.training.display import align
     from simplernn_jax.training.evaluate import Evaluator
+    from simplernn_jax.training.preparation import tokenize_source
 
     if _SOURCE.value is None:
         corpus, kind = _CORPUS.open(_MODEL.workdir), "split"
         split = corpus.train if _SPLIT.value == "train" else corpus.validation
     else:
-        split, kind = tokenized(_SOURCE.value, config, tokenizer), "text"
+        process_start.raise_on_signals()  # there is a temporary folder
+        split, kind = tokenize_source(_SOURCE.value, config, tokenizer), "text"
     if split is None:
         raise UserError(
             f"{_MODEL.workdir} was trained with --config.data.validation_fraction=0 and has no "
@@ -105,21 +101,6 @@ def main() -> None:
     if windows is not None:
         facts["state carried within documents"] = str(evaluator(params, split))
     print(align(facts))
-
-
-def tokenized(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
-    """Tokenize a text like that of a run, as one split of its name; leaves no file."""
-    if parse_mixture(source) is not None:
-        raise UserError(f"--source={source}: a mixture, which only training takes; score one text")
-    if config.data.template:
-        ChatTemplate(config.data.template)  # the checkpoint is untrusted: a path is not a template
-    data = dataclasses.replace(
-        config.data, source=source, split="position", validation_fraction=0.0
-    )
-    process_start.raise_on_signals()  # there is a temporary folder
-    with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
-        corpus = prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer)
-    return dataclasses.replace(corpus.train, name=source)
 
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:

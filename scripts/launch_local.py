@@ -22,7 +22,7 @@ from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.devices import end_with_parent
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, UserError
 from simplernn_jax.parallel.supervisor import HEARTBEAT_SECONDS
-from simplernn_jax.project import name_commands, name_configs
+from simplernn_jax.project import name_commands
 
 SHUTDOWN_TIMEOUT_SECONDS = HEARTBEAT_SECONDS + 10.0
 """Timeout for the other processes to end after the first failure."""
@@ -37,7 +37,7 @@ _SCRIPT = Path(__file__).resolve().parent / "train.py"
 def main(arguments: list[str]) -> int:
     """Run all processes to their end; return the exit code of the whole."""
     if arguments[:1] in (["-h"], ["--help"]):
-        print(name_configs(name_commands(__doc__)))
+        print(name_commands(__doc__))
         return 0
     if not arguments or arguments[0] not in map(str, range(1, MAX_PROCESSES + 1)):
         raise UserError(

@@ -22,7 +22,7 @@ from absl import flags
 from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, counted, format_bytes
 from simplernn_jax.files import write_file
-from simplernn_jax.project import name_commands, name_configs
+from simplernn_jax.project import name_commands
 
 _ARGUMENTS = command_line.define_arguments("FILE")
 _CONVERSATIONS = flags.DEFINE_integer("conversations", 2000, "Number of lines.", lower_bound=1)
@@ -79,7 +79,7 @@ def main() -> None:
         f"{path}: {counted(len(lines), 'conversation')} of {counted(_TURNS.value, 'turn')}, "
         f"{format_bytes(len(content))}\n"
         "A model that is trained on them can add two digits, spell a digit and recall a number, "
-        f"and nothing else. Train it with:\n  {name_configs(name_commands(command))}"
+        f"and nothing else. Train it with:\n  {name_commands(command)}"
     )
 
 

@@ -68,13 +68,15 @@ def main() -> None:
             f"--host={_HOST.value}: anyone who reaches it could use the server; "
             "set --api_key_file, or pass --allow_remote_without_key"
         )
-    from simplernn_jax.checkpoint.folder import choose_checkpoint
+    from simplernn_jax.checkpoint.folder import CheckpointFolder, choose_checkpoint
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference.loading import is_exported
 
     def choose() -> str:
-        # An export does not change.
-        return "" if is_exported(workdir) else choose_checkpoint(workdir, _MODEL.checkpoint).path
+        if is_exported(workdir):  # which does not change
+            return ""
+        step, _ = choose_checkpoint(workdir, _MODEL.checkpoint)
+        return CheckpointFolder(workdir).step_path(step)
 
     def load() -> Any:
         model, other_tokenizer, other = _MODEL.load_again(workdir)

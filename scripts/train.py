@@ -25,7 +25,7 @@ import os
 from absl import flags, logging
 
 from simplernn_jax.cli import command_line
-from simplernn_jax.cli.config_flag import define_config_flag, read_config
+from simplernn_jax.cli.config_files import define_config_flag, read_config
 from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
 

@@ -17,7 +17,7 @@ import tempfile
 from absl import flags
 
 from simplernn_jax.cli import command_line, process_start
-from simplernn_jax.cli.config_flag import define_config_flag, read_config
+from simplernn_jax.cli.config_files import define_config_flag, read_config
 from simplernn_jax.files import check_writable, write_file
 
 define_config_flag()

@@ -22,22 +22,17 @@ def started_as_command() -> bool:
 
 
 def name_commands(text: str) -> str:
-    """Name scripts in a message the way that its reader starts them.
+    """Name scripts and configurations in a text the way that its reader gives them.
 
-    ``python scripts/train.py`` becomes ``simplernn train`` for those who use that command, and
-    ``pip install -e '.[serve]'`` names the distribution where it was installed from a wheel.
+    ``python scripts/train.py`` becomes ``simplernn train`` and ``configs/base.py`` becomes ``base``
+    for those who use that command, and ``pip install -e '.[serve]'`` names the distribution where
+    it was installed from a wheel.
     """
     if started_as_command():
         text = re.sub(r"\b(?:python|bash) scripts/(\w+)\.(?:py|sh)\b", r"simplernn \1", text)
+        text = re.sub(r"(?<![\w/])configs/(\w+)\.py\b", r"\1", text)
     if not IS_CHECKOUT:
         text = re.sub(r"pip install -e '\.\[(\w+)\]'", r"pip install 'simplernn_jax[\1]'", text)
-    return text
-
-
-def name_configs(text: str) -> str:
-    """Name the project's configurations in a text as `name_commands` names its scripts."""
-    if started_as_command():
-        text = re.sub(r"(?<![\w/])configs/(\w+)\.py\b", r"\1", text)
     return text
 
 

@@ -123,7 +123,7 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
     model, tokenizer, _ = load_model(str(folder / "run"))
 
     def read_tokens(path: Path) -> list[bytes]:
-        corpus = prepare_corpus(config.data, 0, str(path), show_progress=False)
+        corpus = prepare_corpus(config.data, 0, str(path))
         splits = (corpus.train, corpus.validation)
         return [np.asarray(split.tokens).tobytes() for split in splits if split is not None]
 

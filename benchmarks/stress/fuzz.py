@@ -153,7 +153,6 @@ def byte_level_json(*special_tokens: str) -> str:
         vocab_size=307,
         special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 5, trainer)
     return tokenizer.to_str()

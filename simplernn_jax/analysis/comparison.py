@@ -15,8 +15,14 @@ from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.display import format_duration
-from simplernn_jax.training.loss_curve import comparable, highest_loss, loss_curves
-from simplernn_jax.training.metrics import FILE_NAME, Row, read_metrics
+from simplernn_jax.training.metrics import (
+    FILE_NAME,
+    Row,
+    comparable,
+    highest_loss,
+    loss_curves,
+    read_metrics,
+)
 
 MISSING = "-"
 """Cell of a value that a run does not have."""

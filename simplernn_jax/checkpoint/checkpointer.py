@@ -11,10 +11,8 @@ manifest when all have finished, and deletes.
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import json
 import os
-import shutil
 import sys
 from typing import Any
 
@@ -36,9 +34,6 @@ from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinat
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 _FAILED_RUN_TIMEOUT_SECONDS = 5.0
-
-_OVERHEAD = 256 * 1024
-"""Bytes of a checkpoint besides its arrays and its tokenizer."""
 
 _TIMEOUT_SECONDS = 24 * 3600
 """Limit on a save and on waiting for other processes; a failed one ends all of them long before."""
@@ -112,8 +107,6 @@ class Checkpointer:
         self._finish()
         if broadcast_from_coordinator(step in self._folder.steps()):
             return
-        if is_coordinator():
-            self._check_space(step, state)
         barrier("save")
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(named_leaves(state)),
@@ -180,13 +173,6 @@ class Checkpointer:
             with contextlib.suppress(Exception):  # Orbax raises once more what `save` has raised
                 self._writer.close()
 
-    def _check_space(self, step: int, state: Any) -> None:
-        """Reject a save that would fail in the background, after many log lines of Orbax."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        needed += len(self._tokenizer_json) + _OVERHEAD
-        if shutil.disk_usage(self._folder.path).free < needed:
-            raise self._unsaved(step, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
     def _complete(self, step: int) -> None:
         self._writer.wait_until_finished()
         if is_coordinator():
@@ -223,8 +209,8 @@ def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, s
     Raises:
       UserError: `workdir` has no such checkpoint, or none that is intact.
     """
-    step, path, _ = choose_checkpoint(workdir, checkpoint)
-    return *read_texts(path), step
+    step, _ = choose_checkpoint(workdir, checkpoint)
+    return *read_texts(CheckpointFolder(workdir).step_path(step)), step
 
 
 def check_same_model(current: Config, saved: Config) -> None:

@@ -4,28 +4,29 @@
     WORKDIR/checkpoints/N.unfinished/   being saved or deleted: a killed run loses nothing else
     WORKDIR/checkpoints_damaged/N/      quarantined corrupt checkpoints, never deleted
 
-A checkpoint gets its final name only after its manifest is written.
+A checkpoint gets its final name only after its manifest is written, which lists every file with its
+size and SHA-256, and ends in a line with the SHA-256 of the lines above it (`files.write_sealed`).
 """
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
 
 import filelock
 from absl import logging
 
-from simplernn_jax.checkpoint import manifest
 from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, read_quality
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import sync
+from simplernn_jax.files import check_damage, open_file, read_sealed, sync, write_sealed
 
 BEST = "best"
 NEWEST = "newest"
 
 UNFINISHED_MARK = ".unfinished"
 
+_MANIFEST = "manifest.sha256"
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 _UNSUPPORTED = ("\\", "gs:/", "[", "*", "?")
 """Parts of a path that TensorStore or Orbax interpret: it does not find files behind a backslash,
@@ -102,7 +103,7 @@ class CheckpointFolder:
 
     def mark_complete(self, step: int) -> None:
         """Write the manifest of an unfinished checkpoint and give it its final name."""
-        manifest.write_manifest(self.unfinished_path(step))
+        write_manifest(self.unfinished_path(step))
         os.rename(self.unfinished_path(step), self.step_path(step))
         sync(self.path)
 
@@ -128,7 +129,7 @@ class CheckpointFolder:
         `parts` is as in `newest_intact`.
         """
         path = self.step_path(step)
-        defect = manifest.find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
+        defect = find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
         if defect is not None:
             return defect
         inside, _ = read_quality(path)
@@ -186,16 +187,7 @@ class CheckpointFolder:
         )
 
 
-class Choice(NamedTuple):
-    """An intact checkpoint, and the reason for choosing it."""
-
-    step: int
-    path: str
-    reason: str | None
-    """One line for the user; None where there was nothing to choose."""
-
-
-def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
+def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> tuple[int, str]:
     """Choose an intact checkpoint of the run in `workdir`; quarantine corrupt ones.
 
     Args:
@@ -203,26 +195,30 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> Choice:
       checkpoint: ``best``, the lowest validation loss if all checkpoints that were evaluated were
         so on the same tokens, else the newest; ``newest``; or a step.
 
+    Returns:
+      Its step, and the reason for choosing it, empty where there was nothing to choose.
+
     Raises:
       UserError: `workdir` has no checkpoint, none that is intact, or none of that step.
     """
     folder = CheckpointFolder(workdir)
     checkpoint = str(checkpoint)  # also an array, which does not compare with a text
     if checkpoint not in (BEST, NEWEST):
-        return _choose_step(folder, checkpoint)
+        return _intact_step(folder, checkpoint), ""
     while checkpoint == BEST and (best := _best(folder.qualities())) is not None:
         step, quality = best
         defect = folder.find_corruption(step)
         if defect is None:
             loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
-            return _choice(folder, step, f"the best by validation loss ({loss})")
+            return step, _reason(folder, step, f"the best by validation loss ({loss})")
         folder.quarantine(step, defect)
     newest = folder.newest_intact()
     if newest is None:
         raise UserError(f"no checkpoint in {workdir}: train there first, or use another workdir")
     if checkpoint == NEWEST:
-        return Choice(newest, folder.step_path(newest), None)
-    return _choice(folder, newest, "the newest (validation losses are missing or not comparable)")
+        return newest, ""
+    why = "the newest (validation losses are missing or not comparable)"
+    return newest, _reason(folder, newest, why)
 
 
 def steps_to_keep(
@@ -244,7 +240,7 @@ def steps_to_keep(
     return {-step for _, step in by_loss[:keep_best]} | set(steps[-keep_last:])
 
 
-def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
+def _intact_step(folder: CheckpointFolder, checkpoint: str) -> int:
     steps = folder.steps()
     if not (checkpoint.isascii() and checkpoint.isdecimal()):
         raise UserError(f"--checkpoint={checkpoint}: specify best, newest or a step")
@@ -257,12 +253,11 @@ def _choose_step(folder: CheckpointFolder, checkpoint: str) -> Choice:
         raise UserError(
             f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
         )
-    return Choice(step, folder.step_path(step), None)
+    return step
 
 
-def _choice(folder: CheckpointFolder, step: int, why: str) -> Choice:
-    reason = f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else None
-    return Choice(step, folder.step_path(step), reason)
+def _reason(folder: CheckpointFolder, step: int, why: str) -> str:
+    return f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else ""
 
 
 def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:
@@ -275,3 +270,71 @@ def _best(qualities: Mapping[int, Quality | None]) -> tuple[int, Quality] | None
     if len({quality.predictions for quality in measured.values()}) != 1:
         return None
     return min(measured.items(), key=lambda item: (item[1].validation_loss, -item[0]))
+
+
+def write_manifest(folder: str) -> None:
+    """Flush every file of `folder` to the disk, then add the manifest, atomically.
+
+    When this returns, the folder survives a power failure.
+
+    Raises:
+      OSError: the disk is full or fails.
+    """
+    body = ""
+    for name in _file_names(folder):
+        path = os.path.join(folder, name)
+        sync(path)
+        size, digest = _read_digest(path)
+        body += f"{digest} {size} {name}\n"
+    for parent, _, _ in os.walk(folder, topdown=False):
+        sync(parent)
+    write_sealed(os.path.join(folder, _MANIFEST), body)
+
+
+def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | None:
+    """Compare `folder` with its manifest: the names and sizes of all files, and every byte.
+
+    With `parts`, only the bytes of files in these folders directly below `folder`.
+
+    Returns:
+      None if all is as written, else one phrase that names the first file that is not.
+
+    Raises:
+      OSError: a file may not be read, or the machine has no memory or file descriptor for it.
+    """
+    body = read_sealed(os.path.join(folder, _MANIFEST))
+    if body is None:
+        return f"{_MANIFEST} is missing or was changed"
+    lines = [line.split(" ", 2) for line in body.splitlines()]
+    expected = {name: (int(size), digest) for digest, size, name in lines}
+    for name in sorted(expected.keys() ^ set(_file_names(folder))):
+        return f"{name} is missing" if name in expected else f"{name} does not belong there"
+    for name, (size, digest) in expected.items():
+        path = os.path.join(folder, name)
+        is_read = parts is None or name.split(os.sep)[0] in parts
+        try:
+            if os.path.getsize(path) != size:
+                return f"{name} has {os.path.getsize(path)} bytes instead of {size}"
+            if is_read and _read_digest(path) != (size, digest):
+                return f"{name} was changed"
+        except OSError as error:
+            check_damage(error)
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _file_names(folder: str) -> list[str]:
+    """List all files below `folder` except the manifest, relative and sorted."""
+    names = [
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder, onerror=check_damage)
+        for file in files
+    ]
+    return sorted(name for name in names if name != _MANIFEST)
+
+
+def _read_digest(path: str) -> tuple[int, str]:
+    """Return the size and the SHA-256 of a regular file."""
+    with open_file(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest

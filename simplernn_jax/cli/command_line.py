@@ -23,7 +23,7 @@ from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.config import Config, by_field
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
-from simplernn_jax.project import PACKAGE, name_commands, name_configs, usage
+from simplernn_jax.project import PACKAGE, name_commands, usage
 
 if TYPE_CHECKING:
     from simplernn_jax.data.token_store import TokenizedCorpus
@@ -300,7 +300,7 @@ def _nearest_flag(name: str) -> str:
 
 
 def _help() -> str:
-    lines = [name_configs(name_commands((sys.modules["__main__"].__doc__ or "").strip())), ""]
+    lines = [name_commands((sys.modules["__main__"].__doc__ or "").strip()), ""]
     positional = f" {_arguments.usage}" if _arguments is not None else ""
     lines += [f"usage: {usage()}{positional} [--flag=value ...]"]
     lines += [flags.FLAGS.main_module_help().rstrip()]
@@ -319,11 +319,16 @@ class _StderrHandler(logging.Handler):
 
 
 def _show_own_logs_only() -> None:
-    """Show this project's lines from INFO up, others from WARNING up, without absl's prefixes."""
+    """Show this project's lines from INFO up, others from WARNING up, without absl's prefixes.
+
+    Orbax logs the traceback of a failed save in each of its threads, and raises the error too.
+    """
     folders = (str(PACKAGE), str(Path(sys.argv[0]).resolve().parent))
 
     def is_wanted(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or record.pathname.startswith(folders)
+        is_raised_too = record.exc_info is not None and "/orbax/" in record.pathname
+        is_own = record.pathname.startswith(folders)
+        return is_own or (record.levelno >= logging.WARNING and not is_raised_too)
 
     handler = _StderrHandler()
     handler.addFilter(is_wanted)

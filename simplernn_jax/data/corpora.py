@@ -1,10 +1,14 @@
-"""Corpora by source: the standard library, text, JSON, CSV, Parquet, a prepared dataset."""
+"""Corpora by source: the standard library, text, JSON, CSV, Parquet, a prepared dataset.
+
+A mixture, such as ``a/:0.7,b.jsonl:0.3``, names several sources with weights.
+"""
 
 import codecs
 import dataclasses
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -21,7 +25,6 @@ from simplernn_jax.data.documents import (
     cut_text,
     pieces_of,
 )
-from simplernn_jax.data.mixture import split_mixture
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
 from simplernn_jax.data.record_files import (
     ConversationFiles,
@@ -153,6 +156,61 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         return _open_files(config, find_files(source, frozenset(map(os.path.realpath, exclude))))
     except OSError as error:  # such as from a current folder that was deleted
         raise UserError(f"{source}: {error.strerror or error}; correct the source") from error
+
+
+def split_mixture(source: str) -> list[tuple[str, str]]:
+    """Split ``data.source`` into sources and their weights; empty if it is a single source.
+
+    A source goes up to ``:NUMBER`` before a comma or the end; other commas and colons belong to it.
+    Any path that exists is a single source.
+
+    Raises:
+      UserError: a source has no weight.
+    """
+    if "," not in source or "\0" in source or os.path.lexists(os.path.expanduser(source)):
+        return []
+    entries: list[tuple[str, str]] = []
+    pending: list[str] = []
+    for part in source.split(","):
+        name, _, weight = part.rpartition(":")
+        is_end = bool(name) and _is_number(weight)
+        pending.append(name if is_end else part)
+        if is_end:
+            entries.append((",".join(pending), weight))
+            pending = []
+    if entries and (pending or len(entries) < 2):
+        raise _mixture_error(source, f"no weight for {','.join(pending) or source}")
+    return entries
+
+
+def parse_mixture(source: str) -> list[tuple[str, float]] | None:
+    """Return the sources of a mixture and their probabilities; None if it is a single source.
+
+    Raises:
+      UserError: a source has no weight, one is negative or not finite, or all are 0.
+    """
+    weights = [(name, float(weight)) for name, weight in split_mixture(source)]
+    total = sum(weight for _, weight in weights)
+    if any(not 0 <= weight < math.inf for _, weight in weights):
+        raise _mixture_error(source, "a weight is negative or not finite")
+    if weights and not 0 < total < math.inf:
+        raise _mixture_error(source, f"the sum of the weights is {total}")
+    return [(name, weight / total) for name, weight in weights] or None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _mixture_error(source: str, problem: str) -> UserError:
+    return UserError(
+        f"config.data.source={source}: {problem}; give each source of a mixture a weight, such "
+        "as 'a/:0.7,b.jsonl:0.3'"
+    )
 
 
 def absolute_source(source: str) -> str:

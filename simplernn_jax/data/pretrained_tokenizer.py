@@ -1,15 +1,22 @@
-"""A Hugging Face ``tokenizer.json``, from a file or from the hub."""
+"""A Hugging Face ``tokenizer.json``: from a file, from the hub, or trained.
+
+A trained one is a byte-level BPE (Sennrich et al., 2016; Radford et al., 2019).
+"""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from simplernn_jax.data.documents import utf8
+from simplernn_jax.data.token_split import MixedSplit, TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
@@ -25,6 +32,18 @@ MAX_TOKENIZER_BYTES = 1 << 28
 _MAX_IDS = 1 << 24
 """Maximum number of ids of a vocabulary. The largest known ones have a million; an id of four
 billion is corruption, which only the memory of its embedding would reveal."""
+BPE_PREFIX = "bpe:"
+_MIN_BPE_SIZE, _MAX_BPE_SIZE = 256 + 3, 1 << 20
+MAX_TRAINING_BYTES = 1 << 28
+"""Bytes of the training split that are used, from its beginning; more change few merges, and the
+library counts distinct words in memory. Of a mixture, each source has its share of them."""
+
+_LONGEST_WORD = 128
+"""Characters of a word, more than in any language: training takes the square of a word's
+length. What is longer, such as a line of dashes, is several words."""
+_WORDS = GPT2_PATTERN.replace("+", f"{{1,{_LONGEST_WORD}}}")
+"""Words of GPT-2, of at most `_LONGEST_WORD` characters."""
+_PART_BYTES = 1 << 20
 
 
 def load_pretrained(spec: str) -> "PretrainedTokenizer":
@@ -82,6 +101,8 @@ class PretrainedTokenizer(Tokenizer):
         import tokenizers
 
         with _library_errors("be loaded"):
+            parsed = json.loads(tokenizer_json)
+            _check_merges(parsed["model"])
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -95,7 +116,7 @@ class PretrainedTokenizer(Tokenizer):
         self.bos_id = self._special(bos_id, _BOS_NAMES, vocabulary)
         self.eos_id = self._special(eos_id, _EOS_NAMES, vocabulary)
         self.pad_id = self._special(pad_id, _PAD_NAMES, vocabulary)
-        self._byte_level = _is_byte_level(json.loads(tokenizer_json).get("decoder"))
+        self._byte_level = _is_byte_level(parsed.get("decoder"))
         self._bytes_of_id = self._bytes_table(vocabulary)
 
     def _special(
@@ -178,6 +199,18 @@ def _library_errors(action: str) -> Iterator[None]:
         raise UserError(f"the tokenizer cannot {action} ({problem}); use another") from error
 
 
+def _check_merges(model: dict[str, Any]) -> None:
+    """Reject merges that lack the prefix of their second token: the library cuts it off unchecked.
+
+    It then ends the process in the middle of a character (tokenizers 0.23).
+    """
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges", ()) if prefix else ():
+        second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"the merge {merge!r} lacks its continuing_subword_prefix {prefix!r}")
+
+
 def _is_byte_level(decoder: Any) -> bool:
     if not isinstance(decoder, dict):
         return False
@@ -196,3 +229,70 @@ def byte_level_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     pairs = {chr(byte): byte for byte in printable}
     return pairs | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def bpe_size(spec: str) -> int:
+    """Return the vocabulary size of ``bpe:SIZE``, specials included; raises `UserError`."""
+    is_bpe, digits = spec.startswith(BPE_PREFIX), spec.removeprefix(BPE_PREFIX)
+    is_number = is_bpe and digits.isascii() and digits.isdecimal() and len(digits) <= 8
+    if not is_number or not _MIN_BPE_SIZE <= int(digits) <= _MAX_BPE_SIZE:
+        raise UserError(
+            f"--config.data.tokenizer={spec}: give a vocabulary size from {_MIN_BPE_SIZE} to "
+            f"{_MAX_BPE_SIZE:,}, such as {BPE_PREFIX}8192"
+        )
+    return int(digits)
+
+
+def train_bpe(split: TokenSplit, vocab_size: int) -> str:
+    """Train a byte-level BPE; equal arguments give equal tokenizers.
+
+    Args:
+      split: of byte tokens; of a mixture, each source counts by its weight if it is long.
+      vocab_size: ids, BOS, EOS and PAD included; fewer if the text has no more pairs.
+
+    Returns:
+      A ``tokenizer.json`` in Hugging Face's form.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 3,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    limits = _training_limits(split)
+    num_bytes = sum(min(limit, part.num_bytes) for part, limit in limits)
+    logging.info("training a BPE of %s ids on %s bytes", f"{vocab_size:,}", f"{num_bytes:,}")
+    texts = itertools.chain.from_iterable(itertools.starmap(training_texts, limits))
+    with ThreadPoolExecutor(1) as thread:  # so that this one handles signals meanwhile
+        thread.submit(tokenizer.train_from_iterator, texts, trainer).result()
+    json: str = tokenizer.to_str()
+    found = PretrainedTokenizer(json).vocab_size
+    if found < vocab_size:
+        logging.warning("this text gives only %s of %s ids", f"{found:,}", f"{vocab_size:,}")
+    return json
+
+
+def _training_limits(split: TokenSplit) -> list[tuple[TokenSplit, int]]:
+    """Return each source of a split with the maximum number of its bytes that are used."""
+    if isinstance(split, MixedSplit):
+        pairs = zip(split.parts, split.weights, strict=True)
+        return [(part, int(MAX_TRAINING_BYTES * weight)) for part, weight in pairs]
+    return [(split, MAX_TRAINING_BYTES)]
+
+
+def training_texts(split: TokenSplit, limit: int) -> Iterator[str]:
+    """Yield the text of each document, up to a number of bytes, in parts of bounded size."""
+    count = int(np.searchsorted(split.document_starts, limit))
+    bounds = np.append(split.document_starts[: count + 1], len(split.tokens))[: count + 1]
+    for start, end in itertools.pairwise(map(int, bounds)):
+        for at in range(start, min(end, limit), _PART_BYTES):
+            ids = np.asarray(split.tokens[at : min(at + _PART_BYTES, end)])
+            # A part may begin or end inside a character.
+            yield ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", "ignore")

@@ -13,7 +13,6 @@ tokens are first written to a temporary file in source order (`tokenization`), t
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from simplernn_jax.data.token_split import TOKEN_DTYPES, ShardedArray, TokenSplit, joined
 from simplernn_jax.data.tokenization import SourceTokens
@@ -107,27 +105,6 @@ def _bytes_before(tokens: SourceTokens, cut: int, tokenizer: Tokenizer) -> int:
     begun = np.array([[tokens.piece_starts[piece], cut]])
     part = sum(len(tokenizer.decode_bytes(block)) for block in tokens.blocks(begun))
     return int(whole + min(part, end - whole))
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a store, which ends with the process; none if the file system has none."""
-    path = folder.with_name(f".{folder.name}.lock")
-    while True:
-        with open(path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logging.info("waiting for another process that writes %s", folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
-                continue  # its holder has removed the file
-            except OSError:
-                logging.info("no file locks on this file system: %s", folder)
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
 
 
 @contextlib.contextmanager

@@ -8,19 +8,24 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import filelock
 from absl import logging
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import bpe
-from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.corpora import open_corpus, parse_mixture
 from simplernn_jax.data.documents import Corpus
-from simplernn_jax.data.mixture import parse_mixture
-from simplernn_jax.data.pretrained_tokenizer import MAX_TOKENIZER_BYTES, PretrainedTokenizer
+from simplernn_jax.data.pretrained_tokenizer import (
+    BPE_PREFIX,
+    MAX_TOKENIZER_BYTES,
+    PretrainedTokenizer,
+    bpe_size,
+    train_bpe,
+)
 from simplernn_jax.data.store_files import (
     CorruptStore,
     content_hashes,
-    locked,
     new_store,
     open_store,
     split_by_document,
@@ -111,7 +116,6 @@ def prepare_corpus(
     *,
     tokenizer: Tokenizer | None = None,
     exclude: tuple[str, ...] = (),
-    show_progress: bool = True,
 ) -> TokenizedCorpus:
     """Open the tokenized corpus of a configuration, tokenizing it if that was not done yet.
 
@@ -125,8 +129,6 @@ def prepare_corpus(
       tokenizer: a resumed run's; None loads ``config.tokenizer``, which must give back the text,
         or trains it with `train_tokenizer`.
       exclude: folders, besides `cache_dir`, that do not belong to the source; see `open_corpus`.
-      show_progress: a bar on a terminal; elsewhere a line at the start, every 30 seconds and at the
-        end.
 
     Returns:
       The tokenizer and both splits, whose tokens are memory-mapped.
@@ -139,17 +141,15 @@ def prepare_corpus(
     sources = mixture or [(config.source, 1.0)]
     configs = [dataclasses.replace(config, source=source) for source, _ in sources]
     corpora = [open_corpus(one, exclude=(str(cache), *exclude)) for one in configs]
-    if tokenizer is None and config.tokenizer.startswith(bpe.PREFIX):
-        tokenizer = train_tokenizer(
-            config, seed, cache_dir, exclude=exclude, show_progress=show_progress
-        )
+    if tokenizer is None and config.tokenizer.startswith(BPE_PREFIX):
+        tokenizer = train_tokenizer(config, seed, cache_dir, exclude=exclude)
     elif tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer, *corpora)
         for corpus in corpora:
             check_round_trip(tokenizer, config.tokenizer, corpus)
     with _disk_errors(cache, config.source):
         stores = [
-            _open_or_write(cache, one, seed, corpus, tokenizer, show_progress)
+            _open_or_write(cache, one, seed, corpus, tokenizer)
             for one, corpus in zip(configs, corpora, strict=True)
         ]
         prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
@@ -159,12 +159,7 @@ def prepare_corpus(
 
 
 def train_tokenizer(
-    config: DataConfig,
-    seed: int,
-    cache_dir: str,
-    *,
-    exclude: tuple[str, ...] = (),
-    show_progress: bool = True,
+    config: DataConfig, seed: int, cache_dir: str, *, exclude: tuple[str, ...] = ()
 ) -> PretrainedTokenizer:
     """Train the BPE of ``config.tokenizer``, or find it in `cache_dir`.
 
@@ -172,26 +167,21 @@ def train_tokenizer(
     tokens can differ a little from the cut in bytes.
 
     Args:
-      config, seed, cache_dir, exclude, show_progress: as for `prepare_corpus`.
+      config, seed, cache_dir, exclude: as for `prepare_corpus`.
 
     Raises:
       UserError: ``config.tokenizer`` is not ``bpe:SIZE``, or as for `prepare_corpus`.
     """
-    vocab_size = bpe.parse_spec(config.tokenizer)
-    corpus = prepare_corpus(
-        dataclasses.replace(config, tokenizer="byte"),
-        seed,
-        cache_dir,
-        exclude=exclude,
-        show_progress=show_progress,
-    )
+    vocab_size = bpe_size(config.tokenizer)
+    as_bytes = dataclasses.replace(config, tokenizer="byte")
+    corpus = prepare_corpus(as_bytes, seed, cache_dir, exclude=exclude)
     cache = Path(cache_dir).expanduser()
     # Hidden, unlike stores. Version 1 had words of any length.
     path = cache / f".bpe-v2-{vocab_size}-{corpus.content_hash}.json"
     with _disk_errors(cache, config.source):
         content = read_sealed(path, MAX_TOKENIZER_BYTES)
         if content is None:
-            content = bpe.train_bpe(corpus.train, vocab_size) + "\n"
+            content = train_bpe(corpus.train, vocab_size) + "\n"
             write_sealed(path, content)
     return PretrainedTokenizer(content)
 
@@ -232,12 +222,7 @@ def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
 
 
 def _open_or_write(
-    cache: Path,
-    config: DataConfig,
-    seed: int,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    show_progress: bool,
+    cache: Path, config: DataConfig, seed: int, corpus: Corpus, tokenizer: Tokenizer
 ) -> tuple[str, list[TokenSplit]]:
     """Open the store of a source, after writing it if it is missing; return its name too.
 
@@ -250,7 +235,7 @@ def _open_or_write(
     with contextlib.suppress(CorruptStore):
         return folder.name, open_store(folder)
     cache.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with _lock(folder):
         if os.path.lexists(folder):
             try:
                 return folder.name, open_store(folder)  # which another process has just written
@@ -260,9 +245,7 @@ def _open_or_write(
                 is_folder = folder.is_dir() and not folder.is_symlink()
                 shutil.rmtree(folder) if is_folder else folder.unlink()
         with new_store(folder) as (temporary, result):
-            tokens = tokenize(
-                temporary / "tokens", corpus, tokenizer, config.source, show_progress=show_progress
-            )
+            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
             if not tokens.num_documents:
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:
@@ -277,6 +260,16 @@ def _open_or_write(
                 plans = split_by_document(tokens, config.validation_fraction, seed)
             write_store(result, folder.name, plans, tokens)
     return folder.name, open_store(folder)
+
+
+def _lock(folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Take the lock of a store, which ends with the process, or wait for it."""
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logging.info("waiting for another process that writes %s", folder)
+        return lock.acquire()
 
 
 def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Tokenizer) -> str:

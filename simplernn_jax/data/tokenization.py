@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Record
-from simplernn_jax.data.progress import reading_progress
 from simplernn_jax.data.token_split import token_dtype
 from simplernn_jax.data.tokenizer import (
     ByteTokenizer,
@@ -32,12 +33,14 @@ from simplernn_jax.data.tokenizer import (
     tokenizer_from_json,
 )
 from simplernn_jax.devices import core_limits, end_with_parent
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, format_bytes
 
 PART_CHARACTERS = 1 << 23
 """Characters of a part, or bytes of records, which a process holds in memory."""
 _RECORD_CHARACTERS = 64
 """Added for each record, since short ones take more memory than their text."""
+SECONDS_PER_LINE = 30
+"""Time between lines of progress."""
 _MAX_WORKERS = 32
 """More than that wait for the process that reads the text."""
 _BLOCK_TOKENS = 1 << 20
@@ -124,9 +127,7 @@ def available_cores() -> int:
     return max(1, math.ceil(min([cores, *core_limits()])))
 
 
-def tokenize(
-    path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str, *, show_progress: bool
-) -> SourceTokens:
+def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> SourceTokens:
     """Tokenize a corpus into the file `path`; `source` is its name in the progress.
 
     A document without text is left out. The tokens are the same for every number of processes; at
@@ -142,7 +143,7 @@ def tokenize(
     num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
     tables = [np.empty(0, _PIECES)]
     with contextlib.ExitStack() as stack:
-        progress = reading_progress(f"tokenizing {source}", corpus.total_bytes, show=show_progress)
+        progress = _reading_progress(f"tokenizing {source}", corpus.total_bytes)
         parts = _parts(corpus, tokenizer, stack.enter_context(progress), num_workers)
         stack.enter_context(contextlib.closing(parts))
         file = stack.enter_context(open(path, "wb"))
@@ -248,3 +249,45 @@ def _start(parent_id: int, corpus: Corpus, tokenizer_json: str) -> None:
 
 def _run(records: list[Record]) -> Part:
     return _Process.tokenized(records)
+
+
+@contextlib.contextmanager
+def _reading_progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the bytes read so far."""
+    yield from (_bar if sys.stderr.isatty() else _lines)(task, total_bytes)
+
+
+def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    start = latest = time.monotonic()
+    logging.info("%s: %s ...", task, format_bytes(total_bytes))
+
+    def update(bytes_read: int) -> None:
+        nonlocal latest
+        now = time.monotonic()
+        if now - latest >= SECONDS_PER_LINE:
+            latest = now
+            done = bytes_read / max(total_bytes, 1)
+            left = (now - start) * (1 - done) / max(done, 1e-9)
+            logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
+
+    yield update
+    logging.info("%s: done in %.1f s", task, time.monotonic() - start)
+
+
+def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    from rich import markup, progress
+    from rich.console import Console
+
+    with progress.Progress(console=Console(stderr=True)) as bar:
+        handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
+        shown = 0
+
+        def update(bytes_read: int) -> None:
+            nonlocal shown
+            # An update costs more than a small document.
+            if bytes_read - shown > total_bytes // 1000:
+                shown = bytes_read
+                bar.update(handle, completed=bytes_read)
+
+        yield update
+        bar.update(handle, completed=total_bytes)

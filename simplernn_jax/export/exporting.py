@@ -14,7 +14,7 @@ import numpy as np
 from optax.losses import softmax_cross_entropy_with_integer_labels
 
 from simplernn_jax.config import Config
-from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, format_bytes
 from simplernn_jax.export import QUANTIZATIONS

@@ -14,7 +14,7 @@ from flax import nnx
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.contents import read_texts, read_tree
-from simplernn_jax.checkpoint.folder import BEST, choose_checkpoint
+from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -122,9 +122,10 @@ def load_model(
 
 
 def _load_run(workdir: str, checkpoint: str | int) -> tuple[LanguageModel, Tokenizer, Config]:
-    _, path, reason = choose_checkpoint(workdir, checkpoint)
-    if reason is not None:
+    step, reason = choose_checkpoint(workdir, checkpoint)
+    if reason:
         logging.info("%s", reason)
+    path = CheckpointFolder(workdir).step_path(step)
     config, tokenizer_json = read_texts(path)
     graph, params = abstract_model(config.model)
     params = read_tree(path, {"params": params}, partial=True)["params"]

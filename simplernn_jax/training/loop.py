@@ -33,8 +33,7 @@ from simplernn_jax.parallel.shardings import local_copy
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
-from simplernn_jax.training.loss_curve import plot_loss
-from simplernn_jax.training.metrics import MetricsWriter
+from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.preparation import sample_text
 from simplernn_jax.training.run import Run

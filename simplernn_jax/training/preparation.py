@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import tempfile
 from typing import Any
 
 import jax
@@ -16,12 +17,11 @@ from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_check
 from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
-from simplernn_jax.data.corpora import absolute_source
+from simplernn_jax.data.corpora import absolute_source, parse_mixture
 from simplernn_jax.data.evaluation_batches import check_scorable
-from simplernn_jax.data.mixture import parse_mixture
 from simplernn_jax.data.source_files import glob_folder
 from simplernn_jax.data.store_files import CorruptStore
-from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, prepare_corpus
+from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.loading import is_exported, load_exported, read_run
@@ -140,18 +140,40 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
             f"{config.data.cache_dir or folder}, or --corpus_source, originally "
             f"{config.data.source}"
         )
-    if config.data.template:
-        ChatTemplate(config.data.template)  # a path is not a template
-    data = dataclasses.replace(config.data, source=source)
-    corpus = prepare_corpus(
-        data, config.train.seed, folder, tokenizer=tokenizer, exclude=(workdir,)
-    )
+    corpus = _tokenize_again(config, source, folder, tokenizer, exclude=(workdir,))
     if corpus.content_hash != wanted:
         raise UserError(
             f"--corpus_source={source}: not the text that the run in {workdir} was trained on "
             f"({config.data.source}); use the same text"
         )
     return corpus
+
+
+def tokenize_source(source: str, config: Config, tokenizer: Tokenizer) -> TokenSplit:
+    """Tokenize another text than a run's in the same way, as one split of that name.
+
+    It leaves no file.
+
+    Raises:
+      UserError: the text is unusable, or a mixture.
+    """
+    if parse_mixture(source) is not None:
+        raise UserError(f"--source={source}: a mixture, which only training takes; score one text")
+    data = dataclasses.replace(config.data, split="position", validation_fraction=0.0)
+    config = dataclasses.replace(config, data=data)
+    with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
+        corpus = _tokenize_again(config, source, folder, tokenizer)
+    return dataclasses.replace(corpus.train, name=source)
+
+
+def _tokenize_again(
+    config: Config, source: str, folder: str, tokenizer: Tokenizer, exclude: tuple[str, ...] = ()
+) -> TokenizedCorpus:
+    """Tokenize `source` with the settings of a checkpoint, which is untrusted."""
+    if config.data.template:
+        ChatTemplate(config.data.template)  # a path is not a template
+    data = dataclasses.replace(config.data, source=source)
+    return prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer, exclude=exclude)
 
 
 def changed_fields(current: Config, saved: Config) -> list[str]:
@@ -312,7 +334,7 @@ def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> n
     model = _load(path)
     if model is None:
         # The run may go on meanwhile: all processes read the checkpoint that process 0 sees.
-        step = choose_checkpoint(path).step if is_coordinator() else 0
+        step = choose_checkpoint(path)[0] if is_coordinator() else 0
         step_path = CheckpointFolder(path).step_path(broadcast_from_coordinator(step))
         tree = {"params": abstract}
         placed = None if shardings is None else {"params": shardings}

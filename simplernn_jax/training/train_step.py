@@ -1,6 +1,11 @@
-"""The train step: state, loss and gradient of a batch, shardings, and the compiled update."""
+"""The train step: its state, the loss, the gradient of a batch, and the compiled update.
+
+`make_grad_fn` differentiates the loss of a part of the batch and sums over BPTT windows,
+microbatches and devices; `make_train_step` updates the parameters with the sum.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +23,7 @@ from simplernn_jax.data.batches import Batch
 from simplernn_jax.models import memory_estimate
 from simplernn_jax.models.language_model import Initialized, initialize
 from simplernn_jax.ops.primitive import vary_like, varying
+from simplernn_jax.ops.segments import segment_starts
 from simplernn_jax.parallel.collectives import axis_index, psum
 from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, drop_trivial_axes, partition_spec
 from simplernn_jax.parallel.sequence import shard_segment_ids
@@ -28,19 +34,16 @@ from simplernn_jax.parallel.shardings import (
     named_shardings,
     variable_specs,
 )
-from simplernn_jax.training.accumulation import (
-    accumulate_gradients,
-    choose_microbatches,
-    remat_windows,
-    split_into_windows,
-    truncated_bptt,
-    value_and_grad_with_carry,
-)
 from simplernn_jax.training.losses import chunked_cross_entropy
 
 ANALYSIS_THRESHOLD = 0.25
 """Fraction of device memory above which the step is compiled and analyzed: the estimate is about a
 third of XLA's analysis, and compilation takes about 10 s."""
+
+_MICROBATCH_TOKENS = 1024
+"""With a few hundred channels, a layer's activations are a few MB, the size of an L2 cache."""
+_MAX_SEQUENCES = 8192
+"""Number of sequences up to which the divisors of a batch are searched."""
 
 
 @jax.tree_util.register_dataclass
@@ -136,22 +139,9 @@ def batch_specs(mesh: Mesh) -> Batch:
     return Batch(tokens, loss_tokens, loss_tokens, tokens, reset=sequences)
 
 
-def window_specs(mesh: Mesh) -> Batch:
-    """Return `batch_specs` of `split_into_windows`: each window's tokens are sharded."""
-    specs: Any = batch_specs(mesh)
-    token_specs: Any = [P(spec[0], None, spec[1]) for spec in specs[:4]]
-    return Batch._make([*token_specs, specs.reset])
-
-
 def batch_shardings(mesh: Mesh) -> Batch | None:
     """Return the shardings of a batch's arrays; None on one device."""
     return named_shardings(batch_specs(mesh), mesh) if is_distributed(mesh) else None
-
-
-BatchGradFn = Callable[
-    [nnx.State, Batch, ModelState, jax.Array, jax.Array],
-    tuple[jax.Array, jax.Array, nnx.State, ModelState],
-]
 
 
 def init_model(config: Config, key: jax.Array) -> Initialized:
@@ -167,7 +157,31 @@ def abstract_train_model(config: Config) -> Initialized:
     return abstract
 
 
-def make_grad_fn(config: Config) -> BatchGradFn:
+def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
+    """Return the configuration with ``train.gradient_accumulation`` set, where it is None.
+
+    On a single CPU device, it is the divisor of ``data.batch_size`` whose microbatches come
+    closest, by their ratio, to 1,024 tokens; elsewhere 1. As this depends on sizes alone, results
+    are bitwise independent of the number of cores.
+    """
+    if config.train.gradient_accumulation is not None:
+        return config
+    size, microbatches = config.data.batch_size, 1
+    if is_on_cpu(mesh) and not is_distributed(mesh):
+        length = config.train.bptt_window or config.data.sequence_length
+        divisors = [n for n in range(1, min(size, _MAX_SEQUENCES) + 1) if size % n == 0]
+        ratios = {n: abs(math.log(n * length / _MICROBATCH_TOKENS)) for n in [*divisors, size]}
+        microbatches = size // min(ratios, key=ratios.__getitem__)
+    train = dataclasses.replace(config.train, gradient_accumulation=microbatches)
+    return dataclasses.replace(config, train=train)
+
+
+def make_grad_fn(
+    config: Config,
+) -> Callable[
+    [nnx.State, Batch, ModelState, jax.Array, jax.Array],
+    tuple[jax.Array, jax.Array, nnx.State, ModelState],
+]:
     """Build the loss and gradient function of a batch.
 
     It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
@@ -182,6 +196,7 @@ def make_grad_fn(config: Config) -> BatchGradFn:
     def loss_fn(
         params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, ModelState]:
+        """Sum over the batch, divided by `predictions`: losses of parts add up to a mean."""
         model = nnx.merge(graph, params)
         hidden, carried = model.hidden_states(
             batch.tokens,
@@ -194,12 +209,17 @@ def make_grad_fn(config: Config) -> BatchGradFn:
         return nll / predictions.astype(nll.dtype), carried
 
     if not config.train.bptt_window:
-        microbatch_grad_fn = value_and_grad_with_carry(loss_fn)
+        grad_fn = _value_and_grad(loss_fn)
     elif config.train.bptt == "truncated":
-        microbatch_grad_fn = truncated_bptt(loss_fn)
+        # Each window starts from the final state of the previous one, as a constant (Williams and
+        # Peng 1990).
+        grad_fn = _sum_over_windows(_value_and_grad(loss_fn), loss_fn, _zero_gradient)
     else:
-        microbatch_grad_fn = value_and_grad_with_carry(remat_windows(loss_fn))
-    sum_grad_fn = accumulate_gradients(microbatch_grad_fn, config.train.gradient_accumulation or 1)
+        # The forward pass saves the state before each window; the backward pass recomputes one
+        # window at a time. In a scan, XLA cannot merge the two.
+        remat_loss_fn = jax.checkpoint(loss_fn, prevent_cse=False)
+        grad_fn = _value_and_grad(_sum_over_windows(remat_loss_fn, loss_fn, _zero_loss))
+    grad_fn = _sum_over_microbatches(grad_fn, config.train.gradient_accumulation or 1)
 
     def batch_grad_fn(
         params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
@@ -210,11 +230,105 @@ def make_grad_fn(config: Config) -> BatchGradFn:
         # microbatches.
         varying_params = jax.tree.map(lambda param: vary_like(param, *batch), params)
         divisor = jnp.maximum(predictions, 1)
-        loss, gradient, final = sum_grad_fn(varying_params, batch, carried, key, divisor)
+        (loss, gradient), final = grad_fn(varying_params, batch, carried, key, divisor)
         carried = final if carried else ()
         return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, params), carried
 
     return batch_grad_fn
+
+
+_PartFn = Callable[..., tuple[Any, ModelState]]
+"""Function of part of a batch: ``(params, batch, carried, dropout_key, predictions)`` to ``(value,
+carried)``. The value is a loss, or a loss and its gradient. `carried` is the recurrent state before
+the part, or () for none. `dropout_key` is a typed PRNG key, `predictions` an int32 scalar of at
+least 1."""
+
+
+def _value_and_grad(loss_fn: _PartFn) -> _PartFn:
+    """Return the gradient function of a loss, with `stop_gradient` on the carried state."""
+
+    def grad_fn(params: nnx.State, batch: Batch, carried: ModelState, *rest: Any) -> Any:
+        carried = jax.lax.stop_gradient(carried)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, carried), gradient = value_and_grad(params, batch, carried, *rest)
+        return (loss, gradient), carried
+
+    return grad_fn
+
+
+def split_into_windows(batch: Batch, window: int) -> Batch:
+    """Split a batch ``[B, T]`` into BPTT windows ``[B, T / window, window]``; `window` divides T.
+
+    `reset` becomes ``[B, T / window]`` bool: True where a window's first token starts a segment.
+    """
+    arrays: Any = batch
+    begins = segment_starts(arrays.segment_ids)[:, ::window].at[:, 0].set(arrays.reset)
+    return Batch._make([*(x.reshape(x.shape[0], -1, window) for x in arrays[:4]), begins])
+
+
+def _sum_over_windows(
+    window_fn: _PartFn, loss_fn: _PartFn, zero: Callable[[nnx.State, Batch], Any]
+) -> _PartFn:
+    """Sum a function over the windows of `split_into_windows`, in the memory that one needs.
+
+    `loss_fn` gives the shape of the state, and `zero` the sum before the first window.
+    """
+
+    def summed_fn(
+        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
+    ) -> Any:
+        def add(sums_and_carried: Any, numbered: Any) -> tuple[Any, None]:
+            (sums, carried), (index, window) = sums_and_carried, numbered
+            key_of_window = jax.random.fold_in(key, index)
+            new, carried = window_fn(params, window, carried, key_of_window, predictions)
+            return (jax.tree.map(jnp.add, sums, new), carried), None
+
+        sums = zero(params, batch)
+        windows = jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
+        first = jax.tree.map(lambda x: x[0], windows)
+        _, ends = jax.eval_shape(loss_fn, params, first, carried, key, predictions)
+        carried = carried or jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ends)
+        carried = jax.tree.map(vary_like, carried, ends)
+        indices = jnp.arange(windows.reset.shape[0])
+        return jax.lax.scan(add, (sums, carried), (indices, windows))[0]
+
+    return summed_fn
+
+
+def _sum_over_microbatches(grad_fn: _PartFn, num_microbatches: int) -> _PartFn:
+    """Sum losses and gradients over microbatches ``[B / num_microbatches, ...]`` of a batch.
+
+    Microbatch i has the dropout key ``fold_in(dropout_key, i)``.
+    """
+    if num_microbatches == 1:
+        return grad_fn
+
+    def summed_fn(
+        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
+    ) -> Any:
+        def add(sums: Any, microbatch: Any) -> tuple[Any, ModelState]:
+            index, sequences, carried = microbatch
+            microbatch_key = jax.random.fold_in(key, index)
+            new, carried = grad_fn(params, sequences, carried, microbatch_key, predictions)
+            return jax.tree.map(jnp.add, sums, new), carried
+
+        microbatches = jax.tree.map(
+            lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), (batch, carried)
+        )
+        sums = _zero_gradient(params, batch)
+        sums, carried = jax.lax.scan(add, sums, (jnp.arange(num_microbatches), *microbatches))
+        return sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carried)
+
+    return summed_fn
+
+
+def _zero_loss(_: nnx.State, batch: Any) -> jax.Array:
+    return vary_like(jnp.zeros(()), *batch)
+
+
+def _zero_gradient(params: nnx.State, batch: Any) -> tuple[jax.Array, nnx.State]:
+    zeros = jax.tree.map(lambda param: vary_like(jnp.zeros_like(param), param), params)
+    return _zero_loss(params, batch), zeros
 
 
 def _fold_in_device(key: jax.Array) -> jax.Array:
@@ -256,7 +370,10 @@ def make_train_step(
     options: dict[str, Any] = {}
     if is_distributed(mesh):
         state, batch = state_specs(config, optimizer, mesh), batch_specs(mesh)
-        grad_batch = window_specs(mesh) if window else batch
+        grad_batch = batch
+        if window:  # [B, T / window, window]: the tokens of each window are sharded
+            token_specs: Any = [P(spec[0], None, spec[1]) for spec in batch[:4]]
+            grad_batch = Batch._make([*token_specs, batch.reset])
         grad_fn = jax.shard_map(
             grad_fn,
             mesh=mesh,
@@ -266,8 +383,11 @@ def make_train_step(
         states = named_shardings(state, mesh)
         options["in_shardings"] = (states, named_shardings(batch, mesh))
         options["out_shardings"] = (states, NamedSharding(mesh, P()))
-    if is_distributed(mesh) or config.train.remat != "none":
-        options["compiler_options"] = _compiler_options(mesh)
+    if is_on_cpu(mesh) and (is_distributed(mesh) or config.train.remat != "none"):
+        # XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
+        # common-subexpression elimination (CSE), which would merge intended re-gathers and
+        # recomputation.
+        options["compiler_options"] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         batch = split_into_windows(batch, window) if window else batch
@@ -308,15 +428,6 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, **options)
 
 
-def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
-    """Return options that keep XLA from undoing rematerialization.
-
-    XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
-    common-subexpression elimination (CSE), which would merge intended re-gathers and recomputation.
-    """
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if is_on_cpu(mesh) else {}
-
-
 def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
     """Raise `UserError` if the train step does not fit in memory, before anything is allocated.
 
@@ -328,14 +439,11 @@ def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: 
         return
     step: Any = make_train_step(config, optimizer, mesh)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    shape = (config.data.batch_size, config.data.sequence_length)
+    ids, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
+    batch = Batch(ids, ids, mask, ids, jax.ShapeDtypeStruct(shape[:1], bool))  # type: ignore[arg-type]
     # The first step takes this program from the compilation cache.
-    sizes = step.lower(state, _abstract_batch(config)).compile().memory_analysis()
+    sizes = step.lower(state, batch).compile().memory_analysis()
     if sizes is not None:
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
         memory_estimate.check_program(needed, mesh)
-
-
-def _abstract_batch(config: Config) -> Batch:
-    shape = (config.data.batch_size, config.data.sequence_length)
-    ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    return jax.eval_shape(lambda: Batch(ids, ids, mask, ids, mask[:, 0]))

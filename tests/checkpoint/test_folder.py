@@ -1,20 +1,30 @@
-"""Choice of the checkpoints to use and to keep."""
+"""Choice of the checkpoints to use and to keep, and manifests: every change to one shows."""
 
 import contextlib
+import errno
+import functools
+import os
 
 import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from odd_files import put_odd_file
 from small_runs import small_config
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
 from simplernn_jax.checkpoint.contents import Quality
-from simplernn_jax.checkpoint.folder import choose_checkpoint, steps_to_keep
+from simplernn_jax.checkpoint.folder import (
+    choose_checkpoint,
+    find_corruption,
+    steps_to_keep,
+    write_manifest,
+)
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import open_file
 from simplernn_jax.models import LanguageModel
 
 
@@ -53,18 +63,16 @@ def test_the_best_is_used_where_all_were_evaluated_on_the_same_tokens(
     tmp_path, evaluations, step, reason
 ):
     save(tmp_path, **evaluations)
-    choice = choose_checkpoint(str(tmp_path))
-    assert choice.step == step
-    assert choice.path == str(tmp_path / "checkpoints" / str(step))
-    assert (choice.reason or "").startswith("checkpoint: " + reason if reason else "")
-    assert (choice.reason is None) == (reason is None)
+    chosen, why = choose_checkpoint(str(tmp_path))
+    assert chosen == step
+    assert why.startswith(f"checkpoint: {reason}") if reason else not why
 
 
 def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
     save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s11=(2.5, 7))
-    assert choose_checkpoint(str(tmp_path), "newest")[::2] == (11, None)
+    assert choose_checkpoint(str(tmp_path), "newest") == (11, "")
     for step in (3, "3"):
-        assert choose_checkpoint(str(tmp_path), step)[::2] == (3, None)
+        assert choose_checkpoint(str(tmp_path), step) == (3, "")
     assert read_config(str(tmp_path))[2] == 11
     assert read_config(str(tmp_path), "best")[2] == 2
     with pytest.raises(UserError, match=r"--checkpoint=4: .*has only these steps: 2, 3, 11"):
@@ -79,10 +87,10 @@ def test_a_corrupt_best_is_moved_aside_and_the_next_best_used(tmp_path):
     damage(tmp_path, 2)
     with pytest.raises(UserError, match=r"--checkpoint=2: .*2 is corrupted: data/metadata was"):
         choose_checkpoint(str(tmp_path), 2)
-    assert choose_checkpoint(str(tmp_path)).step == 5
+    assert choose_checkpoint(str(tmp_path))[0] == 5
     assert (tmp_path / "checkpoints_damaged" / "2").is_dir()
     damage(tmp_path, 5, "quality")
-    assert choose_checkpoint(str(tmp_path)).step == 3
+    assert choose_checkpoint(str(tmp_path))[0] == 3
 
 
 def test_no_checkpoint_is_said_whichever_is_asked_for(tmp_path):
@@ -136,3 +144,73 @@ OTHER_TOKENS = {2: Quality(0.5, 7), 3: Quality(1.5, 11), 5: Quality(2.5, 11), 7:
 )
 def test_the_newest_and_the_best_are_kept(qualities, keep_last, keep_best, kept):
     assert steps_to_keep(qualities, keep_last, keep_best) == kept
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "inner" / "empty").mkdir(parents=True)
+    (tmp_path / "inner" / "first file").write_bytes(bytes(range(256)) * 7)
+    (tmp_path / "inner" / "nothing").write_bytes(b"")
+    (tmp_path / "last").write_bytes(b"\n\r\n")
+    write_manifest(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["manifest.sha256", "last"])
+def test_an_error_of_the_machine_is_not_corruption(folder, monkeypatch, name):
+    def reject(path, **options):
+        if os.path.basename(path) == name:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return open_file(path, **options)
+
+    for module in ("files", "checkpoint.folder"):
+        monkeypatch.setattr(f"simplernn_jax.{module}.open_file", reject)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        find_corruption(str(folder))
+
+
+def test_every_flipped_bit_and_every_truncation_of_the_manifest_shows(folder):
+    path = folder / "manifest.sha256"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        for damaged in (flipped, whole[:position]):
+            path.write_bytes(damaged)
+            assert find_corruption(str(folder)) == "manifest.sha256 is missing or was changed"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "damage"),
+    [
+        ("inner/first file", lambda path: path.write_bytes(bytes(256 * 7)), "was changed"),
+        ("last", lambda path: path.write_bytes(b"\n\r"), "has 2 bytes instead of 3"),
+        ("inner/nothing", lambda path: path.unlink(), "is missing"),
+        ("inner/empty/other", lambda path: path.write_bytes(b""), "does not belong there"),
+        ("last", functools.partial(put_odd_file, "folder"), "is missing"),
+    ],
+)
+def test_a_corrupt_file_is_named(folder, name, change, damage):
+    change(folder / name)
+    assert find_corruption(str(folder)) == f"{name} {damage}"
+
+
+def test_bytes_outside_the_given_parts_are_not_verified(folder):
+    (folder / "last").write_bytes(b"\n\n\n")
+    assert find_corruption(str(folder), ["inner"]) is None
+    assert find_corruption(str(folder)) == "last was changed"
+    (folder / "inner" / "first file").write_bytes(bytes(256 * 7))
+    assert find_corruption(str(folder), ["inner"]) == "inner/first file was changed"
+
+
+def test_a_rewritten_manifest_covers_the_new_content(folder):
+    (folder / "last").write_bytes(b"new")
+    write_manifest(str(folder))
+    assert find_corruption(str(folder)) is None
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_pipes_and_devices_are_corruption_without_a_hang(folder, kind):
+    put_odd_file(kind, folder / "inner" / "nothing")  # of the right size, by its status
+    expected = "inner/nothing cannot be read (not a regular file)"
+    assert find_corruption(str(folder)) == expected

@@ -11,7 +11,7 @@ SCRIPT = '''
 """Prints a configuration."""
 
 from simplernn_jax.cli import command_line
-from simplernn_jax.cli.config_flag import define_config_flag, read_config
+from simplernn_jax.cli.config_files import define_config_flag, read_config
 
 define_config_flag()
 

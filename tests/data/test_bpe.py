@@ -12,7 +12,12 @@ from small_tokenizers import bpe_of
 from tokenizers import pre_tokenizers
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import bpe, load_tokenizer, prepare_corpus, tokenizer_from_json
+from simplernn_jax.data import (
+    load_tokenizer,
+    prepare_corpus,
+    pretrained_tokenizer,
+    tokenizer_from_json,
+)
 from simplernn_jax.data.token_store import train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import SMALL_FILE
@@ -104,12 +109,12 @@ def test_a_tokenizer_may_be_larger_than_most_files(source, tmp_path):
 def test_documents_are_read_in_parts_up_to_the_bytes_to_train_on(source, tmp_path, monkeypatch):
     corpus = prepare_corpus(config_of(source, tokenizer="byte"), 3, str(tmp_path / "cache"))
     starts = corpus.train.document_starts
-    whole = list(bpe._texts(corpus.train, len(corpus.train.tokens)))
+    whole = list(pretrained_tokenizer.training_texts(corpus.train, len(corpus.train.tokens)))
     assert len(whole) == len(starts)
     for limit in (0, 1, int(starts[2]), int(starts[2]) + 1):
         count = int(np.sum(starts < limit))
-        assert list(bpe._texts(corpus.train, limit)) == whole[:count]
-    monkeypatch.setattr(bpe, "_PART_BYTES", 7)  # parts end inside characters
+        assert list(pretrained_tokenizer.training_texts(corpus.train, limit)) == whole[:count]
+    monkeypatch.setattr(pretrained_tokenizer, "_PART_BYTES", 7)  # parts end inside characters
     assert train_tokenizer(config_of(source), 3, str(tmp_path / "cache")).encode("ä—").size
 
 

@@ -231,7 +231,7 @@ CHATS = [talk(("hi", "yo"), ("2+3", "five"), system="S"), talk(("é", "ö" * 9))
 def prepared(tmp_path, **settings):
     path = write(tmp_path / "a.jsonl", records(*({"messages": chat} for chat in CHATS)))
     config = DataConfig(source=str(path), template="roles", loss_mask="assistant", **settings)
-    return prepare_corpus(config, 0, str(tmp_path / "tokens"), show_progress=False)
+    return prepare_corpus(config, 0, str(tmp_path / "tokens"))
 
 
 def test_targets_are_stored_and_predicted_once(tmp_path):

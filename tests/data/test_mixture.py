@@ -13,7 +13,7 @@ from token_splits import PAD, make_split
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
-from simplernn_jax.data.mixture import parse_mixture
+from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
@@ -192,7 +192,7 @@ def test_the_tokenizer_knows_every_source(folder, tokenizer):
 
 
 def test_a_bpe_takes_from_each_source_by_its_weight(folder, monkeypatch):
-    monkeypatch.setattr("simplernn_jax.data.bpe.MAX_BYTES", 120)
+    monkeypatch.setattr("simplernn_jax.data.pretrained_tokenizer.MAX_TRAINING_BYTES", 120)
     config = DataConfig(tokenizer="bpe:300", validation_fraction=0.0)
     config.source = "a:0,b.jsonl:1"
     only_b = train_tokenizer(config, 3, "cache")

@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
-from small_tokenizers import byte_level, char_tokenizer, word_level
+from small_tokenizers import byte_level, char_tokenizer, pretrained, word_level
 from tokenizers import normalizers
 
 from benchmarks.stress.fuzz import TEXT, byte_level_json
@@ -149,6 +149,18 @@ def word_level_json(unknown: str = "[UNK]") -> str:
 def test_problems_of_a_saved_tokenizer_are_named(text, problem):
     with pytest.raises(UserError, match=problem):
         tokenizer_from_json(text).encode("gamma")
+
+
+@pytest.mark.parametrize("prefix", ["\0", "##"])
+def test_a_merge_without_its_prefix_is_rejected_since_the_library_would_abort(prefix):
+    model = {
+        "type": "BPE",
+        "vocab": {"a": 0, "é": 1, "aé": 2},
+        "merges": [["a", "é"]],
+        "continuing_subword_prefix": prefix,
+    }
+    with pytest.raises(UserError, match=r"cannot be loaded .* lacks its continuing_subword_prefix"):
+        pretrained(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
 
 
 def test_a_panic_of_the_library_is_one_line_and_an_interruption_is_none(monkeypatch):

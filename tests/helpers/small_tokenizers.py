@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from simplernn_jax.data import TokenSplit, tokenizer_from_json
-from simplernn_jax.data.bpe import train_bpe
+from simplernn_jax.data.pretrained_tokenizer import train_bpe
 
 
 def pretrained(tokenizer):

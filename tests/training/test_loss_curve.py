@@ -7,8 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from simplernn_jax.training.loss_curve import plot_loss
-from simplernn_jax.training.metrics import MetricsWriter
+from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 
 
 def picture(workdir, model="a model", **rows):

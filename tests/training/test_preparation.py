@@ -101,7 +101,7 @@ def test_another_source_is_rejected_before_it_is_tokenized(tmp_path, monkeypatch
         )
         with pytest.raises(UserError, match=problem):
             prepare(config, workdir)
-    assert len(list((tmp_path / "run" / "tokens").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "tokens").glob("[!.]*"))) == 1
     monkeypatch.chdir(tmp_path)
     config.data.source = "text"  # the same by another name
     assert prepare(config, workdir)[0].data.source == own

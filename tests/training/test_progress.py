@@ -10,7 +10,7 @@ from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
-from simplernn_jax.training.progress import LossTotals, ValidationHistory
+from simplernn_jax.training.run import LossTotals, ValidationHistory
 
 
 def test_the_mean_loss_is_weighted_by_tokens_and_starts_anew():

@@ -15,10 +15,9 @@ from references import assert_same_bytes
 from small_runs import Options, random_batch, small_config
 
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.training.accumulation import choose_microbatches
 from simplernn_jax.training.losses import cross_entropy
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.train_step import init_train_state, make_train_step
+from simplernn_jax.training.train_step import choose_microbatches, init_train_state, make_train_step
 
 SIZE, LENGTH, VOCAB = 6, 5, 11
 SGD = optax.sgd(1.0)
