@@ -86,12 +86,12 @@ def read_file(
         or is a link and `follow_link` is False, or `only_own` and `check_owner` rejects it.
     """
     with open_file(path, follow_link=follow_link) as file:
+        status = os.fstat(file.fileno())
         if only_own:
-            check_owner(os.fstat(file.fileno()), path)
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
-    return content
+            check_owner(status, path)
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
+        return file.read()
 
 
 def sha256_hex(content: bytes | memoryview | str) -> str:
