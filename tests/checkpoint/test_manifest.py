@@ -5,7 +5,7 @@ import functools
 import os
 
 import pytest
-from odd_files import put_odd_file
+from damages import put_odd_file
 
 from simplernn_jax.checkpoint import manifest
 from simplernn_jax.files import open_file
