@@ -1,4 +1,4 @@
-"""JAX's devices and their memory, and what the processor is good at."""
+"""JAX's devices and their memory."""
 
 from unittest import mock
 
@@ -8,7 +8,6 @@ import pytest
 from simplernn_jax import devices
 from simplernn_jax.data import tokenization
 from simplernn_jax.errors import UserError
-from simplernn_jax.ops import native as processor
 
 
 def test_a_missing_platform_is_one_line(monkeypatch):
@@ -68,18 +67,3 @@ def test_cores_are_at_most_those_of_the_control_groups(monkeypatch, files, group
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
     files.update({"/proc/self/cgroup": "0::/a"} | group)
     assert tokenization.available_cores() == expected
-
-
-@pytest.mark.parametrize(
-    ("lines", "is_fast"),
-    [
-        (("flags\t\t: fma avx512_bf16 amx_bf16", "vendor_id\t: GenuineIntel"), True),
-        (("flags\t\t: fma avx512_bf16", "vendor_id\t: GenuineIntel"), False),
-        (("flags\t\t: fma avx512_bf16", "vendor_id\t: AuthenticAMD"), True),
-        (("flags\t\t: fma avx2", "vendor_id\t: AuthenticAMD"), False),
-        ((), False),
-    ],
-)
-def test_bfloat16_is_fast_with_amx_and_on_amd_with_avx512(monkeypatch, lines, is_fast):
-    monkeypatch.setattr(processor, "processor_lines", lambda: lines)
-    assert processor.has_fast_bfloat16.__wrapped__() == is_fast  # not from the cache
