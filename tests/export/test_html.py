@@ -101,7 +101,6 @@ def split_by(*parts):
         (word_level("a"), "its model is WordLevel"),
         (byte_level(tokenizers.normalizers.NFC()), "its normalizer is NFC"),
         (byte_level(add_prefix_space=True), "it adds a space"),
-        (split_by(DIGITS), "it is not byte-level"),
         (split_by(DIGITS, BYTES), "its pre-tokenizer has a part Digits"),
         (split_by(WORDS, WORDS, BYTES), "its pre-tokenizer splits twice"),
     ],
@@ -264,17 +263,6 @@ def test_chat_answers_as_in_the_terminal(chat_page, exported_chat):
     assert answered(chat_page, " ") == "yes"  # nothing is sent
     chat_page.get_by_label("Message").press("Shift+Enter")
     assert chat_page.get_by_label("Message").input_value() == " \n"
-
-
-def test_a_conversation_is_kept_and_continued(chat_page):
-    answered(chat_page, "a")
-    chat_page.get_by_role("button", name="Keep this state").click()
-    first = answered(chat_page, "é")
-    answered(chat_page, "bc")
-    chat_page.get_by_role("button", name="Continue state 1").click()
-    assert chat_page.locator("#text .message").all_text_contents() == ["a", "yes"]
-    assert answered(chat_page, "é") == first
-    assert chat_page.locator("#text .message").all_text_contents() == ["a", "yes", "é"]
 
 
 def test_an_end_of_turn_of_several_tokens_is_not_shown(chat_page):

@@ -288,6 +288,7 @@ def test_what_a_model_card_states(tmp_path):
     assert facts["held-out tokens scored"] == f"{result.evaluation.predictions:,}"
 
 
+@pytest.mark.slow
 def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.api.instance import Instance
