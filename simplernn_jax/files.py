@@ -86,10 +86,11 @@ def read_file(
         or is a link and `follow_link` is False, or `only_own` and `check_owner` rejects it.
     """
     with open_file(path, follow_link=follow_link) as file:
+        status = os.fstat(file.fileno())
         if only_own:
-            check_owner(os.fstat(file.fileno()), path)
+            check_owner(status, path)
         # `read` allocates all that it may return: request little more than the file's size.
-        size = os.fstat(file.fileno()).st_size
+        size = status.st_size
         content = file.read(size + 1) if size <= limit else b""
         if size < len(content) <= limit:  # of a growing file, or one without a size
             content += file.read(limit + 1 - len(content))

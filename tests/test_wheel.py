@@ -15,6 +15,8 @@ from processes import ROOT
 
 from simplernn_jax.__main__ import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):

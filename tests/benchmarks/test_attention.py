@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.attention import aspects, resources, synthetic
-from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line
+from benchmarks.attention import resources, synthetic
+from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, config_of, line
 from benchmarks.attention.program_work import count_flops
-from benchmarks.tables import Results
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.ops import gated_linear_recurrence
 
@@ -110,27 +109,3 @@ def test_a_small_model_learns_to_copy_through_a_curriculum():
     trained = synthetic.train(synthetic.variant(f"{RECURRENCE} 8 x 8", 6), stages, "muon", 3e-2)
     assert trained.loss < 0.5 * math.log(3)
     assert synthetic.accuracy(trained, COPY, 64) > 0.7
-
-
-def test_the_table_of_aspects_keeps_the_lines_of_earlier_measurements(tmp_path):
-    values = {RECURRENCE: {"256": 1.0, "1024": 2.0}, ATTENTION: {"256": 3.0, "1024": 40.0}}
-
-    def first(quick):
-        """Text of the first."""
-        curves = {"quantity": values}
-        return Measured(aspects.lines_of("first aspect", curves), curves)
-
-    def second(quick):
-        """Text of the second."""
-        return Measured([line("second aspect", "", dict.fromkeys(VARIANTS, 1))])
-
-    for name in ("second", "first"):
-        results = Results(tmp_path)
-        measurements = {"first": first, "second": second}
-        for table in aspects.run(measurements, [name], True, results.tables):
-            results.add(table)
-    found = results.tables["attention: six aspects"].rows
-    assert [row["aspect"] for row in found] == 2 * ["first aspect"] + ["second aspect"]
-    assert found[1]["measured"] == "quantity, T 1,024"
-    assert results.tables["attention: second"].text == "Text of the second. Small sizes."
-    assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")

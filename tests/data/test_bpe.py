@@ -1,6 +1,5 @@
 """A BPE of the training split: its vocabulary, its words, its cache and its script."""
 
-import os
 import re
 from pathlib import Path
 
@@ -12,12 +11,7 @@ from small_tokenizers import bpe_of
 from tokenizers import pre_tokenizers
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data import (
-    load_tokenizer,
-    prepare_corpus,
-    pretrained_tokenizer,
-    tokenizer_from_json,
-)
+from simplernn_jax.data import load_tokenizer, prepare_corpus, tokenizer_from_json
 from simplernn_jax.data.token_store import train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import SMALL_FILE
@@ -74,8 +68,7 @@ def test_it_is_cached_verified_and_restored_from_its_json(source, tmp_path):
 
 
 def test_the_script_writes_the_same_in_another_process(source, tmp_path):
-    # A name that stdout cannot show is escaped.
-    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json")
+    output = tmp_path / "new.json"
     script = (
         *(ROOT / "scripts" / "train_tokenizer.py", "--config", ROOT / "configs" / "base.py"),
         *(f"--config.data.source={source}", f"--config.data.tokenizer=bpe:{SIZE}"),
@@ -84,14 +77,13 @@ def test_the_script_writes_the_same_in_another_process(source, tmp_path):
     done, wrong = run_scripts(
         (*script, f"--output={output}"),
         (*script, f"--output={tmp_path / 'missing' / 'a.json'}"),
-        PYTHONIOENCODING="utf-8:strict",
         RAYON_NUM_THREADS="3",
     )
     assert done.code == 0, done.errors
-    assert rf"caf\udce9.json: {SIZE}" in done.output
+    assert f"new.json: {SIZE}" in done.output
     expected = train_tokenizer(config_of(source), 3, str(tmp_path / "cache"))
-    assert Path(output).read_text("utf-8") == expected.tokenizer_json
-    loaded = config_of(source, tokenizer=output)
+    assert output.read_text("utf-8") == expected.tokenizer_json
+    loaded = config_of(source, tokenizer=str(output))
     assert prepare_corpus(loaded, 3, str(tmp_path / "b")).tokenizer.vocab_size == SIZE
     assert wrong.code == 2
     assert "a.json: its folder does not exist; create it" in wrong.errors
@@ -104,18 +96,6 @@ def test_a_tokenizer_may_be_larger_than_most_files(source, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.tokenizer_json + " " * SMALL_FILE)
     assert load_tokenizer(str(path)).vocab_size == tokenizer.vocab_size
-
-
-def test_documents_are_read_in_parts_up_to_the_bytes_to_train_on(source, tmp_path, monkeypatch):
-    corpus = prepare_corpus(config_of(source, tokenizer="byte"), 3, str(tmp_path / "cache"))
-    starts = corpus.train.document_starts
-    whole = list(pretrained_tokenizer.training_texts(corpus.train, len(corpus.train.tokens)))
-    assert len(whole) == len(starts)
-    for limit in (0, 1, int(starts[2]), int(starts[2]) + 1):
-        count = int(np.sum(starts < limit))
-        assert list(pretrained_tokenizer.training_texts(corpus.train, limit)) == whole[:count]
-    monkeypatch.setattr(pretrained_tokenizer, "_PART_BYTES", 7)  # parts end inside characters
-    assert train_tokenizer(config_of(source), 3, str(tmp_path / "cache")).encode("ä—").size
 
 
 @pytest.mark.parametrize("character", ["ä", "-", "\n"])
@@ -142,10 +122,8 @@ def test_ordinary_words_are_those_of_gpt2():
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        *(
-            (f"bpe:{n}", "vocabulary size from 259 to 1,048,576")
-            for n in ("", "258", "٣٠٠", "8192 ")
-        ),
+        ("bpe:258", "vocabulary size from 259 to 1,048,576"),
+        ("bpe:٣٠٠", "vocabulary size from 259 to 1,048,576"),
         ("bpe", "'bpe' needs a vocabulary size; use bpe:8192"),
     ],
 )
@@ -153,8 +131,3 @@ def test_an_impossible_size_is_rejected(source, tmp_path, spec, problem):
     with pytest.raises(UserError, match=problem):
         prepare_corpus(config_of(source, tokenizer=spec), 3, str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_text_with_few_pairs_gives_a_smaller_vocabulary(source, tmp_path):
-    tokenizer = train_tokenizer(config_of(source, tokenizer="bpe:60000"), 3, str(tmp_path / "c"))
-    assert 259 < tokenizer.vocab_size < 60_000

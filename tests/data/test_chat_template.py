@@ -71,7 +71,6 @@ def test_targets_are_answers_and_their_ends(source):
         ("{{ ''.__class__.__mro__ }}", "attribute '__class__' of 'str' object is unsafe"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing ends"),
-        ("{{ lipsum(10**6) }}", "'lipsum' is undefined"),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
     ],
 )
@@ -109,11 +108,9 @@ EITHER = f"({TIME}|{MEMORY})"
         ("{{ 9 ** 99999999 }}", TIME),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ 'a' * 10**10 }}", MEMORY),
-        ("{{ '{:>10000000000}'.format(1) }}", MEMORY),
         ("{% set a = 'a' * 99999 %}{{ a.replace('a', a) }}", EITHER),
         ("{{ 'a' * 6 * 10**6 }}", "it renders too much text"),
         (f"{{{{ {'(' * 5000} }}}}", "RecursionError"),
-        (f"{'{% for i in x %}' * 30}{'{% endfor %}' * 30}", "SyntaxError"),
     ],
 )
 def test_templates_that_use_too_much(source, reason):
@@ -195,15 +192,12 @@ def test_records_of_alpaca(tmp_path):
     ("record", "problem"),
     [
         ({"prompt": "a", "output": "b"}, "no field 'messages'; it has prompt, output: name the"),
-        ({"messages": [{"from": ["a"], "value": "a"}]}, r"role \['a'\]; known are human, "),
         ({"messages": [{"from": "gpt", "value": 1}]}, "message 0 has no text"),
         ({"instruction": "a", "output": None}, "message 1 has no text"),
         ({"messages": "text"}, "not a list"),
-        ({"messages": []}, "not a list"),
         ({"messages": ["a"]}, "message 0 is of type str"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "message 0 has the role 'tool'"),
         ({"messages": talk(("\x04", None))}, "control characters"),
-        ({"messages": talk(("a", "\ud83d"))}, "half a surrogate pair"),
     ],
 )
 def test_bad_conversations_are_named(tmp_path, record, problem):

@@ -95,17 +95,7 @@ def test_a_long_document_does_not_leave_sequences_idle():
     assert len(scored(batches)) > 0.7 * sum(batch.tokens.size for batch in batches)
 
 
-@pytest.mark.parametrize("limit", [1, 2, 29, 97, 230])
-def test_limited_evaluation_scores_the_given_number(limit):
-    first = carried(40, 3, limit)
-    chex.assert_trees_all_equal(first, carried(40, 3, limit))
-    seen = contexts(first)
-    assert len(seen) == min(limit, SPLIT.num_predictions)
-    assert seen.items() <= contexts(carried(40, 3)).items()
-    assert contexts(overlapping(11, 5, limit_tokens=limit)).keys() == seen.keys()
-
-
-@pytest.mark.parametrize("limit", [1, 2, 13, 29, 61, 1000])
+@pytest.mark.parametrize("limit", [1, 13, 61, 1000])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_limit_counts_targets_and_not_the_prompts_before_them(limit, shards):
     is_target = np.zeros(len(SPLIT.tokens), bool)
@@ -115,7 +105,9 @@ def test_a_limit_counts_targets_and_not_the_prompts_before_them(limit, shards):
     targets = joined(np.array_split(is_target, shards))
     split = dataclasses.replace(SPLIT, targets=targets)
     whole = contexts(carried(40, 3, split=split))
-    seen = contexts(carried(40, 3, limit, split=split))
+    limited = carried(40, 3, limit, split=split)
+    chex.assert_trees_all_equal(limited, carried(40, 3, limit, split=split))
+    seen = contexts(limited)
     assert len(whole) == split.num_predictions < SPLIT.num_predictions / 1.5
     assert len(seen) == min(limit, split.num_predictions)
     assert seen.items() <= whole.items()
@@ -171,10 +163,6 @@ def test_contexts_of_a_batch_are_bounded():
     assert len(many[0].tokens) == 21
     assert len(few[0].tokens) == 5
     assert contexts(few) == contexts(many)
-
-
-def test_a_stride_of_the_length_resets_after_each_context():
-    assert contexts(overlapping(7, 7)) == contexts(carried(64, 3, reset_every=7))
 
 
 @pytest.mark.parametrize(("length", "stride"), [(3, 4), (3, 0), (0, 0)])

@@ -7,7 +7,7 @@ import chex
 import numpy as np
 import pytest
 from processes import ROOT, run_scripts
-from small_runs import newest_checkpoint, save_untrained, small_config, stop_after
+from small_runs import save_untrained, small_config
 from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
@@ -20,7 +20,6 @@ from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_t
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
 from simplernn_jax.files import read_sealed, write_sealed
-from simplernn_jax.training.loop import train
 from simplernn_jax.training.preparation import open_saved_corpus
 
 VARIANTS = [
@@ -80,9 +79,6 @@ def config_of(batch_size=8, **fields):
         ("a:0,stdlib:2e3", [("a", 0.0), ("stdlib", 1.0)]),
         ("tfds:x:1.0.0:1,b,c:d:1", [("tfds:x:1.0.0", 0.5), ("b,c:d", 0.5)]),
         ("a/", None),
-        ("a/:0.7", None),
-        ("a,b", None),
-        ("a:1,b\nc:1", [("a", 0.5), ("b\nc", 0.5)]),
         ("{a,b}/*.txt", None),
     ],
 )
@@ -94,23 +90,13 @@ def test_sources_and_weights(source, expected):
     ("source", "problem"),
     [
         ("a:nan,b:1", "a weight is negative or not finite"),
-        ("a:-1,b:2", "a weight is negative"),
         ("a:1,b:x", "no weight for b:x"),
-        ("a:,b:1", "no weight for a:,b:1"),
         ("a:0,b:0.0", "the sum of the weights is 0"),
-        ("a:1e308,b:1e308", "the sum of the weights is inf"),
-        ("a:0.7,b", "no weight for b"),
-        ("a,b:0.7", "no weight for"),
     ],
 )
 def test_bad_weights_are_rejected(source, problem):
     with pytest.raises(UserError, match=f"data.source={source}: {problem}.* such as 'a/:0.7,"):
         parse_mixture(source)
-
-
-def test_a_long_source_is_parsed_in_linear_time():
-    with pytest.raises(UserError, match=r"data.source=a:0\.7,b0\.7,b"):
-        parse_mixture("a:0.7," + "b0.7," * 200_000)
 
 
 def test_a_path_that_exists_is_that_path(folder):
@@ -141,32 +127,27 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
         assert prepare(other).content_hash != corpus.content_hash
 
 
-def test_a_mixture_is_found_by_its_content(folder):
-    corpus = prepare("a:3,b.jsonl:1")
-    prepare("a:1,b.jsonl:1")
-    found = find_corpus("cache", corpus.content_hash, corpus.tokenizer)
-    assert found.content_hash == corpus.content_hash
-    assert found.train.sources == ("a", "b.jsonl")
-    np.testing.assert_array_equal(found.train.tokens, corpus.train.tokens)
-    for path in (folder / "cache").glob(".mixture-*"):
-        path.write_text(path.read_text().replace("a", "c"))
-    with pytest.raises(CorruptStore, match="was changed"):
-        find_corpus("cache", corpus.content_hash, corpus.tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("weights", [0.5, 0.5]), ("weights", [1.0]), ("stores", ["..", "."])]
-)
-def test_a_sealed_record_of_something_else_is_rejected(folder, name, value):
+@pytest.mark.parametrize(("name", "value"), [("weights", [1.0]), ("stores", ["..", "."])])
+def test_a_mixture_is_found_by_its_content(folder, name, value):
     corpus = prepare("a:3,b.jsonl:1")
     (path,) = (folder / "cache").glob(".mixture-*")
-    record = json.loads(read_sealed(path)) | {name: value}
-    write_sealed(path, json.dumps(record) + "\n")
+    prepare("a:1,b.jsonl:1")
+
+    def find():
+        return find_corpus("cache", corpus.content_hash, corpus.tokenizer)
+
+    found = find()
+    assert found.content_hash == corpus.content_hash
+    assert (found.train.sources, found.train.weights) == (("a", "b.jsonl"), (0.75, 0.25))
+    np.testing.assert_array_equal(found.train.tokens, corpus.train.tokens)
+    record = json.loads(read_sealed(path))
+    path.write_text(path.read_text().replace("a", "c"))
+    with pytest.raises(CorruptStore, match="was changed"):
+        find()
+    write_sealed(path, json.dumps(record | {name: value}) + "\n")
     with pytest.raises(CorruptStore, match="belongs to other stores"):
-        find_corpus("cache", corpus.content_hash, corpus.tokenizer)
-    assert prepare("a:3,b.jsonl:1").content_hash == corpus.content_hash
-    found = find_corpus("cache", corpus.content_hash, corpus.tokenizer)
-    assert found.train.weights == (0.75, 0.25)
+        find()
+    assert prepare("a:3,b.jsonl:1").content_hash == find().content_hash
 
 
 def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
@@ -232,16 +213,6 @@ def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
-def test_a_source_of_weight_0_changes_no_batch(fields):
-    split = mixed((0.0, 1.0, 0.0))
-    config = config_of(3, **fields)
-    source = MixedBatchSource(split, config, 0, PAD)
-    alone = BatchSource(split.parts[1], config, 0, PAD)
-    for index in range(9):
-        chex.assert_trees_all_equal(source[index], alone[index])
-
-
-@pytest.mark.parametrize("fields", VARIANTS)
 def test_each_process_makes_its_own_sequences(fields):
     split = mixed((0.4, 0.2, 0.4))
     config = config_of(8, **fields)
@@ -269,27 +240,8 @@ def test_a_source_without_a_sequence_is_rejected(weights, fields, problem):
 def test_an_export_names_the_sources_without_their_folders():
     config = small_config(source="/home/me/a/:3,/home/me/b.jsonl:1")
     assert without_paths(config).data.source == "a:0.75,b.jsonl:0.25"
-    config.data.source = "/home/me/a:1,b"
-    assert without_paths(config).data.source == "a:1,b"
-    for tokenizer in ("/home/me/my_tokenizer", "~/my_tokenizer", "./my_tokenizer"):
-        config.data.tokenizer = tokenizer
-        assert without_paths(config).data.tokenizer == "my_tokenizer"
-    config.data.tokenizer = "bpe:300"
-    assert without_paths(config).data.tokenizer == "bpe:300"
-
-
-def test_a_run_of_a_mixture_resumes_bit_exactly(folder, monkeypatch):
-    config = small_config(source="a:2,b.jsonl:2", steps=9, validation_fraction=0.3)
-    whole = train(config, "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        train(config, "parts")
-    second = train(config, "parts")
-    assert second.evaluation == whole.evaluation
-    assert newest_checkpoint(folder / "parts") == newest_checkpoint(folder / "whole")
-    config.data.source, config.train.steps = "a:2,b.jsonl:3", 11
-    with pytest.raises(UserError, match=r"parts was trained on .*, not a:2,b\.jsonl:3; pass that"):
-        train(config, "parts")
+    config.data.tokenizer = "/home/me/my_tokenizer"
+    assert without_paths(config).data.tokenizer == "my_tokenizer"
 
 
 def test_evaluate_reports_the_union_and_each_source(folder):

@@ -281,12 +281,9 @@ def test_the_script_exports_a_page(tmp_path, workdir):
 
 def test_bad_flags_are_one_line(tmp_path, workdir):
     (tmp_path / "taken").mkdir()
-    empty = tmp_path / "empty"
-    empty.mkdir()
     good = {"workdir": workdir, "format": "safetensors", "out": tmp_path / "out"}
     cases = [
         ({"format": "htm"}, "--format=htm: must be one of html,", "did you mean 'html'?"),
-        ({"workdir": empty}, f"no checkpoint in {empty}", "train there first"),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
         ({"quantize": "int8"}, "--quantize=int8: only with --format=html", ""),
@@ -302,7 +299,7 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
         last = errors.splitlines()[-1]
         assert last.startswith("error: ")
         assert all(part in last for part in parts), errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "taken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -347,15 +344,11 @@ def test_corrupt_exports_are_rejected(tmp_path, run):
         "model.safetensors": [
             (b"", "cannot be read"),
             (bytes(flipped), "corrupted, or changed by"),
-            (safetensors.numpy.save(weights | {"x": value}), "x unexpected"),
             (safetensors.numpy.save(weights | {name: value[:-1]}), "has shape"),
         ],
         "simplernn.json": [
-            (b"{", "corrupted"),
             (json.dumps(changed).encode(), "differs from what was"),
-            (json.dumps({"config": run["config"]}).encode(), "its fields are config"),
             (json.dumps(unsigned | {"weights_sha256": "0"}).encode(), "weights of another model"),
-            (json.dumps(unsigned | {"config": {}}).encode(), r"bad/simplernn\.json: .*missing"),
             (json.dumps(unsigned | {"tokenizer": words}).encode(), "has 300 ids and the model 259"),
         ],
     }

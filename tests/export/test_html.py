@@ -101,7 +101,6 @@ def split_by(*parts):
         (word_level("a"), "its model is WordLevel"),
         (byte_level(tokenizers.normalizers.NFC()), "its normalizer is NFC"),
         (byte_level(add_prefix_space=True), "it adds a space"),
-        (split_by(DIGITS), "it is not byte-level"),
         (split_by(DIGITS, BYTES), "its pre-tokenizer has a part Digits"),
         (split_by(WORDS, WORDS, BYTES), "its pre-tokenizer splits twice"),
     ],

@@ -310,6 +310,7 @@ def test_a_stated_license_and_languages(tmp_path):
     assert "<td>en, no</td>" in html
 
 
+@pytest.mark.slow
 def test_lm_eval_gives_the_scores_of_the_model(tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.api.instance import Instance

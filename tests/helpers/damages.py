@@ -1,4 +1,4 @@
-"""Damage to files, the same at every run."""
+"""Damage to files, the same at every run, and other things in their place."""
 
 import os
 
@@ -27,3 +27,16 @@ def give_away(path):
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
     os.chown(path, 12345, 12345)
+
+
+ODD_FILES = {
+    "fifo": os.mkfifo,
+    "folder": os.mkdir,
+    "endless": lambda path: os.symlink("/dev/zero", path),
+}
+
+
+def put_odd_file(kind, path):
+    """Replace the file at `path`."""
+    path.unlink(missing_ok=True)
+    ODD_FILES[kind](path)

@@ -1,6 +1,6 @@
-"""Calls of the operators with arguments that may be wrong, for test_argument_safety.py.
+"""Calls of the C functions with arguments that may be wrong, for test_argument_safety.py.
 
-    python wrong_calls.py operators|native NUMBER
+    python wrong_calls.py NUMBER
 
 Prints how many calls it made, and how many of them were rejected. It runs in a process of its own,
 since what it looks for ends the process.
@@ -17,57 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step
-from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
-from simplernn_jax.ops.convolution import rms_norm_convolution
-from simplernn_jax.ops.matmul import fused_matmul
-from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.segments import reset_state, segment_starts
+from simplernn_jax.ops import native
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool", "complex64")
-SIZES = {"B": 2, "T": 3, "H": 2, "K": 4, "V": 5, "S": 7, "D": 6, "W": 3, "P": 2, "O": 3}
-NOT_ARRAYS = ("text", 7, [1.0, 2.0], 1j)
-
-
-def recurrence(**options):
-    def call(q, k, v, log_gate, state, ids):
-        return gated_linear_recurrence(
-            q, k, v, -log_gate, initial_state=state, segment_ids=ids, **options
-        )
-
-    return call, ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V ?", "B T int32 ?"]
-
-
-def convolution(**options):
-    call = functools.partial(rms_norm_convolution, **options)
-    return call, ["B T D", "W D", "B P D", "B T bool ?"]
-
-
-OPERATORS = {
-    "recurrence": recurrence(),
-    "recurrence in chunks": recurrence(chunk_size=8),
-    "recurrence by definition": recurrence(method="scan"),
-    "step": (
-        lambda q, k, v, log_gate, state: recurrent_step(q, k, v, -log_gate, state),
-        ["B H K", "B H K", "B H V", "B H K", "B H K V"],
-    ),
-    "segment starts": (segment_starts, ["B T int32"]),
-    "reset": (reset_state, ["B K V", "B bool"]),
-    "norm": (rms_norm, ["B T D"]),
-    "norm in C": (functools.partial(rms_norm, native=True), ["B T D"]),
-    "convolution": convolution(),
-    "convolution in C": convolution(native=True),
-    "matmul": (lambda x, y: fused_matmul(x, (y,), jnp.float32), ["B T D", "D O"]),
-    "matmuls": (lambda x, y, z: fused_matmul(x, (y, z), jnp.bfloat16), ["B T D", "D O", "D V"]),
-    "rope": (apply_rope, ["B T H K", "B T int32"]),
-    "attend": (attend, ["B T H K", "B S H K", "B S H V", "B T S bool"]),
-    "sliding attention": (
-        lambda *x: sliding_attention(*x, 4),
-        ["B T H K", "B S H K", "B S H V", "B T int32"],
-    ),
-}
-"""Functions, and the axes of their arguments: with a dtype that is not float32, and a question mark
-for those that may be None."""
+SIZES = {"B": 2, "T": 3, "H": 2, "K": 4, "V": 5, "S": 7, "D": 6, "W": 3, "P": 2}
 
 
 def decode_signature(dtype, values_per_word=1):
@@ -104,7 +57,7 @@ NATIVE = {
     f"{native.DECODE} of int8": decode_signature("int32", 4),
     f"{native.DECODE} of int4": decode_signature("uint32", 8),
 }
-"""Arguments and results of the C functions."""
+"""Axes of the arguments and results of the C functions, with a dtype that is not float32."""
 
 
 @functools.cache
@@ -152,37 +105,6 @@ def buffers(draw, signature):
 
 
 @st.composite
-def operator_calls(draw):
-    name = draw(st.sampled_from(sorted(OPERATORS)))
-    call, signature = OPERATORS[name]
-    values = [array(*buffer) for buffer in draw(buffers(signature))]
-    for place, text in enumerate(signature):
-        if "?" in text and draw(st.booleans()):
-            values[place] = None
-        elif draw(st.integers(0, 40)) == 0:
-            values[place] = draw(st.sampled_from(NOT_ARRAYS))
-    return name, call, values
-
-
-def call_operator(case):
-    """Raise a Python error, or compute. Other dtypes than the usual ones are only traced:
-    compiling would take most of the time."""
-    name, call, values = case
-    dtypes = {str(x.dtype) for x in values if isinstance(x, jax.Array)}
-    try:
-        if dtypes <= {"float32", "int32", "bool"}:
-            jax.block_until_ready(call(*values))
-        else:
-            jax.eval_shape(lambda: call(*values))
-    except (ValueError, TypeError, ZeroDivisionError):
-        return False
-    except jax.errors.JaxRuntimeError:
-        assert "in C" in name  # asked for, they are called whatever the dtype is
-        return False
-    return True
-
-
-@st.composite
 def native_calls(draw):
     kind = draw(st.sampled_from(sorted(NATIVE)))
     arguments, results = NATIVE[kind]
@@ -210,27 +132,23 @@ def call_native(case):
 
 
 def main() -> None:
-    """Make the calls that the command line names."""
+    """Make the calls that the command line asks for."""
     faulthandler.enable()
-    assert native.has_native_functions() or sys.argv[1] == "operators"
-    cases, call = {
-        "operators": (operator_calls(), call_operator),
-        "native": (native_calls(), call_native),
-    }[sys.argv[1]]
+    assert native.has_native_functions()
     counts = {"calls": 0, "rejected": 0}
 
     @hypothesis.settings(
-        max_examples=int(sys.argv[2]),
+        max_examples=int(sys.argv[1]),
         derandomize=True,
         deadline=None,
         database=None,
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(cases)
+    @hypothesis.given(native_calls())
     def run(case):
         counts["calls"] += 1
-        counts["rejected"] += not call(case)
+        counts["rejected"] += not call_native(case)
 
     run()
     print(json.dumps(counts))

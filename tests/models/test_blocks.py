@@ -1,4 +1,4 @@
-"""The residual block: value and gradient against its equations, written out with JAX alone."""
+"""The residual block against its equations, and its parts: the short convolution and dropout."""
 
 import chex
 import jax
@@ -6,10 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from references import convolve_by_loops, run_in_pieces
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import ResidualBlock
+from simplernn_jax.models.convolution import ShortConvolution
+from simplernn_jax.models.layers import dropout
 from simplernn_jax.ops import gated_linear_recurrence
+from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.segments import segment_starts
 
 BATCH, LENGTH, WIDTH, HEADS = 2, 11, 14, 2
 
@@ -82,3 +87,77 @@ def test_value_and_gradients(precision, limit):
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, expected)
     for result, exact in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
+
+
+FEATURES, TAPS = 5, 4
+
+
+def convolution() -> ShortConvolution:
+    layer = ShortConvolution(TAPS, FEATURES, rngs=nnx.Rngs(0), normalize=True)
+    layer.weights.set_value(jax.random.normal(jax.random.key(1), (TAPS, FEATURES)))
+    return layer
+
+
+def inputs() -> jax.Array:
+    return jax.random.normal(jax.random.key(2), (BATCH, LENGTH, FEATURES))
+
+
+def test_a_convolution_is_initialized_as_the_norm():
+    layer = ShortConvolution(TAPS, FEATURES, rngs=nnx.Rngs(0), normalize=True)
+    y, _ = layer(inputs(), layer.initial_state(BATCH), None)
+    chex.assert_trees_all_close(y, rms_norm(inputs()), rtol=1e-6)
+
+
+def test_a_convolution_equals_the_definition():
+    layer = convolution()
+    # The id 7 occurs again after one token, as another segment.
+    ids = [[7, 7, 8, 7, 7, 7, 7, 7, 9, 9, 9], [0, 0, 0, 0, 0, 1, 2, 3, 3, 3, 3]]
+    segment_ids = jnp.asarray(ids, jnp.int32)
+    state = layer.initial_state(BATCH)
+    y, _ = layer(inputs(), state, segment_ids)
+    arrays = map(np.asarray, (inputs(), layer.weights[...], state, segment_starts(segment_ids)))
+    chex.assert_trees_all_close(y, convolve_by_loops(*arrays)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_convolution_in_pieces_equals_the_whole_sequence():
+    layer, lengths = convolution(), (0, 2, 1, 5, 3, 0)
+    # Boundaries inside the state's tokens, too.
+    segment_ids = jnp.asarray([[0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 3], [0] * 10 + [1]])
+    whole, end = layer(inputs(), layer.initial_state(BATCH), segment_ids)
+    y, state = run_in_pieces(ShortConvolution.__call__, layer, inputs(), segment_ids, lengths)
+    chex.assert_trees_all_close(y, whole, rtol=1e-6)
+    chex.assert_trees_all_equal(state, end)
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.5, 0.97])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropout_keeps_the_right_share_and_scales_it(rate, dtype):
+    x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (7, 101, 331)), dtype)
+    found = dropout(x, rate, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, x)
+    kept = np.asarray(found != 0)
+    np.testing.assert_allclose(
+        found[kept], x[kept] / (1 - rate), rtol=1e-2 if x.itemsize == 2 else 1e-4
+    )
+    # Five standard deviations, of all values and of each last axis' position.
+    for share, count in ((kept.mean(), kept.size), (kept.mean(axis=(0, 1)), kept[..., 0].size)):
+        assert (abs(share - (1 - rate)) <= 5 * np.sqrt(rate / count) + 1e-9).all()
+
+
+def test_dropout_of_values_is_independent():
+    """Neighbors, whose bits come from one word, and the rows of a batch."""
+    kept = np.asarray(dropout(jnp.ones((8, 512, 64)), 0.3, jax.random.key(1)) != 0) - 0.7
+    for shifted in (kept[..., 1:] * kept[..., :-1], kept[1:] * kept[:-1]):
+        assert abs(shifted.mean()) < 5 * 0.21 / np.sqrt(shifted.size)
+
+
+def test_no_dropout_without_a_key_or_a_rate():
+    x = jnp.ones((2, 3))
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_rates_next_to_one_and_arrays_without_values():
+    found = dropout(jnp.ones((64, 1024)), 1 - 2**-20, jax.random.key(0))
+    assert 0 <= int((found != 0).sum()) < 20
+    assert dropout(jnp.zeros((2, 0, 7)), 0.1, jax.random.key(0)).shape == (2, 0, 7)

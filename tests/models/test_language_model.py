@@ -122,24 +122,6 @@ def test_tied_and_untied_heads():
     chex.assert_trees_all_close(tied.logits(hidden), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_residual_stack_starts_with_an_even_guess():
-    """At the start the loss is near log(vocab): nothing is saturated, however deep."""
-    deep = dataclasses.replace(RESIDUAL, num_layers=12)
-    logits, _ = make_model(deep)(tokens())
-    chex.assert_tree_all_finite(logits)
-    assert 0.5 < jnp.std(logits) < 2
-
-
-def test_flax_tabulates_the_model():
-    model = make_model(HYBRID)
-    lines = nnx.tabulate(model, jnp.zeros((1, 5), jnp.int32)).splitlines()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert any(f"Total Parameters: {parameters:,}" in line for line in lines)
-    assert any("layers/1" in line for line in lines)
-    # The summary leaves the model as it was.
-    chex.assert_shape(call(model, tokens())[0], (BATCH, LENGTH, 29))
-
-
 def test_wrong_calls_are_named(config):
     model = make_model(config)
     state = model.initial_state(1)
@@ -182,12 +164,6 @@ def test_initialized_parameters_are_those_of_the_constructor_traced_once(config,
     chosen.num_layers = 3  # the cache has a copy
     initialization.abstract_model(dataclasses.replace(chosen, num_layers=2))
     assert len(traced) == 1
-
-
-def test_an_unknown_rematerialization_is_named():
-    model = LanguageModel(PLAIN, rngs=nnx.Rngs(0), remat="blocks")
-    with pytest.raises(ValueError, match="policy='blocks': must be none or block"):
-        nnx.eval_shape(model, tokens())
 
 
 @pytest.mark.fewer_cases

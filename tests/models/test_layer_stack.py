@@ -22,7 +22,7 @@ from simplernn_jax.parallel.named_leaves import named_leaves
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.run import CheckpointLayout
 
-LAYERS, SIZE, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 5
+LAYERS, SIZE, LENGTH, WIDTH, VOCAB, STEPS = 4, 8, 24, 8, 12, 3
 STAGE_4 = (("pipeline", 4),)
 STAGE_2_DATA_4 = (("pipeline", 2), ("data", 4))
 STAGE_2_WITH_OTHERS = (("pipeline", 2), ("fsdp", 2), ("tensor", 2))
@@ -58,13 +58,13 @@ def program_of(sizes=(), dtype="float32", **fields):
 
 
 @functools.cache
-def five_steps(sizes=(), dtype="float32", **fields):
+def take_steps(sizes=(), dtype="float32", **fields):
     return run_steps(*program_of(sizes, dtype, **fields), map(make_batch, range(STEPS)))
 
 
 def assert_equals_one_device(sizes, dtype, limit, model, **fields):
-    expected_losses, expected = five_steps((), dtype, **model)
-    losses, state = five_steps(sizes, dtype, **model, **fields)
+    expected_losses, expected = take_steps((), dtype, **model)
+    losses, state = take_steps(sizes, dtype, **model, **fields)
     np.testing.assert_allclose(losses, expected_losses, rtol=limit)
     state = in_layout_of(expected, state)
     assert bool(state.carried) == bool(expected.carried)
@@ -78,7 +78,6 @@ def assert_equals_one_device(sizes, dtype, limit, model, **fields):
     ("sizes", "model", "fields"),
     [
         (STAGE_4, {}, {"gradient_accumulation": 2}),
-        (STAGE_2_WITH_OTHERS, {}, {}),
         ((("pipeline", 2),), {"num_layers": 2, "mode": "window"}, {}),  # no carried state
         (
             STAGE_2_WITH_OTHERS,

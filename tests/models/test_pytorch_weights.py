@@ -82,18 +82,6 @@ def test_logits_equal_those_of_pytorch(tmp_path, torch, reference, form):
     )
 
 
-def test_weights_are_assigned_by_name(tmp_path, state):
-    model = load_pytorch_weights(save_safetensors(state, tmp_path / "w.safetensors"))
-    out_proj = model.layers[1].mixer.cell.out_proj
-    chex.assert_trees_all_equal(
-        np.asarray(out_proj.kernel[...]), state["layers.1.out_proj.weight"].T
-    )
-    chex.assert_trees_all_equal(np.asarray(out_proj.bias[...]), state["layers.1.out_proj.bias"])
-    chex.assert_trees_all_equal(
-        np.asarray(model.embedding.embedding[...]), state["embedding.weight"]
-    )
-
-
 def test_half_precision_becomes_float32(tmp_path, torch, state):
     halves = {name: array.astype(jnp.bfloat16) for name, array in state.items()}
     paths = [save_safetensors(halves, tmp_path / "half.safetensors"), str(tmp_path / "half.pt")]
@@ -134,15 +122,10 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     ("change", "message"),
     [
         ({"embedding.weight": None}, r"has no matrix embedding\.weight"),
-        ({"embedding.weight": zeros(3)}, r"has no matrix embedding\.weight"),
         ({"layers.1.gate_proj.bias": None}, r"layers\.1\.gate_proj\.bias missing"),
         ({"norm.weight": zeros(3)}, r"norm\.weight unexpected"),
         ({"layers.7.out_proj.bias": zeros(11)}, r"and 9 more missing"),
         ({"layers.1.value_proj.bias": zeros(13)}, r"\[13\]; expected \[7\]"),
-        (
-            {f"layers.{number}.x": zeros(1) for number in range(1025)},
-            r"config\.model\.num_layers=1025 is invalid: expected at most 1024",
-        ),
         ({"lm_head.bias": zeros(3, dtype=np.int32)}, r"'lm_head.bias' is int32; save floating-poi"),
     ],
 )
@@ -178,10 +161,8 @@ def test_missing_corrupt_and_other_files_are_rejected(
     "make",
     [
         lambda torch: {"embedding.weight": 3},
-        lambda torch: [1, 2],
         lambda torch: {"model_state_dict": [1, 2]},
         lambda torch: {"w": torch.ones(VOCAB, HIDDEN).to_sparse()},
-        lambda torch: {"w": torch.ones(VOCAB, HIDDEN, dtype=torch.int8)},
         lambda torch: {"w": torch.ones(VOCAB, HIDDEN, device="meta")},
         lambda torch: {"w": torch.ones(1, 1).expand(2**30, 2**20)},  # larger than memory
     ],

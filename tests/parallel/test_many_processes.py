@@ -14,6 +14,8 @@ from simplernn_jax.config import by_field
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def start(tmp_path):

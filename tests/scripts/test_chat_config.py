@@ -6,6 +6,8 @@ import random
 import pytest
 from processes import run_python, run_scripts
 
+pytestmark = pytest.mark.slow
+
 CONVERSATIONS, QUESTIONS = 500, 50
 
 

@@ -7,7 +7,6 @@ from matplotlib.image import imread
 from processes import ROOT, assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
 
-from simplernn_jax.analysis.comparison import draw, read_runs
 from simplernn_jax.config import to_json
 from simplernn_jax.training.metrics import MetricsWriter
 
@@ -100,32 +99,13 @@ def test_a_run_with_only_a_checkpoint_and_one_with_only_metrics(tmp_path):
 def test_wrong_arguments_are_one_line(tmp_path):
     run = write_run(tmp_path / "run", train=[2.0])
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "compare.png").mkdir(parents=True)
     assert_each_refused(
         SCRIPT,
         ([], "name two or more runs: python scripts/compare.py"),
         ([str(run)], "name two or more runs"),
         ([str(run), "nowhere"], "/nowhere: no such folder; name the workdirs"),
-        ([str(run), "file"], "/file: no such folder"),
         ([str(run), "empty"], "/empty: not a training run: no configuration and no metrics"),
         ([str(run), str(run), "--out=taken"], "taken/compare.png: a folder; specify a file"),
         cwd=tmp_path,
     )
-
-
-def test_the_curve_ends_at_the_last_evaluation_and_has_no_other_points(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(
-        "simplernn_jax.analysis.comparison.png", lambda figure: figures.append(figure) or b""
-    )
-    paths = [
-        write_run(tmp_path / name, train=[2.0], validation=[2.0, 1.5, 1.25])
-        for name in ("_first", "an_experiment_with_a_long_name", "another_one_with_a_long_name")
-    ]
-    draw(read_runs([str(path) for path in paths]))
-    (figure,) = figures
-    curves = [len(line.get_xdata()) for line in figure.axes[1].lines]
-    assert curves == [3] * 3
-    (legend,) = figure.legends
-    assert [text.get_text().strip() for text in legend.get_texts()] == [p.name for p in paths]

@@ -16,6 +16,7 @@ def test_no_outputs_are_stored():
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
+@pytest.mark.slow
 @pytest.mark.oldest_python
 def test_the_cells_run(tmp_path):
     write_corpus(tmp_path / "texts")

@@ -8,6 +8,8 @@ from simplernn_jax.serving.app import openapi_document
 schemathesis = pytest.importorskip("schemathesis", reason="Schemathesis is not installed")
 
 
+pytestmark = pytest.mark.slow
+
 schema = schemathesis.openapi.from_dict(openapi_document("chat"))
 OPERATIONS = {found.ok().label: found.ok() for found in schema.get_all_operations()}
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from simplernn_jax.training import display as module
-from simplernn_jax.training.display import StepTimer, format_duration, open_display
+from simplernn_jax.training.display import StepTimer, open_display
 
 
 @pytest.fixture
@@ -64,13 +64,6 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch):
         display.update(1, 2.5, 0.0, 0.0)
         display.print_line("done")
     assert terminal.getvalue() == "step 1/40  loss 2.5000\ndone\n"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (7384, "2:03:04")]
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def test_speed_excludes_the_first_step(wait):

@@ -15,7 +15,6 @@ from token_splits import PAD, make_split
 
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.evaluation_batches import Contexts
-from simplernn_jax.errors import UserError
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.parallel.shardings import named_shardings, variable_specs
 from simplernn_jax.training import evaluate, losses
@@ -114,11 +113,6 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary():
     assert result.nats_per_token == pytest.approx(math.log(203), rel=1e-6)
     assert result.perplexity == pytest.approx(203, rel=1e-5)
     assert dataclasses.replace(result, nats_per_token=1e4).perplexity == math.inf
-
-
-def test_a_split_without_predictions_is_rejected():
-    with pytest.raises(UserError, match="nothing to score: the train split"):
-        evaluation(split=make_split([0], cut_front=1))
 
 
 def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():

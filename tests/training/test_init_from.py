@@ -24,9 +24,9 @@ from simplernn_jax.training.preparation import prepare
 from simplernn_jax.training.run import Run
 
 
-@pytest.fixture
-def initial(tmp_path):
-    return untrained_run(tmp_path, seed=3)
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory):
+    return untrained_run(tmp_path_factory.mktemp("initial"), seed=3)
 
 
 def fine_tuned(initial, tmp_path, **fields):
@@ -51,11 +51,6 @@ def assert_rejected(config, tmp_path, problem):
 def export(out, model, tokenizer, config):
     with new_folder(str(out)) as folder:
         find_format("safetensors").write(TrainedModel(model, tokenizer, config, "x"), folder)
-
-
-def test_parameters_are_those_of_the_other_run(initial, tmp_path):
-    model, _, _ = load_model(str(initial))
-    assert_starts_with(model, fine_tuned(initial, tmp_path, dropout=0.0), tmp_path)
 
 
 def defaults(initial, tmp_path):
@@ -105,10 +100,8 @@ def test_values_that_are_assigned_are_given_even_if_they_are_the_defaults(tmp_pa
             prepare(config, str(tmp_path / "run"))
 
 
-@pytest.mark.fewer_cases
-@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"pipeline": 2}])
-def test_on_a_mesh(tmp_path, mesh):
-    layers = {"num_layers": 2, "sequence_length": 8}
+def test_on_a_mesh(tmp_path):
+    layers, mesh = {"num_layers": 2, "sequence_length": 8}, {"pipeline": 2}
     run = untrained_run(tmp_path, seed=3, **layers)
     model, _, _ = load_model(str(run))
     config = fine_tuned(run, tmp_path, **layers, **mesh)
@@ -123,7 +116,6 @@ def test_on_a_mesh(tmp_path, mesh):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"hidden_dim": 16}, "a different model: hidden_dim is 16, checkpoint has 8"),
         ({"tokenizer": "char"}, "has the tokenizer byte"),
         ({"init_from": "/nonexistent"}, "no checkpoint in /nonexistent"),
     ],
@@ -132,40 +124,36 @@ def test_other_models_are_rejected(initial, tmp_path, fields, problem):
     assert_rejected(fine_tuned(initial, tmp_path, **fields), tmp_path, problem)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2}])
-def test_an_export_is_a_start(initial, tmp_path, mesh):
-    model, tokenizer, config = load_model(str(initial))
-    out = tmp_path / "export"
-    export(out, model, tokenizer, config)
-    assert_starts_with(model, fine_tuned(out, tmp_path, **mesh), tmp_path)
-    problem = "a different model: hidden_dim is 16"
-    assert_rejected(fine_tuned(out, tmp_path, hidden_dim=16), tmp_path, problem)
+PLAIN = {"block": "plain", "num_layers": 2, "key_dim": 5, "value_dim": 7}
+GLA = {"block": "swiglu", "mixer": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
 
 
 @pytest.mark.oldest_python
-def test_a_checkpoint_of_flash_linear_attention_is_a_start(tmp_path):
-    gla = {"block": "swiglu", "mixer": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
-    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **gla)
-    model = LanguageModel(config.model, rngs=nnx.Rngs(3))
-    out = tmp_path / "gla"
-    out.mkdir()
-    safetensors.numpy.save_file(named_weights(model), str(out / "model.safetensors"))
-    (out / "config.json").write_text(json.dumps(to_fla_config(config.model)))
-    assert_starts_with(model, fine_tuned(out, tmp_path, **gla), tmp_path)
-    (out / "config.json").write_text('{"model_type": "llama"}')
-    assert_rejected(fine_tuned(out, tmp_path, **gla), tmp_path, "only 'gla' can be loaded")
-
-
-@pytest.mark.oldest_python
-def test_pytorch_weights_are_a_start(tmp_path):
-    plain = {"block": "plain", "num_layers": 2, "key_dim": 5, "value_dim": 7}
-    config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **plain)
-    model = LanguageModel(config.model, rngs=nnx.Rngs(3))
-    path = str(tmp_path / "weights.safetensors")
-    safetensors.numpy.save_file(named_weights(model), path)
-    assert_starts_with(model, fine_tuned(path, tmp_path, **plain), tmp_path)
-    for fields, problem in (
-        (plain | {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
-        (plain | {"vocab_size": 301}, "use the same config.model.vocab_size"),
-    ):
-        assert_rejected(fine_tuned(path, tmp_path, **fields), tmp_path, problem)
+@pytest.mark.parametrize(
+    ("kind", "fields", "wrong", "problem"),
+    [
+        ("run", {}, {"hidden_dim": 16}, "a different model: hidden_dim is 16, checkpoint has 8"),
+        ("export", {"fsdp": 2}, {"hidden_dim": 16}, "a different model: hidden_dim is 16"),
+        ("gla", GLA, {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
+        ("weights", PLAIN, {"vocab_size": 301}, "use the same config.model.vocab_size"),
+    ],
+)
+def test_each_kind_of_model_is_a_start(initial, tmp_path, kind, fields, wrong, problem):
+    path = initial
+    if kind in ("run", "export"):
+        model, tokenizer, config = load_model(str(initial))
+    else:
+        config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **fields)
+        model = LanguageModel(config.model, rngs=nnx.Rngs(3))
+        path = tmp_path / "gla"
+        path.mkdir()
+        safetensors.numpy.save_file(named_weights(model), str(path / "model.safetensors"))
+    if kind == "export":
+        path = tmp_path / "export"
+        export(path, model, tokenizer, config)
+    elif kind == "gla":
+        (path / "config.json").write_text(json.dumps(to_fla_config(config.model)))
+    elif kind == "weights":
+        path /= "model.safetensors"
+    assert_starts_with(model, fine_tuned(path, tmp_path, **fields), tmp_path)
+    assert_rejected(fine_tuned(path, tmp_path, **fields | wrong), tmp_path, problem)

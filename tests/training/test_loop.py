@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_files import records, talk, write
 from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
@@ -29,51 +30,42 @@ HYBRID = {"num_layers": 2, "mixer": "attention,simple_rnn", "mixer_options": {"c
 EVERYTHING = {"dropout": 0.1, "reset_probability": 0.2, "name": "muon", "gradient_accumulation": 2}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The configuration of a run that nothing interrupted, and its folder. Other lengths of the
-    run would be other programs."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = small_config(source=write_corpus(folder / "text"), log_every=1)
-    train(config, str(folder / "run"))
-    return config, folder / "run"
-
-
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("mode", "block", "fields"),
     [
-        ("window", "plain", {}),
-        ("document", "plain", {"validation_fraction": 0.2, "eval_every": 13}),
+        ("window", "plain", {"validation_fraction": 0.2, "eval_every": 5}),
         ("stream", "residual", HYBRID | EVERYTHING),
     ],
 )
 def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     source = write_corpus(tmp_path / "text")
-    config = small_config(block, source=source, mode=mode, save_every=11, log_every=3, **fields)
+    if mode == "window":
+        source += f":2,{write_corpus(tmp_path / 'other', seed=1)}:1"  # a mixture
+    fields = fields | {"mode": mode, "steps": 20, "save_every": 6, "log_every": 3}
+    config = small_config(block, source=source, **fields)
     whole = train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        stop_after(patch, 17)
+        stop_after(patch, 8)
         first = train(config, str(tmp_path / "parts"))
-    assert (first.step, first.interrupted_by, first.evaluation) == (17, "SIGTERM", None)
-    assert newest_checkpoint(tmp_path / "parts")["number of steps"] == 17
+    assert (first.step, first.interrupted_by, first.evaluation) == (8, "SIGTERM", None)
+    assert newest_checkpoint(tmp_path / "parts")["number of steps"] == 8
     second = train(config, str(tmp_path / "parts"))
-    assert (second.step, second.interrupted_by) == (40, None)
+    assert (second.step, second.interrupted_by) == (20, None)
     assert second.evaluation == whole.evaluation
     expected = newest_checkpoint(tmp_path / "whole")
-    assert expected["number of steps"] == 40
+    assert expected["number of steps"] == 20
     assert newest_checkpoint(tmp_path / "parts") == expected
     kinds = {name.split("/")[0] for name in expected}
     assert {"params", "opt_state", "rng"} <= kinds
     assert ("carried" in kinds) == (mode == "stream")
-    # The same rows in the same order, none twice, although one is the mean of steps 16 to 18.
+    # The same rows in the same order, none twice, although one is the mean of steps 7 to 9.
     names = ("step", "kind", "loss", "tokens", "gradient_norm", "learning_rate", "skipped_updates")
     whole, parts = (
         [[row.get(name) for name in names] for row in read_metrics(str(tmp_path / folder))]
         for folder in ("whole", "parts")
     )
     assert whole == parts
-    assert [row[0] for row in whole if row[1] == "train"] == [*range(3, 40, 3), 40]
+    assert [row[0] for row in whole if row[1] == "train"] == [*range(3, 20, 3), 20]
 
 
 def with_train(config, **fields):
@@ -167,48 +159,38 @@ def test_another_text_is_rejected_and_the_run_unchanged(finished):
     assert train(config, str(workdir)).step == 5
 
 
-def test_texts_from_python_continue_a_run_on_the_same_texts(finished):
-    config, workdir = finished
-    texts = [path.read_text("utf-8") for path in sorted(Path(config.data.source).iterdir())]
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data))
-    config.data.source = lambda: iter(texts)
-    assert train(config, str(workdir)).step == 5
-    config.data.source = [*texts[:-1], texts[-1] + "!"]
-    with pytest.raises(UserError, match=r"different text .* than '<7 texts from Python>'"):
-        train(config, str(workdir))
-
-
-def profiles(workdir):
-    return sorted((workdir / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
-
-
 @pytest.mark.oldest_python
-def test_profiles_change_nothing_and_may_be_requested_on_resume(
-    whole, tmp_path, monkeypatch, capsys
+def test_a_profile_changes_nothing_and_may_be_requested_on_resume(
+    finished, tmp_path, monkeypatch, capsys
 ):
+    config, workdir = finished
     with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        train(with_train(whole[0], profile_steps=30), str(tmp_path / "parts"))
-    (first,) = profiles(tmp_path / "parts")
-    train(with_train(whole[0], profile_steps=2), str(tmp_path / "parts"))
-    (second,) = (path for path in profiles(tmp_path / "parts") if path != first)
-    assert b"train_step" in first.read_bytes()
-    assert b"train_step" in second.read_bytes()
+        stop_after(patch, 2)
+        train(config, str(tmp_path / "parts"))
+    train(with_train(config, profile_steps=1), str(tmp_path / "parts"))
+    (path,) = (tmp_path / "parts" / "tensorboard").rglob("*.xplane.pb")
+    assert b"train_step" in path.read_bytes()
     assert f"profile: {tmp_path / 'parts'}/tensorboard" in capsys.readouterr().out
-    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(whole[1])
+    assert newest_checkpoint(tmp_path / "parts") == newest_checkpoint(workdir)
 
 
-def test_a_recompiled_step_is_counted_and_shown(whole, tmp_path, monkeypatch, capsys):
+def test_a_recompiled_step_is_counted_and_shown(finished, tmp_path, monkeypatch, capsys):
     def other_dtype(self):
         batch = next_batch(self)
         return batch._replace(tokens=batch.tokens.astype("int16")) if self.step == 3 else batch
 
-    next_batch = run.Run.next_batch
+    def evaluate_all(self):  # once all is saved, signals act as before
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        assert newest_checkpoint(tmp_path / "run")["number of steps"] == 5
+
+    handlers, next_batch = [], run.Run.next_batch
     monkeypatch.setattr(run.Run, "next_batch", other_dtype)
-    train(whole[0], str(tmp_path / "run"))
+    monkeypatch.setattr(loop.Trainer, "evaluate_all", evaluate_all)
+    train(finished[0], str(tmp_path / "run"))
     counts = [row["recompilations"] for row in read_metrics(str(tmp_path / "run"))]
-    assert (counts[0], counts[-1]) == (0, 1)
+    assert counts == [0, 1, 1]
     assert re.search(r"recompilations +1\n", capsys.readouterr().out)
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 SENTENCES = (
@@ -222,38 +204,14 @@ SENTENCES = (
 
 
 @pytest.mark.oldest_python
-def test_a_workdir_inside_its_source_is_no_part_of_it(tmp_path, monkeypatch, capsys):
-    write_corpus(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    config = small_config(source=".", cache_dir="tokens", validation_fraction=0.2, steps=3)
-    train(config, "run")
-    before = newest_checkpoint(tmp_path / "run")["position in the data"]["content_hash"]
-    config.train.steps = 4
-    assert train(config, "run").step == 4
-    assert "--config.train.steps: changed from 3 to 4" in capsys.readouterr().out
-    after = newest_checkpoint(tmp_path / "run")["position in the data"]["content_hash"]
-    shutil.rmtree(tmp_path / "tokens")
-    assert before == after == open_saved_corpus("run", source=".").content_hash
-
-
-@pytest.mark.oldest_python
 def test_a_sample_of_a_chat_model_answers_the_prompt(tmp_path):
-    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-    source = tmp_path / "chat.jsonl"
-    source.write_text("\n".join([json.dumps({"messages": chat})] * 3))
-    config = small_config(
-        source=str(source), template="roles", sample_every=1, sample_prompt="who?", steps=2
-    )
+    chats = records(*[{"messages": talk(("ab", "cd"))}] * 3)
+    fields = {"template": "roles", "sample_every": 1, "sample_prompt": "who?", "steps": 2}
+    config = small_config(source=str(write(tmp_path / "chat.jsonl", chats)), **fields)
     train(config, str(tmp_path / "run"))
-    samples = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "sample"]
-    question = ChatTemplate(load_template("roles")).render_next(
-        [{"role": "user", "content": "who?"}]
-    )
-    assert [row["text"].startswith(question) for row in samples] == [True]
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["train"]["sample_prompt"]
-        == "who?"
-    )
+    (sample,) = (row for row in read_metrics(str(tmp_path / "run")) if row["kind"] == "sample")
+    template = ChatTemplate(load_template("roles"))
+    assert sample["text"].startswith(template.render_next(talk(("who?", None))))
 
 
 def test_overfits_six_sentences_and_generates_them(tmp_path):
@@ -339,62 +297,51 @@ def test_anything_but_a_configuration_is_rejected(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def evaluated_on_20_tokens(folder):
-    """A run of 40 steps that evaluates and saves at steps 18 and 36."""
-    return small_config(
-        source=write_corpus(folder / "text"),
-        validation_fraction=0.3,
-        eval_every=18,
-        eval_tokens=20,
-        save_every=18,
-    )
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A run that evaluates 20 tokens and saves at steps 4 and 8: its configuration and folder."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    fields = {"steps": 10, "eval_every": 4, "save_every": 4, "eval_tokens": 20}
+    source = write_corpus(folder / "text")
+    return small_config(source=source, validation_fraction=0.3, **fields), folder / "run"
 
 
 @pytest.mark.oldest_python
-def test_the_last_checkpoint_is_evaluated_as_those_before_it(tmp_path, capsys):
-    config = evaluated_on_20_tokens(tmp_path)
-    result = train(config, str(tmp_path / "run"))
-    folder = CheckpointFolder(str(tmp_path / "run"))
+def test_the_last_checkpoint_is_evaluated_as_those_before_it(evaluated, capsys):
+    config, workdir = evaluated
+    result = train(config, workdir)
+    folder = CheckpointFolder(str(workdir))
     qualities = {step: read_quality(folder.step_path(step))[1] for step in folder.steps()}
-    assert {36, 40} <= qualities.keys()
+    assert {8, 10} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
-    rows = [row for row in read_metrics(str(tmp_path / "run")) if row["kind"] != "train"]
+    rows = [row for row in read_metrics(str(workdir)) if row["kind"] != "train"]
     assert [(row["step"], row["kind"], row["predictions"]) for row in rows] == [
-        (18, "validation", 20),
-        (36, "validation", 20),
-        (40, "validation", 20),
-        (40, "held_out", result.evaluation.predictions),
+        (4, "validation", 20),
+        (8, "validation", 20),
+        (10, "validation", 20),
+        (10, "held_out", result.evaluation.predictions),
     ]
     scored = {row["step"]: row["loss"] for row in rows[:-1]}
-    assert {step: qualities[step].validation_loss for step in (36, 40)} == {
-        step: scored[step] for step in (36, 40)
+    assert {step: qualities[step].validation_loss for step in (8, 10)} == {
+        step: scored[step] for step in (8, 10)
     }
     assert f"all held-out text  {result.evaluation}" in capsys.readouterr().out
 
 
 @pytest.mark.oldest_python
-def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(tmp_path, monkeypatch):
-    config = evaluated_on_20_tokens(tmp_path)
-    whole = train(config, str(tmp_path / "whole"))
+def test_a_signal_during_the_last_step_leaves_the_checkpoint_of_a_whole_run(
+    evaluated, tmp_path, monkeypatch
+):
+    config, workdir = evaluated
+    whole = train(config, workdir)
     with monkeypatch.context() as patch:
-        stop_after(patch, 40)
-        assert train(config, str(tmp_path / "cut")) == loop.Result(40, "SIGTERM", None)
+        stop_after(patch, 10)
+        assert train(config, str(tmp_path / "cut")) == loop.Result(10, "SIGTERM", None)
     assert train(config, str(tmp_path / "cut")) == whole
-    last = [read_quality(str(tmp_path / name / "checkpoints" / "40")) for name in ("whole", "cut")]
+    last = [read_quality(str(path / "checkpoints" / "10")) for path in (workdir, tmp_path / "cut")]
     assert last[0] == last[1]
-    assert newest_checkpoint(tmp_path / "cut") == newest_checkpoint(tmp_path / "whole")
-
-
-def test_signals_act_as_before_once_all_is_saved(tmp_path, monkeypatch):
-    def evaluate_all(self):
-        handlers.append(signal.getsignal(signal.SIGTERM))
-        assert newest_checkpoint(tmp_path / "run")["number of steps"] == 40
-
-    handlers = []
-    monkeypatch.setattr(loop.Trainer, "evaluate_all", evaluate_all)
-    train(small_config(source=write_corpus(tmp_path / "text")), str(tmp_path / "run"))
-    assert handlers == [signal.getsignal(signal.SIGTERM)]
+    assert newest_checkpoint(tmp_path / "cut") == newest_checkpoint(workdir)
 
 
 @pytest.fixture

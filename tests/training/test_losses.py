@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -71,3 +72,16 @@ def test_chunks_of_time_give_the_same_loss_and_gradient(monkeypatch, at_once):
             for value in equation.outvars
         )
     assert largest < 2 * 13 * 5 or at_once == 10**9
+
+
+@pytest.mark.oldest_python
+def test_arguments_are_checked_against_annotations():
+    logits, targets = jnp.zeros((2, 3, 5)), jnp.zeros((2, 3), jnp.int32)
+    # Within pytest.raises the checks are off.
+    with pytest.RaisesExc(jaxtyping.TypeCheckError, match="parameter 'targets'"):
+        cross_entropy(logits, targets[..., None], targets == 0)
+
+
+def test_dtypes_are_not_promoted():
+    with pytest.raises(jax.dtypes.TypePromotionError, match="bfloat16"):
+        jnp.zeros(2) + jnp.zeros(2, jnp.bfloat16)

@@ -118,23 +118,16 @@ def test_a_run_can_resume_with_another_clip_norm():
 def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adam():
     config = settings(name="muon", warmup_steps=0, weight_decay=0.3, clip_norm=0.0)
     random = np.random.default_rng(0)
-    params = as_parameters(
-        {
-            "dense": {"kernel": random.normal(size=(7, 11))},
-            "embedding": random.normal(size=(11, 7)),
-            "bias": random.normal(size=7),
-        }
-    )
+
+    def parameters(kernel):
+        others = {"embedding": random.normal(size=(11, 7)), "bias": random.normal(size=7)}
+        return as_parameters({"dense": {"kernel": kernel}} | others)
+
+    params = parameters(random.normal(size=(7, 11)))
     # Directions of very different strength: Adam would follow the strong ones.
     left, _, right = np.linalg.svd(random.normal(size=(7, 11)), full_matrices=False)
     kernel = (left * np.logspace(0, -1.5, 7)) @ right
-    gradient = as_parameters(
-        {
-            "dense": {"kernel": kernel},
-            "embedding": random.normal(size=(11, 7)),
-            "bias": random.normal(size=7),
-        }
-    )
+    gradient = parameters(kernel)
 
     optimizer = make_optimizer(config, STEPS)
     updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)

@@ -145,14 +145,11 @@ def test_gradient_accumulation_equals_the_whole_batch():
     ("size", "length", "window", "expected"),
     [
         (8, 128, 0, 1),  # 1,024 tokens
-        (8, 181, 0, 1),  # 1,448 or 724
         (8, 182, 0, 2),  # 1,456 or 728
         (6, 512, 0, 3),
         (17, 61, 0, 1),  # 1,037 or 61
-        (1021, 8, 0, 1),  # 8,168 or 8
         (3, 1031, 0, 3),  # one sequence
         (8, 1024, 64, 1),  # the activations of one window
-        (10**9, 8, 0, 10**9 // 128),
         (10**9 + 7, 8, 0, 10**9 + 7),  # no divisor but itself
     ],
 )
