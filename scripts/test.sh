@@ -24,7 +24,7 @@ if [ -n "$sanitize" ]; then
     [ -e "$path" ] || fail "--sanitize: $compiler has no $library; install gcc with its sanitizers"
     preload="${preload:+$preload }$path"
   done
-  of_c=(argument_safety fused gated_linear_recurrence newton_schulz rms_norm rms_norm_convolution)
+  of_c=(argument_safety gated_linear_recurrence newton_schulz rms_norm)
   [ $# -gt 0 ] || set -- $(printf 'tests/ops/test_%s.py ' "${of_c[@]}") \
     tests/inference/test_native_decoding.py
   export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 from simplernn_jax.ops import gated_linear_recurrence, native, recurrent_step
 from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
-from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.matmul import fused_matmul
-from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm import rms_norm, rms_norm_convolution
 from simplernn_jax.ops.segments import reset_state, segment_starts
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool", "complex64")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import Counter
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from small_runs import HYBRID, random_batch, small_config
 
 from benchmarks.sizes import text_of_loops
 from benchmarks.train_steps import collectives
+from simplernn_jax.parallel.named_leaves import named_leaves
 from simplernn_jax.parallel.shardings import variable_specs
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
@@ -155,6 +157,29 @@ def test_collectives_are_independent_of_the_sequence_length():
         _, step = compile_abstractly(config, mesh_of(sequence=8))
         found.append(without_scalars(collectives(step.as_text())))
     assert found[0] == found[1]
+
+
+@pytest.mark.oldest_python
+def test_collectives_of_data_parallelism_and_of_fsdp():
+    widths = {"key_dim": 24, "value_dim": 24, "mlp_dim": 32, "vocab_size": 16} | RECURRENCE
+    config = config_of("float32", mode="window", **widths)
+    found = []
+    for mesh in (mesh_of(data=8), mesh_of(fsdp=8)):
+        state, step = compile_abstractly(config, mesh)
+        found.append(Counter())
+        for (kind, _), number in without_scalars(collectives(step.as_text())).items():
+            found[-1][kind] += number
+    arrays = named_leaves(state.params)
+    kernels = sum("kernel" in name for name in arrays)
+    # Every gradient is reduced once.
+    assert found[0] == {"all-reduce": len(arrays)}
+    # Kernels are gathered forward and backward. The embedding is also the head: it is gathered for
+    # the lookup too, and the gradients of both uses are reduced.
+    assert found[1] == {
+        "all-gather": 2 * kernels + 3,
+        "reduce-scatter": kernels + 2,
+        "all-reduce": len(arrays) - kernels - 1,
+    }
 
 
 def test_fsdp_shards_the_state_and_gathers_one_layer_at_a_time():

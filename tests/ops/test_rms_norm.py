@@ -11,9 +11,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 from references import NATIVE, convolve_by_loops, needs_compiler
 
-from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.native import CONVOLUTION_FORWARD
-from simplernn_jax.ops.rms_norm import EPSILON, rms_norm
+from simplernn_jax.ops.rms_norm import EPSILON, rms_norm, rms_norm_convolution
 
 
 def plain(x, epsilon=EPSILON):
