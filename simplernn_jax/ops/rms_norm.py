@@ -15,15 +15,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Activations, ConvState
 from simplernn_jax.ops.checks import BOOL, FLOATING, accumulator_dtype, check_array
-from simplernn_jax.ops.native import (
-    CONVOLUTION_BACKWARD,
-    CONVOLUTION_FORWARD,
-    NORM_BACKWARD,
-    NORM_FORWARD,
-    call_native,
-    or_empty,
-    use_native,
-)
+from simplernn_jax.ops.native import call_native, or_empty, use_native
 from simplernn_jax.ops.primitive import Operation
 
 EPSILON = 1e-6
@@ -65,7 +57,7 @@ def _norm(x: jax.Array) -> Sequence[jax.Array]:
 
 
 def _norm_in_c(x: jax.Array) -> Sequence[jax.Array]:
-    return call_native(NORM_FORWARD, [x, x[..., 0]], x)
+    return call_native("simplernn_norm_forward", [x, x[..., 0]], x)
 
 
 def _norm_gradient(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[jax.Array]:
@@ -75,7 +67,7 @@ def _norm_gradient(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[j
 
 
 def _norm_gradient_in_c(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[jax.Array]:
-    return call_native(NORM_BACKWARD, [x], x, scale, d_y)
+    return call_native("simplernn_norm_backward", [x], x, scale, d_y)
 
 
 _NORM_IN_XLA = Operation(
@@ -163,7 +155,7 @@ def _convolution_in_c(
 ) -> Sequence[jax.Array]:
     results = [x, x[..., 0], recent]
     arguments = (x, weights, recent, or_empty(starts, x))
-    y, scale, final = call_native(CONVOLUTION_FORWARD, results, *arguments)
+    y, scale, final = call_native("simplernn_convolution_forward", results, *arguments)
     return y, final, scale
 
 
@@ -184,7 +176,7 @@ def _convolution_gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
     begins = or_empty(starts[0] if starts else None, x)
     arguments = (x, weights, recent, begins, scale, d_y, d_final)
     d_x, d_weights, d_recent = call_native(
-        CONVOLUTION_BACKWARD, [x, partial_sums, recent], *arguments
+        "simplernn_convolution_backward", [x, partial_sums, recent], *arguments
     )
     return d_x, jnp.sum(d_weights, axis=(0, 1)), d_recent
 

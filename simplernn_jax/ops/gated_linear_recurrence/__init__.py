@@ -22,13 +22,7 @@ from simplernn_jax.ops.gated_linear_recurrence.sharding import (
     partition_gradient,
     partition_recurrence,
 )
-from simplernn_jax.ops.native import (
-    RECURRENCE_BACKWARD,
-    RECURRENCE_FORWARD,
-    call_native,
-    or_empty,
-    supports_native,
-)
+from simplernn_jax.ops.native import call_native, or_empty, supports_native
 from simplernn_jax.ops.primitive import Operation, is_static, on_one_device, vary_like
 from simplernn_jax.ops.segments import reset_state, segment_starts
 
@@ -184,13 +178,13 @@ def _operation(
 def _fused(*arrays: Any) -> Sequence[jax.Array]:
     """Compute `scan` of `RecurrenceInputs` in one C call; float32, `vmap` adds leading axes."""
     inputs = RecurrenceInputs(*arrays)
-    return call_native(RECURRENCE_FORWARD, [inputs.v, inputs.state], *_in_c(inputs))
+    return call_native("simplernn_forward", [inputs.v, inputs.state], *_in_c(inputs))
 
 
 def _fused_gradient(*arrays: Any) -> Sequence[jax.Array]:
     """Map (inputs, cotangents of the results) to those of the first five inputs, as `_fused`."""
     inputs = RecurrenceInputs(*arrays[:-2])
-    return call_native(RECURRENCE_BACKWARD, inputs[:5], *_in_c(inputs), *arrays[-2:])
+    return call_native("simplernn_backward", inputs[:5], *_in_c(inputs), *arrays[-2:])
 
 
 def _in_c(inputs: RecurrenceInputs) -> list[jax.Array]:
