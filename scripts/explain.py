@@ -85,7 +85,7 @@ def main() -> int:
     page = make_page(explanation, pictures, name, facts)
     write_file(out / "explain.html", page.encode("utf-8", "replace"))
 
-    is_float32 = sizes.precision == sizes.state_precision == "float32"
+    is_float32 = sizes.precision == "float32"
     code = 0
     for name, layer in zip(explanation.layer_names, explanation.layers, strict=True):
         verdict = ""

@@ -84,7 +84,8 @@ class ModelConfig(_Fields):
     """Dropout rate, elementwise, of each residual branch's output (not of the plain block)."""
     precision: str = _one_of(PRECISIONS, "float32")
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, accumulators,
-    norms, softmax and loss are always float32; cached keys and values have this dtype."""
+    recurrent states, norms, softmax and loss are always float32; cached keys and values have this
+    dtype."""
     mixer: str = "simple_rnn"
     """Token mixer, ``simple_rnn``, ``attention``, ``gla``, or one from your own file
     (docs/architecture.md): one name for all layers, or a comma-separated list (or Python list) with
@@ -93,9 +94,6 @@ class ModelConfig(_Fields):
     """Options of the mixers, on the command line as ``name=value,name=value``. Attention has
     ``context`` (1024): the tokens of its sliding window and KV cache, the current one included. For
     gla's see docs/gla.md; your own mixers have their own."""
-    state_precision: str = _one_of(PRECISIONS, "float32")
-    """Dtype of the recurrent state between calls or decoded tokens: ``float32``; or ``bfloat16``,
-    which halves its memory and rounds away small updates."""
     norm_epsilon: float = _number(1e-6, at_least=1e-12)
     """Added to the mean square by every norm; positive (swiglu block only)."""
 
@@ -409,12 +407,6 @@ def _check_run(config: Config) -> None:
         raise UserError(
             f"config.mesh.pipeline={mesh.pipeline} and config.mesh.sequence={mesh.sequence} divide "
             "the same time axis; set one of them to 1"
-        )
-    if mesh.sequence > 1 and config.model.state_precision != "float32":
-        raise UserError(
-            f"config.model.state_precision={config.model.state_precision} and "
-            f"config.mesh.sequence={mesh.sequence}: the states of sequence shards are combined in "
-            "float32; set one of them back to float32 or 1"
         )
 
 

@@ -74,11 +74,6 @@ def test_a_bad_value_is_rejected_by_name(field, value, message):
         ({"stride": 64}, {"mode": "stream"}, "data.stride=64 .* 0 with config.data.mode="),
         ({"pipeline": 2}, {"sequence": 4}, "pipeline=2 and .*sequence=4 .* set one of them to 1"),
         (
-            {"sequence": 2},
-            {"state_precision": "bfloat16"},
-            "state_precision=bfloat16 and .*mesh.sequence=2",
-        ),
-        (
             {"mixer": "attention"},
             {"mixer_options": {"context": 0}},
             "mixer_options=context=0 is invalid: expected at least 1",

@@ -43,7 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
     "data 2": {"mode": "stream"},
     "stream": {"mode": "stream"},
     "document": {"mode": "document", "bptt_window": 3},
-    "bfloat16": {"mode": "stream", "precision": "bfloat16", "state_precision": "bfloat16"},
+    "bfloat16": {"mode": "stream", "precision": "bfloat16"},
     "accumulation": {"mode": "stream", "gradient_accumulation": 2},
     "fsdp 2": {"mode": "window", "name": "muon"},
     "tensor 2": {"mode": "stream"},

@@ -192,7 +192,7 @@ def is_exact(layer: LayerDecomposition, is_float32: bool) -> bool:
 
     Args:
       layer: decomposition of one layer.
-      is_float32: whether the model computes and keeps its state in float32. Otherwise the layer
+      is_float32: whether the model computes in float32. Otherwise the layer
         rounds its output where the decomposition does not, and only the operator's error counts.
     """
     errors = [layer.operator_error, *([layer.layer_error] if is_float32 else [])]

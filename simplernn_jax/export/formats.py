@@ -108,7 +108,7 @@ def check_packages(format_name: str, *names: str) -> None:
 
 def float32_model(model: LanguageModel) -> LanguageModel:
     """Return a model with the same parameters that computes in float32."""
-    config = dataclasses.replace(model.config, precision="float32", state_precision="float32")
+    config = dataclasses.replace(model.config, precision="float32")
     if config == model.config:
         return model
     return nnx.merge(abstract_model(config)[0], nnx.state(model, nnx.Param))
@@ -131,7 +131,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
     if is_fla(config):
         return {**to_fla_config(config), **ids}
     fields = dataclasses.asdict(config)
-    for name in ("mixer", "mixer_options", "dropout", "precision", "state_precision"):
+    for name in ("mixer", "mixer_options", "dropout", "precision"):
         del fields[name]
     if "attention" in config.mixers:
         options = complete_options("attention", config).mixer_options

@@ -59,8 +59,7 @@ _rounded = jax.jit(rounded, static_argnums=1)
 def decodes_natively(model: LanguageModel) -> bool:
     """Return whether the C function decodes `model` here.
 
-    It decodes residual blocks whose mixers are all SimpleRNN with a float32 state, on a single CPU
-    device.
+    It decodes residual blocks whose mixers are all SimpleRNN, on a single CPU device.
     """
     config, embedding = model.config, model.embedding.embedding[...]
     return (
@@ -68,7 +67,6 @@ def decodes_natively(model: LanguageModel) -> bool:
         and config.block == "residual"
         and set(config.mixers) == {"simple_rnn"}
         and isinstance(model.layers, nnx.List)
-        and config.state_precision == "float32"
         and config.norm_epsilon == EPSILON
         and not jax.config.jax_enable_x64  # type: ignore[attr-defined, unused-ignore]
         and isinstance(embedding, jax.Array)

@@ -86,10 +86,9 @@ class LanguageModel(nnx.Module):
     def initial_state(self, batch_size: int) -> ModelState:
         """Return the state before the first token: one entry per layer, or one for stacked layers.
 
-        Every array begins with axis B. Those of the package's mixers are zeros: recurrent states
-        have the dtype ``state_precision``, KV caches ``precision`` (their lengths int32), inputs of
-        convolutions float32. Under ``jax_enable_x64``, float32 ones are float64, except in KV
-        caches.
+        Every array begins with axis B. Those of the package's mixers are zeros: KV caches
+        have the dtype ``precision`` (their lengths int32); recurrent states and the inputs of
+        convolutions are float32, and float64 under ``jax_enable_x64``.
         """
         return self.layers.initial_state(batch_size)
 

@@ -20,7 +20,7 @@ from simplernn_jax.models.blocks import PlainBlock
 from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
 from simplernn_jax.ops.segments import reset_state, select_sequences
 from simplernn_jax.parallel.collectives import axis_size
-from simplernn_jax.parallel.layer_layout import STACKED
+from simplernn_jax.parallel.named_leaves import STACKED
 from simplernn_jax.parallel.pipeline import choose_num_chunks, run_pipeline
 
 

@@ -1,8 +1,7 @@
 """Dense and norm layers, dropout, and initialization.
 
 Mixed precision: parameters are float32; matmul operands are cast to `ModelConfig.precision` and
-accumulated in float32, in which gates, norms, softmax and loss are computed too. The recurrent
-state has `ModelConfig.state_precision` between calls.
+accumulated in float32, in which gates, recurrent states, norms, softmax and loss are computed too.
 """
 
 import math

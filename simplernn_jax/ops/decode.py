@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.ops.native import DECODE, supports_native
+from simplernn_jax.ops.native import supports_native
 from simplernn_jax.ops.quantization import PANEL, PackedMatrix
 
 
@@ -83,6 +83,6 @@ def decode_tokens(
     first = len(arguments) - len(leaves)
     results = [jax.typeof(logits), of_head, workspace, *map(jax.typeof, leaves)]
     aliases = {2: 0} | {first + i: 3 + i for i in range(len(leaves))}
-    called = jax.ffi.ffi_call(DECODE, results, input_output_aliases=aliases)(*arguments)
+    called = jax.ffi.ffi_call("simplernn_decode", results, input_output_aliases=aliases)(*arguments)
     logits, final, _, *leaves = called
     return logits, final, jax.tree.unflatten(structure, leaves)

@@ -48,28 +48,19 @@ def has_fast_bfloat16() -> bool:
     return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
 
 
-RECURRENCE_FORWARD = "simplernn_forward"
-RECURRENCE_BACKWARD = "simplernn_backward"
-CONVOLUTION_FORWARD = "simplernn_convolution_forward"
-CONVOLUTION_BACKWARD = "simplernn_convolution_backward"
-NORM_FORWARD = "simplernn_norm_forward"
-NORM_BACKWARD = "simplernn_norm_backward"
-NEWTON_SCHULZ = "simplernn_newton_schulz"
-DECODE = "simplernn_decode"
-
 MIN_ELEMENTS = 1 << 14
 """Minimum size of an array for which a C function is faster than XLA's loops: FFI call overhead is
 about 5 us."""
 
 FUNCTIONS = (
-    RECURRENCE_FORWARD,
-    RECURRENCE_BACKWARD,
-    CONVOLUTION_FORWARD,
-    CONVOLUTION_BACKWARD,
-    NORM_FORWARD,
-    NORM_BACKWARD,
-    NEWTON_SCHULZ,
-    DECODE,
+    "simplernn_forward",
+    "simplernn_backward",
+    "simplernn_convolution_forward",
+    "simplernn_convolution_backward",
+    "simplernn_norm_forward",
+    "simplernn_norm_backward",
+    "simplernn_newton_schulz",
+    "simplernn_decode",
 )
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")
@@ -86,7 +77,7 @@ COMPILER_SECONDS = 120
 def call_native(
     name: str, results: Sequence[jax.Array], *arguments: jax.Array
 ) -> Sequence[jax.Array]:
-    """Call a C function, whose results have the types of the arrays `results`."""
+    """Call one of `FUNCTIONS`, whose results have the types of the arrays `results`."""
     types = [jax.typeof(x) for x in results]
     return jax.ffi.ffi_call(name, types, vmap_method="broadcast_all")(*arguments)
 

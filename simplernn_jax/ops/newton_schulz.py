@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simplernn_jax.ops.checks import accumulator_dtype, check_array
-from simplernn_jax.ops.native import NEWTON_SCHULZ, call_native, supports_native
+from simplernn_jax.ops.native import call_native, supports_native
 from simplernn_jax.ops.primitive import Operation, is_static
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -38,7 +38,7 @@ def _all(*matrices: jax.Array) -> list[jax.Array]:
 
 
 def _all_in_c(*matrices: jax.Array) -> Sequence[jax.Array]:
-    return call_native(NEWTON_SCHULZ, matrices, *matrices)
+    return call_native("simplernn_newton_schulz", matrices, *matrices)
 
 
 @jax.jit  # traced and lowered once for all matrices of a shape

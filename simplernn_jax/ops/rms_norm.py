@@ -1,21 +1,28 @@
-"""Root-mean-square normalization: on a CPU one compiled C function forward and one backward.
+"""Root-mean-square normalization, and a short causal depthwise convolution of normalized inputs.
 
-XLA's CPU backend materializes the operands of its reductions, and takes several times as long as
-one pass over memory (measured: 1.0 ms for a gradient of 4,096 x 128, where `rms_norm.c` takes 0.2).
+On a CPU each is one compiled C function forward and one backward (`cpu/rms_norm.c`). They are bound
+by memory: XLA's CPU backend materializes the operands of reductions, every shifted input and every
+summand, and takes several times as long as one pass (measured: 1.0 ms for the gradient of a norm of
+4,096 x 128, where C takes 0.2).
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from simplernn_jax.ops.checks import accumulator_dtype, check_array
-from simplernn_jax.ops.native import NORM_BACKWARD, NORM_FORWARD, call_native, use_native
+from simplernn_jax.array_types import Activations, ConvState
+from simplernn_jax.ops.checks import BOOL, FLOATING, accumulator_dtype, check_array
+from simplernn_jax.ops.native import call_native, or_empty, use_native
 from simplernn_jax.ops.primitive import Operation
 
 EPSILON = 1e-6
 """The same as in `vectors.h`."""
+
+_TOKENS_PER_PARTIAL_SUM = 128
+"""The gradient of the weights is summed in parts of this many tokens, which threads share."""
 
 
 def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = None) -> jax.Array:
@@ -35,7 +42,7 @@ def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = No
     if epsilon != EPSILON:
         # The norm of c x with EPSILON is that of x with EPSILON / c^2.
         x = x * math.sqrt(EPSILON / epsilon)
-    (y,) = (_IN_C if use_native(x, native) else _IN_XLA)(x)
+    (y,) = (_NORM_IN_C if use_native(x, native) else _NORM_IN_XLA)(x)
     return y
 
 
@@ -44,29 +51,140 @@ def inverse_rms(x: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + EPSILON)
 
 
-def _forward(x: jax.Array) -> Sequence[jax.Array]:
+def _norm(x: jax.Array) -> Sequence[jax.Array]:
     scale = inverse_rms(x)
     return x * scale[..., None], scale
 
 
-def _forward_in_c(x: jax.Array) -> Sequence[jax.Array]:
-    return call_native(NORM_FORWARD, [x, x[..., 0]], x)
+def _norm_in_c(x: jax.Array) -> Sequence[jax.Array]:
+    return call_native("simplernn_norm_forward", [x, x[..., 0]], x)
 
 
-def _gradient(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[jax.Array]:
+def _norm_gradient(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[jax.Array]:
     y = x * scale[..., None]
     projection = jnp.mean(d_y * y, axis=-1, keepdims=True)
     return [(d_y - y * projection) * scale[..., None]]
 
 
-def _gradient_in_c(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[jax.Array]:
-    return call_native(NORM_BACKWARD, [x], x, scale, d_y)
+def _norm_gradient_in_c(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Sequence[jax.Array]:
+    return call_native("simplernn_norm_backward", [x], x, scale, d_y)
 
 
-_IN_XLA = Operation(lambda x: _forward(x)[:1], fwd=Operation(_forward), bwd=Operation(_gradient))
-_IN_C = Operation(
-    lambda x: _forward(x)[:1],
-    lambda x: _forward_in_c(x)[:1],
-    fwd=Operation(_forward, _forward_in_c),
-    bwd=Operation(_gradient, _gradient_in_c),
+_NORM_IN_XLA = Operation(
+    lambda x: _norm(x)[:1], fwd=Operation(_norm), bwd=Operation(_norm_gradient)
 )
+_NORM_IN_C = Operation(
+    lambda x: _norm(x)[:1],
+    lambda x: _norm_in_c(x)[:1],
+    fwd=Operation(_norm, _norm_in_c),
+    bwd=Operation(_norm_gradient, _norm_gradient_in_c),
+)
+
+
+def rms_norm_convolution(
+    x: Activations,
+    weights: jax.Array,
+    recent: ConvState,
+    starts: jax.Array | None,
+    *,
+    normalize: bool = True,
+    native: bool | None = None,
+) -> tuple[Activations, ConvState]:
+    """Compute ``y_t = sum_i w_i n_{t-i}`` for i in 0 .. W - 1, where ``n = rms_norm(x)``.
+
+    Args:
+      x: ``[B, T, D]``.
+      weights: ``[W, D]``; ``weights[i]`` multiplies the input i tokens earlier.
+      recent: inputs n before the first token, of its segment, ``[B, W - 1, D]``.
+      starts: ``[B, T]`` bool, True where a token starts a segment; None if none does.
+      normalize: False convolves `x` itself, never in C.
+      native: as in `rms_norm`.
+
+    Returns:
+      ``[B, T, D]``, and n at the last W - 1 positions, regardless of segment; both
+      in the dtype of `recent`.
+    """
+    sizes = check_array("x", x, "B T D")
+    sizes = check_array("weights", weights, "W D", FLOATING, sizes)
+    if sizes["W"] == 0:
+        raise ValueError("weights: expected [W, D] with W of at least 1; got W = 0")
+    sizes["P"] = sizes["W"] - 1
+    check_array("recent", recent, "B P D", FLOATING, sizes)
+    if starts is not None:
+        check_array("starts", starts, "B T", BOOL, sizes)
+    x, weights, recent = map(jnp.asarray, (x, weights, recent))  # as in `rms_norm`
+    x = x.astype(recent.dtype)
+    if not normalize:
+        return _by_shifts(x, weights, recent, starts)
+    if not use_native(x, native):
+        normalized = rms_norm(x, native=False).astype(recent.dtype)
+        return _by_shifts(normalized, weights, recent, starts)
+    inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
+    y, final = _CONVOLUTION_IN_C(*inputs)
+    return y, final
+
+
+def _by_shifts(
+    x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Compute ``y_t = sum_i w_i x_{t-i}`` within segments, and the last W - 1 inputs."""
+    past, length = recent.shape[1], x.shape[1]
+    inputs = jnp.concatenate([recent, x], axis=1)
+    weights = weights.astype(x.dtype)[:, None, None]
+    y = x * weights[0]
+    reachable = jnp.ones((x.shape[0], length), bool)
+    for lag in range(1, past + 1):
+        earlier = inputs[:, past - lag : past - lag + length]
+        if starts is not None:
+            late = jnp.pad(starts, ((0, 0), (lag - 1, 0)))[:, :length]
+            reachable = reachable & ~late
+            earlier = jnp.where(reachable[..., None], earlier, 0)
+        y = y + earlier * weights[lag]
+    return y, inputs[:, length:]
+
+
+def _convolution(
+    x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
+) -> Sequence[jax.Array]:
+    scale = inverse_rms(x)
+    return *_by_shifts(rms_norm(x, native=False), weights, recent, starts), scale
+
+
+def _convolution_in_c(
+    x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
+) -> Sequence[jax.Array]:
+    results = [x, x[..., 0], recent]
+    arguments = (x, weights, recent, or_empty(starts, x))
+    y, scale, final = call_native("simplernn_convolution_forward", results, *arguments)
+    return y, final, scale
+
+
+def _convolution_gradient(*args: jax.Array) -> Sequence[jax.Array]:
+    x, weights, recent, *starts, _, d_y, d_final = args
+
+    def function(x: jax.Array, weights: jax.Array, recent: jax.Array) -> Any:
+        x = rms_norm(x, native=False)
+        return _by_shifts(x, weights, recent, starts[0] if starts else None)
+
+    return jax.vjp(function, x, weights, recent)[1]((d_y, d_final))
+
+
+def _convolution_gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
+    x, weights, recent, *starts, scale, d_y, d_final = args
+    parts = -(-x.shape[-2] // _TOKENS_PER_PARTIAL_SUM)
+    partial_sums = jnp.broadcast_to(weights, (*x.shape[:-2], parts, *weights.shape))
+    begins = or_empty(starts[0] if starts else None, x)
+    arguments = (x, weights, recent, begins, scale, d_y, d_final)
+    d_x, d_weights, d_recent = call_native(
+        "simplernn_convolution_backward", [x, partial_sums, recent], *arguments
+    )
+    return d_x, jnp.sum(d_weights, axis=(0, 1)), d_recent
+
+
+_CONVOLUTION_IN_C = Operation(
+    lambda *inputs: _convolution(*inputs)[:2],
+    lambda *inputs: _convolution_in_c(*inputs)[:2],
+    fwd=Operation(_convolution, _convolution_in_c),
+    bwd=Operation(_convolution_gradient, _convolution_gradient_in_c),
+)
+"""(x, weights, recent[, starts]) to (y, final)."""

@@ -33,9 +33,8 @@ from simplernn_jax.array_types import (
 )
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.gated_linear_recurrence.sharding import read_state, scan_shards, shard_decay
-from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm import rms_norm, rms_norm_convolution
 from simplernn_jax.ops.segments import mask_to_last_segment, reset_state, segment_starts
 from simplernn_jax.parallel.collectives import (
     all_gather,

@@ -35,7 +35,7 @@ from simplernn_jax.parallel.distributed import (
     run_on_coordinator_first,
 )
 
-_FREE_FIELDS = ("dropout", "precision", "state_precision")
+_FREE_FIELDS = ("dropout", "precision")
 """Fields of the model in which fine-tuning may differ."""
 
 _RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings")

@@ -28,8 +28,8 @@ from simplernn_jax.parallel.distributed import (
     check_same,
     is_coordinator,
 )
-from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.parallel.shardings import (
     global_arrays_from_local,
     named_shardings,

@@ -8,8 +8,8 @@ import numpy as np
 
 from benchmarks.train_steps import take_steps
 from simplernn_jax.config import MeshConfig
-from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 

@@ -42,20 +42,23 @@ def decode_signature(dtype, values_per_word=1):
 
 QKV = ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V"]
 NATIVE = {
-    native.RECURRENCE_FORWARD: ([*QKV, "B T bool"], ["B T H V", "B H K V"]),
-    native.RECURRENCE_BACKWARD: ([*QKV, "B T bool", "B T H V", "B H K V"], QKV),
-    native.CONVOLUTION_FORWARD: (["B T D", "W D", "B P D", "B T bool"], ["B T D", "B T", "B P D"]),
-    native.CONVOLUTION_BACKWARD: (
+    "simplernn_forward": ([*QKV, "B T bool"], ["B T H V", "B H K V"]),
+    "simplernn_backward": ([*QKV, "B T bool", "B T H V", "B H K V"], QKV),
+    "simplernn_convolution_forward": (
+        ["B T D", "W D", "B P D", "B T bool"],
+        ["B T D", "B T", "B P D"],
+    ),
+    "simplernn_convolution_backward": (
         ["B T D", "W D", "B P D", "B T bool", "B T", "B T D", "B P D"],
         ["B T D", "B H W D", "B P D"],
     ),
-    native.NORM_FORWARD: (["B T D"], ["B T D", "B T"]),
-    native.NORM_BACKWARD: (["B T D", "B T", "B T D"], ["B T D"]),
-    native.NEWTON_SCHULZ: (["B T D", "H K", "W D"], ["B T D", "H K", "W D"]),
-    native.DECODE: decode_signature("float32"),
-    f"{native.DECODE} of bfloat16": decode_signature("bfloat16"),
-    f"{native.DECODE} of int8": decode_signature("int32", 4),
-    f"{native.DECODE} of int4": decode_signature("uint32", 8),
+    "simplernn_norm_forward": (["B T D"], ["B T D", "B T"]),
+    "simplernn_norm_backward": (["B T D", "B T", "B T D"], ["B T D"]),
+    "simplernn_newton_schulz": (["B T D", "H K", "W D"], ["B T D", "H K", "W D"]),
+    "simplernn_decode": decode_signature("float32"),
+    "simplernn_decode of bfloat16": decode_signature("bfloat16"),
+    "simplernn_decode of int8": decode_signature("int32", 4),
+    "simplernn_decode of int4": decode_signature("uint32", 8),
 }
 """Axes of the arguments and results of the C functions, with a dtype that is not float32."""
 

@@ -177,7 +177,6 @@ def test_a_bfloat16_model_keeps_its_precision():
         {"block": "plain"},
         {"mixer": "attention"},
         {"mixer": "simple_rnn,attention"},
-        {"state_precision": "bfloat16"},
         {"norm_epsilon": 1e-5},
     ],
 )

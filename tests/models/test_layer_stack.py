@@ -17,8 +17,7 @@ from benchmarks.train_steps import collectives
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.models.layers import Dense
-from simplernn_jax.parallel.layer_layout import in_layout_of
-from simplernn_jax.parallel.named_leaves import named_leaves
+from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.run import CheckpointLayout
 

@@ -25,8 +25,8 @@ from simplernn_jax.models import LanguageModel, TokenMixer, register_mixer
 from simplernn_jax.models.language_model import abstract_model, check_mesh
 from simplernn_jax.models.mixers import token_mixer
 from simplernn_jax.models.mixers.token_mixer import find_mixer, load_plugin
-from simplernn_jax.parallel.layer_layout import in_layout_of
 from simplernn_jax.parallel.mesh import check_fits
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.serving.jobs import Job, NewTokens
 from simplernn_jax.serving.scheduler import Scheduler
 from simplernn_jax.training.loop import train

@@ -12,9 +12,9 @@ from processes import run_python
 
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.attention import apply_rope, sliding_attention
-from simplernn_jax.ops.convolution import rms_norm_convolution
 from simplernn_jax.ops.matmul import fused_matmul
 from simplernn_jax.ops.native import has_native_functions
+from simplernn_jax.ops.rms_norm import rms_norm_convolution
 
 TIMES = int(os.environ.get("WRONG_CALLS", "1"))
 

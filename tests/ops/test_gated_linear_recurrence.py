@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
-from simplernn_jax.ops.convolution import rms_norm_convolution
-from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm import rms_norm, rms_norm_convolution
 
 LENGTHS = (1, 7, 63, 65, 256, 600)  # 600: the last group has a chunk of padding
 # Heads, K, V: one head and several, K != V.

@@ -135,3 +135,18 @@ def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load_again()
     assert compilations(cached[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_fast"),
+    [
+        (("flags\t\t: fma avx512_bf16 amx_bf16", "vendor_id\t: GenuineIntel"), True),
+        (("flags\t\t: fma avx512_bf16", "vendor_id\t: GenuineIntel"), False),
+        (("flags\t\t: fma avx512_bf16", "vendor_id\t: AuthenticAMD"), True),
+        (("flags\t\t: fma avx2", "vendor_id\t: AuthenticAMD"), False),
+        ((), False),
+    ],
+)
+def test_bfloat16_is_fast_with_amx_and_on_amd_with_avx512(monkeypatch, lines, is_fast):
+    monkeypatch.setattr(native, "processor_lines", lambda: lines)
+    assert native.has_fast_bfloat16.__wrapped__() == is_fast  # not from the cache

@@ -108,7 +108,7 @@ def test_transformation_equals_that_of_scan(transformed, methods):
 def test_vmap_is_one_call():
     inputs = jax.tree.map(lambda x: jnp.stack([x, 2 * x, x / 3]), draw())
     run = jax.jit(jax.vmap(jax.grad(loss("auto"))))
-    for name in (native.RECURRENCE_FORWARD, native.RECURRENCE_BACKWARD):
+    for name in ("simplernn_forward", "simplernn_backward"):
         calls = run.lower(*inputs).as_text().count(f"custom_call @{name}(")
         assert calls <= 1
 
@@ -119,7 +119,7 @@ def test_lowers_for_each_platform(method):
     for platform in ("cuda", "tpu"):
         assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
     here = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert (native.RECURRENCE_BACKWARD in here) == (
+    assert ("simplernn_backward" in here) == (
         method == "fused" or (native.supports_native(jnp.float32) and method == "auto")
     )
 
@@ -227,4 +227,4 @@ def test_inside_shard_map(options):
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "has_native_functions", lambda: False)
     inputs = draw_arrays(3, 7, 2, 5, 5)  # not traced before
-    assert native.RECURRENCE_FORWARD not in jax.jit(gradients).lower(*inputs).as_text()
+    assert "simplernn_forward" not in jax.jit(gradients).lower(*inputs).as_text()

@@ -1,8 +1,10 @@
-"""Training steps on meshes of eight devices: equal to one device, and their collectives."""
+"""Training on meshes of eight devices: steps equal one device; their collectives; whole runs."""
 
 import dataclasses
 import functools
 import math
+import shutil
+from collections import Counter
 
 import chex
 import jax
@@ -10,11 +12,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from small_runs import HYBRID, random_batch, small_config
+from small_runs import HYBRID, newest_checkpoint, random_batch, small_config, write_corpus
 
 from benchmarks.sizes import text_of_loops
 from benchmarks.train_steps import collectives
+from simplernn_jax import load_model
+from simplernn_jax.errors import UserError
+from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.named_leaves import named_leaves
 from simplernn_jax.parallel.shardings import variable_specs
+from simplernn_jax.training.loop import train
+from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
@@ -157,6 +165,29 @@ def test_collectives_are_independent_of_the_sequence_length():
     assert found[0] == found[1]
 
 
+@pytest.mark.oldest_python
+def test_collectives_of_data_parallelism_and_of_fsdp():
+    widths = {"key_dim": 24, "value_dim": 24, "mlp_dim": 32, "vocab_size": 16} | RECURRENCE
+    config = config_of("float32", mode="window", **widths)
+    found = []
+    for mesh in (mesh_of(data=8), mesh_of(fsdp=8)):
+        state, step = compile_abstractly(config, mesh)
+        found.append(Counter())
+        for (kind, _), number in without_scalars(collectives(step.as_text())).items():
+            found[-1][kind] += number
+    arrays = named_leaves(state.params)
+    kernels = sum("kernel" in name for name in arrays)
+    # Every gradient is reduced once.
+    assert found[0] == {"all-reduce": len(arrays)}
+    # Kernels are gathered forward and backward. The embedding is also the head: it is gathered for
+    # the lookup too, and the gradients of both uses are reduced.
+    assert found[1] == {
+        "all-gather": 2 * kernels + 3,
+        "reduce-scatter": kernels + 2,
+        "all-reduce": len(arrays) - kernels - 1,
+    }
+
+
 def test_fsdp_shards_the_state_and_gathers_one_layer_at_a_time():
     widths = {"hidden_dim": 256, "key_dim": 256, "value_dim": 256, "mlp_dim": 1024}
     widths |= {"num_layers": 4, "mixer": "simple_rnn"}
@@ -176,3 +207,51 @@ def test_fsdp_shards_the_state_and_gathers_one_layer_at_a_time():
     assert memory.argument_size_in_bytes <= num_bytes / 6
     # The state is parameters and two means; the parameters gathered all at once are a third.
     assert memory.temp_size_in_bytes < num_bytes / 3 / 2
+
+
+RUN = HYBRID | {
+    "mixer_options": {"context": 10},  # into another sequence shard of 6, and another batch
+    "vocab_size": 260,
+    "num_heads": 2,
+    "mlp_dim": 12,
+    "validation_fraction": 0.3,
+    "mode": "stream",
+    "batch_size": 4,
+    "sequence_length": 12,
+    "steps": 6,
+    "log_every": 1,
+}
+
+
+def test_a_run_on_a_mesh_resumes_bit_exactly_and_is_used_on_one_device(tmp_path):
+    steps, half = RUN["steps"], RUN["steps"] // 2
+    halfway = {"eval_every": half, "sample_every": half, "save_every": half}
+    fields = RUN | {"fsdp": 2, "tensor": 2, "sequence": 2}
+    fields["source"] = write_corpus(tmp_path / "text", documents=9)
+    whole = train(small_config(**fields, **halfway), str(tmp_path / "whole"))
+    assert (whole.step, whole.interrupted_by) == (steps, None)
+    assert np.isfinite(whole.evaluation.nats_per_token)
+    rows = read_metrics(str(tmp_path / "whole"))
+    kinds = [(row["step"], row["kind"]) for row in rows]
+    assert kinds[half : half + 2] == [(half, "validation"), (half, "sample")]
+    assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / str(steps))
+    assert train(small_config(**fields), str(tmp_path / "half")).step == steps
+    found, expected = newest_checkpoint(tmp_path / "half"), newest_checkpoint(tmp_path / "whole")
+    for saved in (found, expected):
+        del saved["position in the data"]["evaluations"]  # one evaluates at its end only
+    assert found == expected
+
+    model, tokenizer, config = load_model(str(tmp_path / "whole"))
+    assert config.mesh.tensor == 2
+    (text,) = generate_text(model, tokenizer, "ab", max_new_tokens=3)
+    assert isinstance(text, str)
+
+
+def test_a_run_that_does_not_fit_its_mesh_is_rejected_before_it_trains(tmp_path):
+    config = small_config(**RUN, source=write_corpus(tmp_path / "text"), data=8)
+    with pytest.raises(UserError, match=r"batch_size=4 is not divisible by data 8 \* fsdp 1"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()

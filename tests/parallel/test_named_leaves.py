@@ -12,8 +12,7 @@ from small_runs import small_config
 
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.layer_stack import LayerStack
-from simplernn_jax.parallel.layer_layout import in_layout_of
-from simplernn_jax.parallel.named_leaves import named_leaves, tuple_with_names
+from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves, tuple_with_names
 from simplernn_jax.training.optimizer import make_optimizer
 
 LAYERS = 3

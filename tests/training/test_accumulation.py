@@ -17,7 +17,7 @@ from benchmarks.train_steps import compile_quickly, megabytes
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.ops.segments import reset_state, segment_starts
-from simplernn_jax.parallel.layer_layout import in_layout_of
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training.losses import cross_entropy
 
 SIZE, LENGTH, WINDOW, VOCAB = 4, 24, 8, 12

@@ -17,7 +17,7 @@ from simplernn_jax.array_types import Activations, LogicalAxes, RecurrentState, 
 from simplernn_jax.config import ModelConfig, Scalar
 from simplernn_jax.models.convolution import ShortConvolution
 from simplernn_jax.models.layers import Dense, RMSNorm, kernel_init
-from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, state_dtype
+from simplernn_jax.models.mixers.multi_head import MultiHeadLayer
 from simplernn_jax.models.mixers.simple_rnn import check_method
 from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
@@ -103,7 +103,6 @@ class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
         width = int(config.mixer_options["short_convolution"])
         self.convolutions = nnx.Dict(self._make_convolutions(width)) if width else None
         self.min_log_gate = float(config.mixer_options["min_log_gate"])
-        self.state_dtype = state_dtype(config.state_precision)
         self.method = str(config.mixer_options["method"])
 
     def _make_convolutions(self, width: int) -> dict[str, ShortConvolution]:
@@ -113,9 +112,9 @@ class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
         return {name: ShortConvolution(width, size, **options) for name, size in sizes}
 
     def initial_state(self, batch_size: int) -> GLAState:
-        """Return zeros: ``[B, H, K, V]`` in the state dtype, and the inputs of convolutions."""
+        """Return zeros: ``[B, H, K, V]``, and the inputs of convolutions."""
         return self._state(
-            self.recurrent_state(batch_size, self.state_dtype),
+            self.recurrent_state(batch_size),
             lambda convolution: convolution.initial_state(batch_size),
         )
 
@@ -179,6 +178,4 @@ class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
         y, recurrent = sharded_recurrence(
             *inputs, initial_state=recurrent, segment_ids=segment_ids, method=self.method
         )
-        if self.state_dtype is not None:
-            recurrent = recurrent.astype(self.state_dtype)
         return self.project_outputs(y, output_gate), GLAState(recurrent, conv_states)

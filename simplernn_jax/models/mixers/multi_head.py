@@ -31,11 +31,6 @@ def multi_head_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def state_dtype(precision: Any) -> jnp.dtype | None:
-    """Return the dtype of a recurrent state; None is the default, float32 (float64 under x64)."""
-    return None if jnp.dtype(precision) == jnp.float32 else jnp.dtype(precision)
-
-
 class MultiHeadLayer(nnx.Module):
     """Input and output projections shared by the token mixers; subclasses implement the mixing."""
 
@@ -167,10 +162,10 @@ class MultiHeadLayer(nnx.Module):
             y = _apply_output_gate(y, output_gate)
         return self.out_proj(y)
 
-    def recurrent_state(self, batch_size: int, dtype: Any) -> RecurrentState:
-        """Return zeros ``[B, H, K, V]``."""
+    def recurrent_state(self, batch_size: int) -> RecurrentState:
+        """Return zeros ``[B, H, K, V]``, float32 (float64 under x64)."""
         heads = self.num_heads
-        return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads), dtype)
+        return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
 
     def check_recurrent_state(self, name: str, state: Any, q: jax.Array) -> None:
         """Check that a state fits queries ``[B, ..., H, K]``; raises ValueError or TypeError."""

@@ -8,7 +8,6 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, LogicalAxes, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models.mixers import multi_head
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
 from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
 from simplernn_jax.ops import recurrent_step
@@ -33,7 +32,7 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
 
     followed by the output norm, gate and projection of `MultiHeadLayer`. With one head, query scale
     1, no norm and no output gate it is the cell of the original PyTorch implementation
-    (docs/pytorch.md). The carry is the state ``[B, H, K, V]`` in `state_dtype`.
+    (docs/pytorch.md). The carry is the state ``[B, H, K, V]``.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         *,
         rngs: nnx.Rngs,
         query_scale: float = 1.0,
-        state_dtype: Any = jnp.float32,
         **options: Any,
     ):
         """Initialize the projections.
@@ -54,7 +52,6 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         Args:
           hidden_dim, key_dim, value_dim, output_dim, num_heads, rngs: see the base class.
           query_scale: factor on the queries.
-          state_dtype: dtype of the state between calls; inside a call it is float32.
           **options: ``kernel_init``, ``gate_bias_init``, ``output_norm``, ``output_gate``,
             ``use_bias`` and ``dtype`` of the base class.
 
@@ -64,11 +61,10 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         sizes = (hidden_dim, key_dim, value_dim, output_dim, num_heads)
         super().__init__(*sizes, rngs=rngs, forget_gate=True, **options)
         self.query_scale = query_scale
-        self.state_dtype = multi_head.state_dtype(state_dtype)
 
     def initial_state(self, batch_size: int) -> RecurrentState:
-        """Return zeros ``[B, H, K, V]`` in the state dtype."""
-        return self.recurrent_state(batch_size, self.state_dtype)
+        """Return zeros ``[B, H, K, V]``."""
+        return self.recurrent_state(batch_size)
 
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project ``[..., hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
@@ -139,7 +135,7 @@ class SimpleRNN(ZeroStateMixer):
         )
 
     def initial_state(self, batch_size: int) -> RecurrentState:
-        """Return zeros ``[B, H, K, V]`` in the state dtype."""
+        """Return zeros ``[B, H, K, V]``."""
         return self.cell.initial_state(batch_size)
 
     def state_axes(self) -> LogicalAxes:
@@ -168,8 +164,6 @@ class SimpleRNN(ZeroStateMixer):
         y, state = sharded_recurrence(
             *inputs, initial_state=state, segment_ids=segment_ids, method=self.method
         )
-        if self.cell.state_dtype is not None:
-            state = state.astype(self.cell.state_dtype)
         return self.cell.project_outputs(y, output_gate), state
 
 
@@ -200,9 +194,4 @@ def simple_rnn(config: ModelConfig, *, rngs: nnx.Rngs) -> SimpleRNN:
     if config.block != "plain":
         options["query_scale"] = (config.key_dim // config.num_heads) ** -0.5
         options["gate_bias_init"] = linspace_gate_bias(config.num_heads)
-    return SimpleRNN(
-        state_dtype=jnp.dtype(config.state_precision),
-        method=str(config.mixer_options["method"]),
-        rngs=rngs,
-        **options,
-    )
+    return SimpleRNN(method=str(config.mixer_options["method"]), rngs=rngs, **options)

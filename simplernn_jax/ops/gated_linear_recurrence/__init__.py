@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
 from simplernn_jax.ops.gated_linear_recurrence.chunkwise import chunkwise, chunkwise_gradient
-from simplernn_jax.ops.gated_linear_recurrence.cpu_kernel import fused, fused_gradient
 from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
 from simplernn_jax.ops.gated_linear_recurrence.scan import (
     RecurrenceInputs,
@@ -22,7 +22,7 @@ from simplernn_jax.ops.gated_linear_recurrence.sharding import (
     partition_gradient,
     partition_recurrence,
 )
-from simplernn_jax.ops.native import supports_native
+from simplernn_jax.ops.native import call_native, or_empty, supports_native
 from simplernn_jax.ops.primitive import Operation, is_static, on_one_device, vary_like
 from simplernn_jax.ops.segments import reset_state, segment_starts
 
@@ -157,13 +157,36 @@ def _operation(
             RecurrenceInputs(*inputs), d_output, d_final, chunk_size, starts, final
         )
 
-    forward = Operation(default, fused if has_c else None, reference)
+    forward = Operation(default, _fused if has_c else None, reference)
     if saves_starts:
         bwd = Operation(gradient_from_starts)
         return dataclasses.replace(forward, fwd=Operation(with_starts), bwd=bwd)
     bwd = Operation(
         gradient,
-        fused_gradient if has_c else None,
+        _fused_gradient if has_c else None,
         partition=partition_gradient(forward, has_reset),
     )
     return dataclasses.replace(forward, bwd=bwd, partition=partition_recurrence(has_reset))
+
+
+# On a CPU without matrix units such as AMX, whose caches hold the state, chunks gain nothing: their
+# cost (decays at every level, masks, copies) is most of the time there. Token by token, each entry
+# of the state takes two fused multiply-adds and one multiplication (`cpu/fused.c`). Only the inputs
+# are residuals; the gradient recomputes the states.
+
+
+def _fused(*arrays: Any) -> Sequence[jax.Array]:
+    """Compute `scan` of `RecurrenceInputs` in one C call; float32, `vmap` adds leading axes."""
+    inputs = RecurrenceInputs(*arrays)
+    return call_native("simplernn_forward", [inputs.v, inputs.state], *_in_c(inputs))
+
+
+def _fused_gradient(*arrays: Any) -> Sequence[jax.Array]:
+    """Map (inputs, cotangents of the results) to those of the first five inputs, as `_fused`."""
+    inputs = RecurrenceInputs(*arrays[:-2])
+    return call_native("simplernn_backward", inputs[:5], *_in_c(inputs), *arrays[-2:])
+
+
+def _in_c(inputs: RecurrenceInputs) -> list[jax.Array]:
+    q, k, v, log_gate, state, reset = inputs
+    return [q, k, v, jnp.exp(log_gate), state, or_empty(reset, state)]
