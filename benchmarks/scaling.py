@@ -1,8 +1,8 @@
 """Techniques to scale training, A to F, each compared with the same training without it.
 
-Every training is of the same small model on the same number of tokens; the loss is that of held-out
-text. A second seed shows the noise. Devices of a mesh are simulated and share the cores, so that
-their tokens/s show the cost of a schedule, not the gain from hardware.
+Every training is of the same small model on the same number of tokens; the loss is measured on
+held-out text. A second seed shows the noise. Devices of a mesh are simulated and share the cores,
+so that their tokens/s show the cost of a schedule, not the gain from hardware.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """The server under load: throughput and latency over HTTP, and generation in process.
 
-Each client streams completions of prompts of its own, one after the other. `generate` decodes as
+Each client streams completions of its own prompts, one after the other. `generate` decodes as
 many sequences together, up to the number of slots.
 """
 

@@ -26,7 +26,7 @@ Logits = Float[Array, "B T vocab"]
 TimeShardLogits = Float[Array, "B t vocab"]
 Activations = Float[Array, "B T D"]
 TimeShardActivations = Float[Array, "B t D"]
-"""Activations of a shard of the time axis, such as that of a pipeline stage."""
+"""Activations of a shard of the time axis, such as the one of a pipeline stage."""
 Outputs = Float[Array, "B T O"]
 """Output of a mixer, of width ``output_dim``."""
 

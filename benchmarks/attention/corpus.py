@@ -53,7 +53,7 @@ def measure_interpretability(quick: bool) -> Measured:
     """Relative error of the recurrence's implicit attention map.
 
     Weights times values must equal the output of the definition, and, after norm, gate and
-    projection, that of the layer. Attention's weights are those of its softmax.
+    projection of the layer. Attention's weights are its softmax.
     """
     steps, tokens = (50, 256) if quick else (1400, 1024)
     with tempfile.TemporaryDirectory() as folder:

@@ -241,7 +241,7 @@ def measure_recall(quick: bool) -> Measured:
 
 
 def measure_distance(quick: bool) -> Measured:
-    """Accuracy by length, or by the distance of a needle, up to 4 times that of training.
+    """Accuracy by length, or by the distance of a needle, up to 4 times the one in training.
 
     Copying (arXiv:1511.06464, section 5.1): 8 symbols, blanks, then the symbols in order. Selective
     copying (arXiv:2312.00752): the symbols are anywhere among the blanks. Needle: one value in
@@ -264,7 +264,7 @@ def measure_distance(quick: bool) -> Measured:
 
 
 def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:
-    """Return by title the task of training and those of tests by length, or by distance."""
+    """Return by title the task of training and the tests by length, or by distance."""
 
     def at(*distances: int) -> Task:
         return needle(distances, max(distances) + 8, 32)

@@ -80,7 +80,7 @@ def default_programs(tokenizer: str) -> tuple[str, ...]:
 def find_baseline(name: str, config: Config, rate: float | None = None) -> Baseline:
     """The baseline of this name, one of `LABELS`, of a configuration, with this rate if given.
 
-    Without sizes of its own it has as many weights as ours apart from embedding and head, and our
+    Without given sizes it has as many weights as ours apart from embedding and head, and our
     sequences, batches and number of tokens.
     """
     stem = name.removesuffix(_COMPILED)

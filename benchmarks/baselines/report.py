@@ -1,6 +1,6 @@
 """Trainings of configurations and their baselines, and the tables and picture of their losses.
 
-Every training is a process of its own. A program that runs again replaces its results.
+Every training runs in its own process. A program that runs again replaces its results.
 """
 
 import math
@@ -47,7 +47,7 @@ class Request(NamedTuple):
     seeds: int
     programs: Sequence[str]
     rate: float | None
-    """Learning rate of every baseline, in the place of that of its settings."""
+    """Learning rate of every baseline, in place of its setting."""
 
 
 def make_requests(
@@ -145,7 +145,7 @@ def start_results(request: Request, kept: Mapping[str, Table], machine: Row) -> 
 
 
 def train(program: str, request: Request, folder: str, seed: int) -> Row:
-    """Train a program in a process of its own; return the row of `train_timed`."""
+    """Train a program in its own process; return the row of `train_timed`."""
     rate = None if program == OURS else request.rate
     given: Row = {"config": request.config, "workdir": folder, "name": program, "rate": rate}
     row: Row = call_isolated(train_timed, **given, seconds=request.seconds, seed=seed)

@@ -75,12 +75,12 @@ def train_timed(
     """Train `name`, one of `LABELS`, on the text of `config`; for `call_isolated`.
 
     With `seconds` above 0, the time of all steps, their number is estimated from some timed
-    beforehand. `rate` is the peak learning rate of a baseline, if not that of its settings.
+    beforehand. `rate` replaces the peak learning rate of a baseline's settings.
 
     Returns:
       Its sizes; ``loss`` of the whole held-out text, in nats/char for a text of characters, else in
       bits/byte; and ``curve``, pairs of seconds of steps (without the first, which compiles, and
-      without evaluations) and loss of a part, shifted so that the last is that of the whole.
+      without evaluations) and loss of a part, shifted so that the last equals the whole's.
     """
     config, corpus = prepare(config, workdir)
     held_out: Any = corpus.validation

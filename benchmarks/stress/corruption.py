@@ -151,7 +151,7 @@ def _make_stores(folder: Path) -> dict[str, _Store]:
 
 
 def corrupt_file(folder: Path, draw: random.Random, top: Path | None = None) -> str:
-    """Change one file below `folder`, and nothing beside it; return a description.
+    """Change one file below `folder`, and nothing else; return a description.
 
     It names the file relative to `top`, by default the folder. A file may be swapped with an equal
     one.

@@ -38,7 +38,7 @@ class Experiment(NamedTuple):
 def run_cases(
     run: Callable[[int, random.Random], Case], count: int, seed: int, workers: int = 1
 ) -> Iterator[Case]:
-    """Run `count` cases, each with its number and random numbers of its own."""
+    """Run `count` cases, each with its number and its own random numbers."""
     draws = (random.Random(f"{seed} {number}") for number in range(count))
     if workers == 1:
         yield from map(run, range(count), draws)

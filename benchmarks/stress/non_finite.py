@@ -50,7 +50,7 @@ MODES: dict[str, dict[str, Any]] = {
     "pipeline 2": {"mode": "document"},
     "sequence 2": {"mode": "stream"},
 }
-"""Fields of the configuration, of any section; a number is that of devices along an axis."""
+"""Fields of the configuration, of any section; a number counts devices along an axis."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 

@@ -108,7 +108,7 @@ def start_run(
         words += [f"--coordinator=127.0.0.1:{free_port()}"]
         variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(4 // size)}
     with open(workdir.with_suffix(".log"), "ab") as log:
-        # A group of its own, so that a signal also reaches its child, which trains.
+        # Its own process group, so that a signal also reaches its child, which trains.
         processes = [
             subprocess.Popen(
                 [*words, f"--process_id={number}"] if size > 1 else words,

@@ -29,7 +29,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def use_compilation_cache() -> None:
-    """Load the programs that earlier processes compiled, and store those of this one.
+    """Load the programs that earlier processes compiled, and store the ones of this process.
 
     They are in ``simplernn_jax/compiled`` of ``XDG_CACHE_HOME`` or ``~/.cache``; if it cannot be
     written, a warning says so and nothing is cached. A folder in ``JAX_COMPILATION_CACHE_DIR`` is

@@ -40,7 +40,7 @@ _PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "answer"},
 )
 _ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("system", "user", "assistant")}
-"""Roles by their names, those of ShareGPT included."""
+"""Roles by their names, with ShareGPT's."""
 _WORKER = str(Path(__file__).with_name("template_worker.py"))
 _MAX_ANSWER, _EXPANSION = 1 << 24, 16
 """Bytes of an answer, and further ones for each byte of the request."""
@@ -76,8 +76,9 @@ def load_template(spec: str) -> str:
 class ChatTemplate:
     """A template that renders messages one after another.
 
-    Variables are those of Hugging Face's templates: ``messages``, ``add_generation_prompt``, and
-    ``bos_token`` and ``eos_token``, which are empty, since BOS begins and EOS ends every document.
+    Variables are the same as in Hugging Face's templates: ``messages``, ``add_generation_prompt``,
+    and ``bos_token`` and ``eos_token``, which are empty, since BOS begins and EOS ends every
+    document.
 
     Args:
       source: its text. It runs in another process, in a sandbox with limits on time and memory.

@@ -98,8 +98,8 @@ def context_batches(
 ) -> tuple[Iterator[Batch], int]:
     """Lay out overlapping contexts that score each prediction of `split` once.
 
-    Args and returns are those of `evaluation_batches`, which scores the same predictions; at least
-    one context is in a batch.
+    Args and returns are the same as of `evaluation_batches`, which scores the same predictions;
+    at least one context is in a batch.
 
     Raises:
       UserError: the split has no prediction, or no such contexts are possible.

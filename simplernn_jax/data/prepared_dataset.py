@@ -20,7 +20,7 @@ _INFO = "dataset_info.json"
 _FEATURES = "features.json"
 _TRUSTED = "tensorflow_datasets."
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
-"""Keys of class names: the two spellings of protobuf, and that of before TFDS 4.3."""
+"""Keys of class names: the two spellings of protobuf, and the one before TFDS 4.3."""
 
 
 def default_data_dir() -> Path:

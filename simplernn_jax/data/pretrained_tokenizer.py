@@ -60,7 +60,7 @@ def load_pretrained(spec: str) -> "PretrainedTokenizer":
         return PretrainedTokenizer(read_file(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
     except (OSError, ValueError, UserError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise UserError(f"tokenizer {path}: {problem}; pass that of a tokenizer.json") from error
+        raise UserError(f"tokenizer {path}: {problem}; pass a tokenizer.json") from error
 
 
 def _from_hub(name: str) -> str:
@@ -71,7 +71,7 @@ def _from_hub(name: str) -> str:
         return hf_hub_download(name, "tokenizer.json", local_files_only=True)
     try:
         return hf_hub_download(name, "tokenizer.json")
-    except Exception as error:  # those of whichever HTTP library the client uses
+    except Exception as error:  # of whichever HTTP library the client uses
         raise UserError(
             f"tokenizer {name!r}: neither a file nor cached here, and the hub did not give it "
             f"({error}); use byte, char, bpe:SIZE, the path of a tokenizer.json, or a hub name on "

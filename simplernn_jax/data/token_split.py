@@ -46,7 +46,7 @@ class ShardedArray:
         return self.take(index)
 
     def take(self, positions: Any, mode: str = "raise") -> np.ndarray:
-        """Read the elements at `positions`, as `numpy.take`; the shape is that of `positions`.
+        """Read the elements at `positions`, in the shape of `positions`, as `numpy.take` does.
 
         Raises:
           IndexError: a position is negative or too large, and `mode` is not ``wrap``.

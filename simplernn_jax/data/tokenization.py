@@ -66,7 +66,7 @@ class SourceTokens:
     """Tokens of all documents in source order, in a file.
 
     Attributes:
-      dtype: that of the token ids.
+      dtype: dtype of the token ids.
       document_starts: [documents + 1] int64, the last one the number of tokens.
       document_bytes: [documents + 1] int64, UTF-8 bytes of the targets of all documents before.
       piece_starts: [pieces + 1] int64, position of each piece's first token.

@@ -28,7 +28,7 @@ from simplernn_jax.models.named_weights import named_weights
 
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30
-"""Weights beyond this are files of their own: a graph has 2 GiB at most."""
+"""Weights beyond this are separate files: a graph has at most 2 GiB."""
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -106,7 +106,7 @@ def _finish(path: Path, kind: str, *, is_large: bool) -> None:
     if kind == "float16":
         _store_float16(model.graph)
     onnx.save(model, path, save_as_external_data=is_large, location=data.name)
-    onnx.checker.check_model(str(path))  # the path tells where weights in files of their own are
+    onnx.checker.check_model(str(path))  # the path tells where separate files of weights are
 
 
 def _store_float16(graph: Any) -> None:

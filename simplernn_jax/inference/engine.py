@@ -189,7 +189,7 @@ _packed: list[tuple[Architecture, list[weakref.ref[Array]], DecoderWeights]] = [
 
 
 def _packed_weights(architecture: Architecture, parameters: list[Array]) -> DecoderWeights:
-    """Return the weights of the C function, those of an earlier call if it had the same arrays."""
+    """Return the weights of the C function, from an earlier call if it had the same arrays."""
     for kept, references, weights in list(_packed):
         is_same = all(ref() is x for ref, x in zip(references, parameters, strict=False))
         if is_same and kept == architecture:

@@ -95,9 +95,7 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
         for tree in (needed, state)
     )
     if ours != theirs:
-        raise UserError(
-            f"{where}: its arrays are not those of this model; use the model that made it"
-        )
+        raise UserError(f"{where}: its arrays do not fit this model; use the model that made it")
 
 
 def _check_is_state(state: Any, where: str) -> None:

@@ -27,7 +27,7 @@ CONVOLUTION_WIDTH = 4
 class PlainBlock(nnx.Module):
     """The layer of the original PyTorch implementation (docs/pytorch.md): no norm, no residual.
 
-    Its state is that of its mixer; also the base class of the other blocks.
+    Its state is its mixer's; also the base class of the other blocks.
     """
 
     mixer: TokenMixer

@@ -84,7 +84,7 @@ class Dense(nnx.Linear):
         """Initialize the parameters; both initializers default to PyTorch's.
 
         `axes` are the logical axes of the kernel. If `row_parallel`, its first axis may be sharded
-        over ``tensor``, not the second. `dtype` is that of the computation.
+        over ``tensor``, not the second. `dtype` is used for the computation.
         """
         self.row_parallel = row_parallel
         super().__init__(

@@ -97,7 +97,7 @@ def model_from_weights(config: ModelConfig, weights: Weights, where: str) -> Lan
         if found != expected:
             raise UserError(
                 f"{where}: {name} has shape {list(found)}; expected {list(expected)} as for the "
-                "other weights or the configuration; use those of one model"
+                "other weights or the configuration; use the files of one model"
             )
         param.set_value(jnp.asarray(_from_torch(path, weights[name], block), jnp.float32))
     return nnx.merge(graph, params)

@@ -1,6 +1,6 @@
 """Files of PyTorch weights, ``.pt`` and ``.safetensors``; nothing in them is executed.
 
-`load_pytorch_weights` loads those of the original implementation, ``block="plain"``:
+`load_pytorch_weights` loads weights of the original implementation, ``block="plain"``:
 ``embedding.weight``, ``layers.N.{query,key,value,gate,out}_proj.{weight,bias}`` and
 ``lm_head.{weight,bias}``.
 """

@@ -113,9 +113,9 @@ class Vmapped:
 
 @dataclasses.dataclass(frozen=True)
 class Linearized:
-    """Derivative: (inputs, residuals, tangents of the floating inputs) to those of the outputs.
+    """Derivative: (inputs, residuals, tangents of the floating inputs) to tangents of the outputs.
 
-    If `transposed`, (inputs, residuals, cotangents of the outputs) to those of these inputs.
+    If `transposed`, (inputs, residuals, cotangents of the outputs) to their cotangents.
     """
 
     impl: Implementation

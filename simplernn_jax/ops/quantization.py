@@ -53,7 +53,7 @@ def quantize(matrix: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
 def rounded(matrix: jax.Array, kind: str) -> jax.Array:
     """Round ``[..., in, out]`` to float32 values that a format can hold, and `quantize` keeps.
 
-    The scale of each int4 group is that of the least squared error among a few that clip it.
+    Each int4 group gets the scale with the least squared error among a few that clip it.
     """
     if kind not in _LOWEST:
         return matrix.astype(_DTYPES[kind]).astype(jnp.float32)

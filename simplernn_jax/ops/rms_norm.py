@@ -40,7 +40,7 @@ def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = No
     x = jnp.asarray(x)  # without x64, float64 becomes float32
     x = x.astype(accumulator_dtype(x))
     if epsilon != EPSILON:
-        # The norm of c x with EPSILON is that of x with EPSILON / c^2.
+        # The norm of c x with EPSILON equals the norm of x with EPSILON / c^2.
         x = x * math.sqrt(EPSILON / epsilon)
     (y,) = (_NORM_IN_C if use_native(x, native) else _NORM_IN_XLA)(x)
     return y

@@ -11,7 +11,7 @@ from simplernn_jax.ops.checks import BOOL, INTEGER, check_array, check_batch
 
 
 def segment_starts(segment_ids: jax.Array | np.ndarray) -> jax.Array:
-    """Mark the tokens whose id differs from that of the token before, ``[B, T]`` bool.
+    """Mark the tokens whose id differs from the id of the token before, ``[B, T]`` bool.
 
     Raises:
       ValueError: `segment_ids` is not ``[B, T]``.

@@ -30,9 +30,9 @@ from simplernn_jax.parallel import supervisor
 def joined(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> Iterator[None]:
-    """Join the run: inside, ``jax.devices()`` are those of all processes.
+    """Join the run: inside, ``jax.devices()`` lists the devices of all processes.
 
-    The arguments are those of `jax.distributed.initialize`, the first three None where JAX detects
+    The arguments go to `jax.distributed.initialize`, the first three None where JAX detects
     the cluster, `timeout` in seconds. After an exception, end this process by `os._exit`.
 
     Raises:

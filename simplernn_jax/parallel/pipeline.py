@@ -9,7 +9,7 @@ chunk has not arrived or the last one has left (`bubble`)::
     stage 1   -    c0   c1   c2   -
     stage 2   -    -    c0   c1   c2
 
-The schedule is that of GPipe (arXiv:1811.06965) with time chunks in place of microbatches, as
+The schedule is GPipe's (arXiv:1811.06965) with time chunks in place of microbatches, as
 in TeraPipe (arXiv:2102.07988): of earlier chunks a layer needs only their final state, so one
 sequence can keep all stages busy. The gradient runs backwards through the same schedule.
 """

@@ -28,7 +28,7 @@ def variable_specs(tree: Any, mesh: Mesh) -> Any:
     """Return the `PartitionSpec` of every array of a tree of `nnx.Variable` and other arrays.
 
     The logical axes of a variable are its metadata ``axes``; the moments that an optimizer keeps of
-    a parameter have those of the parameter. All other arrays are replicated.
+    a parameter have the parameter's axes. All other arrays are replicated.
     """
 
     def spec_of(leaf: Any) -> Any:

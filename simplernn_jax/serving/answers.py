@@ -45,7 +45,7 @@ class Piece:
 
 
 Update = tuple[int, Piece]
-"""Index of a choice among those of all prompts, and its addition."""
+"""Index of a choice among the choices of all prompts, and its addition."""
 
 
 def token_entry(

@@ -113,7 +113,7 @@ class Prefiller:
         """Prefill the next chunk of the prompt that has waited longest, and of those like it.
 
         Returns:
-          The number of tokens computed, those of idle lanes included.
+          The number of tokens computed, idle lanes included.
         """
         lanes, length = program = self._program(self.prompts[0])
         alike = [prompt for prompt in self.prompts if self._program(prompt) == program]

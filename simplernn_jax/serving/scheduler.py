@@ -283,7 +283,7 @@ def _empty_state(model: LanguageModel, batch_size: int) -> PrefixState:
 def _new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
     """Make arrays of a choice of a job, without the axis B and the state after its prompt."""
     sampling = job.sampling
-    numpy: Any = np  # whose arrays stand for those of JAX
+    numpy: Any = np  # whose arrays take the place of JAX's
     nothing: Any = None
     in_prompt = numpy.zeros(vocab_size, np.bool_)
     in_prompt[job.tokens] = True

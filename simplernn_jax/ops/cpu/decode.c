@@ -163,7 +163,7 @@ static void normalize_rows(const Decoder *d, int64_t item) {
     normalize(d->normed + row * D, d->x + row * D, NULL, D);
 }
 
-/* Inputs of the head of the s-th sequence; that of the last token also in normed. */
+/* Inputs of the head of the s-th sequence; the last token's input is also in normed. */
 static void normalize_last(const Decoder *d, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s], count = d->num_tokens[n];
   const float *x = d->x + (d->starts[s] - d->before) * D;

@@ -69,7 +69,7 @@ typedef uint32_t __attribute__((may_alias)) Group;
 /* Parts of the left and the right operand of each product, the largest last. */
 static const int LEFT[] = {1, 0, 0}, RIGHT[] = {0, 1, 0};
 
-/* An operand: groups of its first part, and after `size` of them those of the second one. */
+/* An operand: `size` groups of its first part, then the groups of its second part. */
 typedef struct {
   Group *groups;
   int64_t size;

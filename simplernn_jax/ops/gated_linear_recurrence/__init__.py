@@ -182,7 +182,7 @@ def _fused(*arrays: Any) -> Sequence[jax.Array]:
 
 
 def _fused_gradient(*arrays: Any) -> Sequence[jax.Array]:
-    """Map (inputs, cotangents of the results) to those of the first five inputs, as `_fused`."""
+    """Map inputs and cotangents of the results to cotangents of the first five inputs."""
     inputs = RecurrenceInputs(*arrays[:-2])
     return call_native("simplernn_backward", inputs[:5], *_in_c(inputs), *arrays[-2:])
 

@@ -87,7 +87,7 @@ def chunkwise_gradient(
 ) -> tuple[jax.Array, ...]:
     """Compute the gradients of q, k, v, log_gate and the initial state, of their shapes and dtypes.
 
-    `starts` and `final_state` are those of `chunkwise`; without them they are recomputed.
+    `starts` and `final_state` come from `chunkwise`; without them they are recomputed.
     """
     length = inputs.q.shape[1]
     groups = choose_groups(inputs.q.shape, inputs.v.shape[3], chunk_size)
@@ -106,7 +106,7 @@ def _padded(inputs: RecurrenceInputs, groups: Groups) -> RecurrenceInputs:
     padding = -q.shape[1] % (groups.size * groups.chunks)
     if reset is not None:
         log_gate = jnp.where(reset[:, :, None, None], 0, log_gate)
-        # Padding must not reset: the final state is that of the last real token.
+        # Padding must not reset: the final state follows the last real token.
         reset = jnp.pad(reset, ((0, 0), (0, padding)))
     # q = k = v = 0 and a gate of 1 leave the state as it is.
     q, k, v, log_gate = (_pad(x, padding) for x in (q, k, v, log_gate))

@@ -76,7 +76,7 @@ def join_blocks_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the gradients of q and k, all ``[N, C, K]``.
 
-    `d_attention` ``[N, C, C]`` is zero where A is masked; `d_q`, `d_k` are those of decayed q, k.
+    `d_attention` ``[N, C, C]`` is zero where A is masked; `d_q`, `d_k` belong to the decayed q, k.
     """
     blocks = d_attention[:, None]
     for size, level_q, level_k, total in reversed(levels.levels):
@@ -114,7 +114,7 @@ def _merge(left: jax.Array, right: jax.Array) -> jax.Array:
 def _merge_pairs(
     q: jax.Array, k: jax.Array, total: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute q, k and total decays of blocks of 2 * size from those of blocks of `size`."""
+    """Compute q, k and total decays of blocks of 2 * size from blocks of `size`."""
     left_total, right_total = total[:, 0::2, None], total[:, 1::2, None]
     (left_q, right_q), (left_k, right_k) = _split(q, size), _split(k, size)
     q = _merge(left_q, right_q * left_total)
@@ -143,7 +143,7 @@ def _diagonal_blocks(
 def _merge_pairs_bwd(
     d_q: jax.Array, d_k: jax.Array, total: jax.Array, size: int, add_right_q: Any, add_left_k: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the gradient of `_merge_pairs` for q and k, plus that of A between the blocks."""
+    """Compute the gradient of `_merge_pairs` for q and k, and the part through A between blocks."""
     left_total, right_total = total[:, 0::2, None], total[:, 1::2, None]
     (left_q, right_q), (left_k, right_k) = _split(d_q, size), _split(d_k, size)
     d_q = _merge(left_q, right_q * left_total + add_right_q)

@@ -52,7 +52,7 @@ def recurrent_step(
       k: ``[B, H, K]``.
       v: ``[B, H, V]``.
       log_gate: ``[B, H, K]``, at most 0.
-      state: ``[B, H, K, V]``; its dtype is that of the computation.
+      state: ``[B, H, K, V]``; its dtype is used for the computation.
 
     Returns:
       The output ``[B, H, V]`` in the dtype of v, and the next state in the dtype of `state`.

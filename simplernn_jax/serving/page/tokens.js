@@ -3,7 +3,7 @@
 // server and the exported page. What a model writes is set as text, never as markup.
 
 const $ = (id) => document.getElementById(id);
-const INSPECTED = 2000;  // newest tokens that are elements of their own; a long text is slow to lay out
+const INSPECTED = 2000;  // newest tokens that have their own elements; a long text is slow to lay out
 
 function span(kind, text) {
   const node = document.createElement("span");
