@@ -99,7 +99,7 @@ class LayerStack(nnx.Module):
     """Layers of equal structure, whose parameters are stacked along a leading axis of layers.
 
     On a mesh with an axis ``pipeline`` each device holds its shard of that axis, and a call runs
-    all layers as a pipeline (`sharding.pipeline`). Outside `jax.shard_map` it can be initialized,
+    all layers as a pipeline (`parallel.pipeline`). Outside `jax.shard_map` it can be initialized,
     not called.
     """
 

@@ -4,7 +4,6 @@ JAX's coordination service aborts a process from within C++ when a peer fails, s
 distributed run trains in a child process. JAX does not survive a fork: nothing here imports it.
 """
 
-import contextlib
 import mmap
 import os
 import signal
@@ -26,7 +25,7 @@ def supervise() -> None:
     Call it before importing jax. SIGTERM and SIGINT are forwarded as SIGTERM; a second one kills
     the child (exit code 137).
     """
-    parent, signals = os.getpid(), (signal.SIGTERM, signal.SIGINT)
+    parent, signals = os.getpid(), (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
     sys.stdout.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     child = os.fork()
@@ -35,16 +34,14 @@ def supervise() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return
-    forwarded = iter([signal.SIGTERM])
-
-    def forward(*_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+    forwarded, ended, status = iter([signal.SIGTERM]), 0, 0
+    while not ended:
+        # They stay blocked: one that arrives just before a call of `waitpid` would not end it.
+        if signal.sigwait(signals) == signal.SIGCHLD:
+            ended, status = os.waitpid(child, os.WNOHANG)
+        else:
             os.kill(child, next(forwarded, signal.SIGKILL))
-
-    for number in signals:
-        signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGTERM:  # while it waited for its peers
         code = EXIT_INTERRUPTED
         print("SIGTERM: stopped; run the same command to start it", file=sys.stderr, flush=True)
