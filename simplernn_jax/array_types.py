@@ -6,7 +6,7 @@ H  heads of the recurrence or of attention
 K  key channels of one head
 V  value channels of one head
 D  width of the residual stream (``hidden_dim``)
-W  past inputs of a short convolution
+W  width of a short convolution, whose state is the last P = W - 1 inputs
 C  tokens of one chunk of the recurrence
 S  keys of attention: the slots of a cache, or the keys of one block of queries
 """
@@ -39,8 +39,8 @@ Positions = Int[Array, "B T"]
 """Number of tokens before each token in its segment."""
 RecurrentState = Float[Array, "B H K V"]
 """State of one layer's recurrence, float32."""
-ConvState = Float[Array, "B W D"]
-"""The last W inputs of one layer's short convolution, oldest first, float32."""
+ConvState = Float[Array, "B P D"]
+"""The last P inputs of one layer's short convolution, oldest first, float32."""
 SeenKeys = Float[Array, "B S H K"]
 SeenValues = Float[Array, "B S H V"]
 CachedKeys = Float[Array, "B H S K"]

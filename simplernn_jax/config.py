@@ -171,7 +171,8 @@ class DataConfig(_Fields):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; texts from Python become a `PythonSource`."""
         is_texts = name == "source" and not isinstance(value, str)
-        if is_texts and (callable(value) or isinstance(value, Sequence)):
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)
+        if is_texts and (callable(value) or is_sequence):
             texts, number = value, "texts" if callable(value) else counted(len(value), "text")
             value = PythonSource(f"<{number} from Python>")
             value.texts = lambda: texts() if callable(texts) else texts

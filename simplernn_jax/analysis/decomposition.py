@@ -70,8 +70,8 @@ def attention_map(q: Queries, k: Keys, log_gate: LogGates) -> tuple[jax.Array, Q
       log_gate: logarithms of the gates, at most 0, ``[B, T, H, K]``.
 
     Returns:
-      float32 (float64 if an input is): the weights A_tj, ``[B, H, T, T]``, and
-      ``[B, T, H, K]``: q_t times the product of gates 0 .. t, which reads the initial state.
+      The weights A_tj, ``[B, H, T, T]``, and q_t times the product of gates 0 .. t, which reads the
+      initial state, ``[B, T, H, K]``; both float32, or float64 if an input is.
     """
     batch, length, heads, key_dim = q.shape
     dtype = accumulator_dtype(q, k, log_gate)

@@ -1,4 +1,4 @@
-"""Flax NNX modules: recurrent cell, sequence layers and language model."""
+"""Flax NNX modules: token mixers, blocks and the language model."""
 
 from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint
 from simplernn_jax.models.language_model import LanguageModel

@@ -1,4 +1,4 @@
-"""Layers of the language model: a token mixer, and what surrounds it."""
+"""Layers of the language model: blocks of a token mixer, norms and an MLP."""
 
 import math
 from functools import partial

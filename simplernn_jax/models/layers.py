@@ -33,7 +33,7 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 def kernel_init(config: ModelConfig) -> nnx.Initializer | None:
-    """Return the initializer of a model's kernels; None is PyTorch's of `Linear`."""
+    """Return the initializer of a model's kernels; None selects the one of PyTorch's `Linear`."""
     if config.block == "plain":
         return None
     swiglu_std = 0.02  # as in flash-linear-attention

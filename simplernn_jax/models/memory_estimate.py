@@ -69,7 +69,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     """Estimate a train step on one device of a mesh of `sizes`; no automatic microbatches.
 
     Parameters include the optimizer state. Activations or gradients count, whichever are larger:
-    one is freed while the other grows. The state has the recurrent state or KV cache, and logits.
+    one is freed while the other grows. The state is a recurrent state or KV cache, and logits.
     """
     model, data, train = config.model, config.data, config.train
     parameters, state_bytes = model_bytes(model)
@@ -145,7 +145,7 @@ def _check(
     if needed > available:
         parts = ", ".join(f"{name} {format_bytes(num)}" for name, num in estimate.items())
         raise UserError(
-            f"{task} needs at least {format_bytes(needed)} of memory ({parts}), {where} has "
+            f"{task} needs at least {format_bytes(needed)} of memory ({parts}), but {where} has "
             f"{format_bytes(available)}; {advice}"
         )
     return needed / available

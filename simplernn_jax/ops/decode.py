@@ -1,4 +1,4 @@
-"""Tokens of a model of residual SimpleRNN blocks, as one C function; see `cpu/decode.c`."""
+"""Decoding with residual SimpleRNN blocks as one C function; see `cpu/decode.c`."""
 
 from typing import NamedTuple
 

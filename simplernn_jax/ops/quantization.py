@@ -1,8 +1,7 @@
 """Matrices in fewer bits, and packed for the C function of decoding.
 
-Weights are stored in fewer bits. Products with bfloat16 are float32. For products with int8 and
-int4, activations are rounded to 16 bits, with a scale for each 512 or 64 of them, and the sums are
-those of integers.
+Products with bfloat16 are float32. For products with int8 and int4, activations are rounded to 16
+bits, with a scale for each 512 or 64 of them, and sums are integers.
 """
 
 from typing import NamedTuple

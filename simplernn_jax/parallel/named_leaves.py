@@ -19,7 +19,7 @@ STACKED = "stacked"
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves by path, in tree order, such as ``params/layers/0/query/kernel/value``.
+    """Return the leaves by path, in tree order, such as ``params/layers/0/mlp_in/kernel/value``.
 
     With names, some leaves can be read without the rest, and classes are not part of a file's
     format.

@@ -49,7 +49,8 @@ AXIS = "sequence"
 
 def min_shard_tokens(model: ModelConfig) -> int:
     """Return the fewest tokens per shard: a convolution takes its past inputs from one other."""
-    return max(3, int(model.mixer_options.get("short_convolution", 0)) - 1)
+    widths = int(model.mixer_options.get("short_convolution", 0)), 4 * (model.block == "residual")
+    return max(*widths, 2) - 1
 
 
 def shard_segment_ids(segment_ids: SegmentIds) -> SegmentIds:

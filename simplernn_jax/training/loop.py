@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -73,7 +74,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     samples and metrics.
 
     Args:
-      config: of the run; `config.validate` lists what it must satisfy.
+      config: of the run; `simplernn_jax.config` documents the limits of its fields.
       workdir: folder of the run, which is created if it does not exist.
 
     Returns:
@@ -97,11 +98,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
             if is_coordinator() and not (run.has_ended and run.first_step):
                 path = os.path.join(run.workdir, "config.json")
                 write_file(path, config_lib.to_json(run.config).encode())
-            signal = trainer.train(poll_signal)
-        if signal:
+            stopped_by = trainer.train(poll_signal)
+        if stopped_by:
             where = f"step {run.step} of {run.total_steps}"
-            display.print_line(f"{signal}: saved at {where}; run the same command to resume")
-            return Result(run.step, signal, None)
+            display.print_line(f"{stopped_by}: saved at {where}; run the same command to resume")
+            return Result(run.step, stopped_by, None)
         # All is saved: from here on a signal ends the process at once.
         evaluation = trainer.evaluate_all()
         display.print_line("done\n" + align(trainer.summary(evaluation)))
@@ -353,12 +354,15 @@ def deferred_signals() -> Iterator[PollSignal]:
 
         yield poll
         return
+    if threading.current_thread() is not threading.main_thread():  # which gets the signals
+        yield lambda step: None
+        return
     received: list[str] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore() -> None:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
     def request(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)

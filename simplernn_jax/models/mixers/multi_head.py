@@ -14,8 +14,9 @@ from simplernn_jax.ops.rms_norm import rms_norm
 
 
 def multi_head_options(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of a mixer of this model: outside of plain blocks, without biases, and
-    with a norm per head and an output gate.
+    """Return the constructor arguments of a mixer of this model.
+
+    Outside of plain blocks there are no biases, but a norm per head and an output gate.
     """
     options: dict[str, Any] = {
         "hidden_dim": config.hidden_dim,

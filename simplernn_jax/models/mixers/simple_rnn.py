@@ -13,6 +13,7 @@ from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mix
 from simplernn_jax.ops import recurrent_step
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
 from simplernn_jax.ops.gated_linear_recurrence import METHODS
+from simplernn_jax.ops.native import supports_native
 from simplernn_jax.parallel.mesh import AXES
 from simplernn_jax.parallel.sequence import sharded_recurrence
 
@@ -178,9 +179,11 @@ def linspace_gate_bias(num_heads: int) -> nnx.Initializer:
 
 
 def check_method(config: ModelConfig) -> None:
-    """Raise `UserError` for a ``method`` that `gated_linear_recurrence` does not have."""
+    """Raise `UserError` for a ``method`` that `gated_linear_recurrence` does not have here."""
     if (method := config.mixer_options["method"]) not in METHODS:
         reject_option("method", method, f"one of {', '.join(METHODS)}")
+    if method == "fused" and not supports_native(jnp.float32):
+        reject_option("method", method, "auto here: fused requires a CPU and a C compiler")
 
 
 @register_mixer("simple_rnn", options={"method": "auto"}, mesh_axes=AXES, check=check_method)

@@ -81,7 +81,7 @@ class TokenMixer(nnx.Module):
 
 
 class ZeroStateMixer(TokenMixer):
-    """A mixer whose initial state is zero, also of a shard of its heads: it handles None itself."""
+    """A mixer whose initial state is zero, for which it accepts None, also with sharded heads."""
 
     def mix(
         self, x: Activations, state: Any | None, segment_ids: SegmentIds | None
@@ -127,7 +127,7 @@ def register_mixer(
         a value for each of them; another name or type is rejected. None: any scalars.
       mesh_axes: axes of the device mesh that it supports. Data parallelism and FSDP need nothing
         of a mixer; over ``tensor`` it has a shard of the heads, over ``sequence`` one of the
-        tokens, and over ``pipeline`` its parameters are stacked.
+        tokens, and over ``pipeline`` its parameters are stacked and its initial state is zero.
       check: raises `UserError` for a configuration that the mixer cannot have.
 
     Raises:
@@ -175,8 +175,8 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
         name = sha256_hex(os.path.realpath(os.path.expanduser(text)))[:16]
         import_file(text, "--plugin", f"simplernn_plugin_{name}")
         return
-    folder = os.getcwd()
-    sys.path.append(folder)
+    path = sys.path[:]
+    sys.path.append(os.getcwd())
     try:
         importlib.import_module(text)
     except (Exception, SystemExit) as error:
@@ -186,16 +186,22 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
             "that can be imported"
         ) from error
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = path
 
 
 def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
     """Construct a mixer, with a value for each of its options in ``config.mixer_options``.
 
     Raises:
-      UserError: it is not registered, or an array of its state does not begin with axis B.
+      UserError: it is not registered, has variables other than parameters, or an array of its state
+        does not begin with axis B.
     """
     mixer = find_mixer(name).make(complete_options(name, config), rngs=rngs)
+    for path, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Not(nnx.Param))):
+        raise UserError(
+            f"mixer {name!r}: {'.'.join(map(str, path))} is of type {type(variable).__name__}; "
+            "keep parameters only, as nnx.Param"
+        )
     for leaf in jax.tree.leaves(jax.eval_shape(lambda: mixer.initial_state(2))):
         if leaf.shape[:1] != (2,):
             raise UserError(
