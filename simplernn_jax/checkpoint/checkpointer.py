@@ -11,7 +11,9 @@ manifest when all have finished, and deletes.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -223,12 +225,32 @@ def check_same_model(current: Config, saved: Config) -> None:
         )
 
 
+@functools.cache
+def _drop_repeated_reports() -> None:
+    """Drop the reports of a failed save other than the exception that it raises.
+
+    Orbax closes its event loop after an error. Every later write of TensorStore finds it closed,
+    which ends in `sys.unraisablehook`, and asyncio logs each of the other failed writes.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # a coroutine that cannot end
+        is_orbax = "/orbax/" in getattr(code, "co_filename", "")
+        if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda x: "never retrieved" not in x.getMessage())
+
+
 def _make_writer() -> ocp.AsyncCheckpointer:
     """Return Orbax's writer of checkpoint folders.
 
     By default the processes of a run wait for each other in computations on the devices, which
     interfere with training when another thread starts them.
     """
+    _drop_repeated_reports()
     if jax.process_count() == 1:
         # Created in the background, a folder that the disk rejects leaves threads that wait for it
         # up to the timeout, and the process does not end.
