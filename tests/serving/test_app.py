@@ -22,6 +22,7 @@ from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.http import protect
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
+from simplernn_jax.serving.server import Server
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
@@ -145,6 +146,13 @@ def test_a_failure_is_logged_in_one_short_line(service, caplog):
     (message,) = caplog.messages
     assert message.startswith(r"GET '/v1/states/a\nbb")
     assert len(message) < 1000
+
+
+def test_an_unexpected_failure_of_a_reload_by_signal_is_logged(service, caplog):
+    service.reload = mock.AsyncMock(side_effect=ZeroDivisionError)
+    server = Server(service, make_app(service), max_connections=1, drain_timeout=0)
+    asyncio.run(server._reload())
+    assert caplog.messages == ["the newer checkpoint cannot be used"]
 
 
 def test_rejected_sites_are_told_which_flag_allows_them():
