@@ -96,6 +96,8 @@ def check_state(model: LanguageModel, state: DecoderState, where: str = "state")
     )
     if ours != theirs:
         raise UserError(f"{where}: its arrays do not fit this model; use the model that made it")
+    if np.max(state.recent, initial=-1) >= model.config.vocab_size:
+        raise UserError(f"{where}: has ids outside the vocabulary; use another state")
 
 
 def _check_is_state(state: Any, where: str) -> None:

@@ -1,6 +1,7 @@
 """The HTTP application: the page, and the operations of the API with their OpenAPI document."""
 
 import asyncio
+import contextlib
 import importlib.resources
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -90,6 +91,7 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._listing = asyncio.Lock()
 
     def endpoint(self, path: str, handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
         """Bind an operation; its errors become responses, and all responses are counted."""
@@ -125,16 +127,15 @@ class Api:
     ) -> Response:
         service = self._service
         service.check_room()
-        body, size = await read_json(request, kind)
-        service.check_model(body.model)
-        answer, _ = await service.answer(body, size * (body.n or 1))
+        async with read_json(request, kind) as (body, size):
+            service.check_model(body.model)
+            answer, _ = await service.answer(body, size * (body.n or 1))
         names = None if body.num_logprobs is None else service.names
         form = form_of(service.model_name, names)
         answer.submit()  # raises what has a status, before a stream begins
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            headers = {"Cache-Control": "no-cache"}
-            return EventStream(stream(form, answer, with_usage), headers=headers)
+            return EventStream(stream(form, answer, with_usage), answer.cancel)
         try:
             pieces = await unless_disconnected(request.receive, answer.pieces())
         finally:
@@ -161,8 +162,6 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         """Encode a text."""
         service = self._service
-        body, size = await read_json(request, TokenizeRequest)
-        service.check_model(body.model)
 
         def encoded() -> Response:
             ids = service.encode(body.prompt).tolist()
@@ -171,15 +170,18 @@ class Api:
             names = [service.names.names[i] for i in ids] if body.return_token_strs else None
             return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
 
-        return await in_thread_if_long(size, encoded)
+        async with read_json(request, TokenizeRequest) as (body, size):
+            service.check_model(body.model)
+            response = await in_thread_if_long(size, encoded)
+        return response
 
     async def detokenize(self, request: Request) -> Response:
         """Decode token ids."""
         service = self._service
-        body, size = await read_json(request, DetokenizeRequest)
-        service.check_model(body.model)
-        service.check_ids("tokens", body.tokens)
-        text = await in_thread_if_long(size, service.tokenizer.decode, body.tokens)
+        async with read_json(request, DetokenizeRequest) as (body, size):
+            service.check_model(body.model)
+            service.check_ids("tokens", body.tokens)
+            text = await in_thread_if_long(size, service.tokenizer.decode, body.tokens)
         return json_response({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -200,15 +202,16 @@ class Api:
 
     async def list_states(self, request: Request) -> Response:
         """List the named states."""
-        states = await asyncio.to_thread(self._service.states.descriptions)
+        async with self._listing:  # it reads all files: several would take the threads of others
+            states = await asyncio.to_thread(self._service.states.descriptions)
         return json_response({"object": "list", "data": states})
 
     async def make_state(self, request: Request) -> Response:
         """Prefill a text once and name its state."""
         service = self._service
         service.check_room()
-        body, size = await read_json(request, StateRequest)
-        answer, parent = await service.answer(body, size)
+        async with read_json(request, StateRequest) as (body, size):
+            answer, parent = await service.answer(body, size)
         states = service.states  # a reload replaces them together with the parameters
         answer.submit()
         try:
@@ -242,8 +245,9 @@ class Api:
 
     async def upload_state(self, request: Request) -> Response:
         """Upload a state."""
-        content, states = await read_body(request), self._service.states
-        state = await asyncio.to_thread(states.put, request.path_params["name"], content)
+        states, name = self._service.states, request.path_params["name"]
+        async with read_body(request) as content:
+            state = await asyncio.to_thread(states.put, name, content)
         return json_response(states.describe(state), 201)
 
     async def health(self, request: Request) -> Response:
@@ -302,10 +306,11 @@ OPERATIONS: list[tuple[str, str, Handler, Any]] = [
 _Body = TypeVar("_Body")
 
 
-async def read_json(request: Request, kind: type[_Body]) -> tuple[_Body, int]:
-    """Read and parse a body; return it and its size in bytes."""
-    content = await read_body(request)
-    return await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
+@contextlib.asynccontextmanager
+async def read_json(request: Request, kind: type[_Body]) -> AsyncIterator[tuple[_Body, int]]:
+    """Read and parse a body as `read_body`; give it and its size in bytes."""
+    async with read_body(request) as content:
+        yield await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
 
 
 async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
@@ -329,8 +334,6 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
         yield end + b"data: [DONE]\n\n"
     except RequestError as error:
         yield sse_frame(error_object(error))
-    finally:
-        answer.cancel()
 
 
 def sse_frame(content: Any) -> bytes:

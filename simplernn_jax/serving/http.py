@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,8 +19,10 @@ from simplernn_jax.files import read_file
 from simplernn_jax.serving.requests import RequestError
 
 MAX_BODY_BYTES = 1 << 24
-MAX_ARRIVING_BYTES = 1 << 26
-"""Bytes of all bodies together that are being read."""
+MAX_BODIES_BYTES = 1 << 26
+"""Bytes of all bodies in use, except small ones."""
+SMALL_BODY_BYTES = 1 << 14
+"""Bytes of a body that always finds room."""
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
 UNREAD_SECONDS = 300.0
@@ -32,8 +34,8 @@ OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_arriving: dict[Request, int] = {}
-"""Bytes that have arrived of each body that is being read."""
+_in_use: dict[Request, int] = {}
+"""Bytes of each body in use that is not small."""
 
 _T = TypeVar("_T")
 
@@ -46,28 +48,34 @@ async def in_thread_if_long(size: int, function: Callable[..., _T], *args: Any) 
     return await asyncio.to_thread(function, *args) if size > LONG else function(*args)
 
 
-async def read_body(request: Request) -> bytes:
-    """Read the body.
+@contextlib.asynccontextmanager
+async def read_body(request: Request) -> AsyncIterator[bytes]:
+    """Read the body, which counts toward `MAX_BODIES_BYTES` as long as the context lasts.
 
     Raises:
-      RequestError: 413 if it is too long, 408 if it does not arrive in time, 503 if too much of
-        other bodies is arriving.
+      RequestError: 413 if it is too long, 408 if it does not arrive in time, 503 if others take
+        all room.
     """
-    content = bytearray()
+    parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                content += part
-                _arriving[request] = len(content)
-                if len(content) > MAX_BODY_BYTES:
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY_BYTES:
                     raise RequestError(f"the body has over {MAX_BODY_BYTES:,} bytes", status=413)
-                if sum(_arriving.values()) > MAX_ARRIVING_BYTES:
-                    raise RequestError("too many large requests; try again later", status=503)
+                if size > SMALL_BODY_BYTES:
+                    _in_use[request] = size
+                    if sum(_in_use.values()) > MAX_BODIES_BYTES:
+                        raise RequestError("too many large requests; try again later", status=503)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
+    else:
+        content = b"".join(parts)
+        parts.clear()  # or the context would hold the body twice
+        yield content
     finally:
-        _arriving.pop(request, None)
-    return bytes(content)
+        _in_use.pop(request, None)
 
 
 def json_response(
@@ -120,6 +128,11 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
+    def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        """`close` is called at the end, even of a stream that never began."""
+        super().__init__(content, headers={"Cache-Control": "no-cache"})
+        self._close = close
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream until it ends, or the client disconnects or does not read."""
 
@@ -127,8 +140,11 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout(UNREAD_SECONDS):
                 await send(message)
 
-        with contextlib.suppress(ClientDisconnect, TimeoutError):
-            await unless_disconnected(receive, self.stream_response(send_in_time))
+        try:
+            with contextlib.suppress(ClientDisconnect, TimeoutError):
+                await unless_disconnected(receive, self.stream_response(send_in_time))
+        finally:
+            self._close()
 
 
 def read_key(path: str | None) -> bytes | None:

@@ -229,6 +229,7 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
     except msgspec.ValidationError as error:
         what = str(error)
         field = re.search(r"\$\.(\w+)", what) or re.search("field `(.*)`", what, re.DOTALL)
+        what, _, _ = what.partition(" - at `")
         raise RequestError(f"{field[1]}: {what}" if field else what) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON that can be read: {error}") from error

@@ -183,7 +183,7 @@ class Scheduler:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
-            if self._ready or budget <= 0:
+            if self._next_ready() or budget <= 0:
                 return has_prefilled
             while self.waiting and len(prefiller.prompts) < MAX_JOBS:
                 job = self.waiting.popleft()
@@ -202,15 +202,18 @@ class Scheduler:
         """Insert choices of prefilled jobs into free slots, in order."""
         new: list[tuple[int, Prompt, int]] = []
         for slot, choice in enumerate(self._choices):
-            if choice is None and self._ready:
-                prompt = self._ready[0]
+            if choice is None and (prompt := self._next_ready()):
                 new.append((slot, prompt, prompt.num_started))
                 self._choices[slot] = _Choice(prompt.job, prompt.num_started)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
-                    self._ready.popleft()
+                    self._ready.remove(prompt)
         for start in range(0, len(new), MAX_JOBS):
             self._insert(new[start : start + MAX_JOBS])
+
+    def _next_ready(self) -> Prompt | None:
+        """Return the first prefilled prompt that is not paused."""
+        return next((prompt for prompt in self._ready if not prompt.job.is_paused), None)
 
     def _insert(self, new: list[tuple[int, Prompt, int]]) -> None:
         """Insert up to MAX_JOBS (slot, prompt, number of its choice)."""

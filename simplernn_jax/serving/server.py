@@ -11,14 +11,22 @@ import threading
 from types import FrameType
 
 import uvicorn
+from absl import logging
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from simplernn_jax.errors import UserError
+from simplernn_jax.serving.http import UNREAD_SECONDS
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
 
 MAX_HEADER_BYTES = 1 << 15
+HEADER_SECONDS = 10.0
+"""Seconds within which the headers of a request must arrive, once a connection is open or its next
+request has begun."""
+MAX_UNSENT_BYTES = 1 << 14
+"""Bytes that the system keeps for a connection beyond what it may send to the client."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -32,7 +40,33 @@ def listen(host: str, port: int) -> socket.socket:
     # Accepted sockets inherit this. asyncio sets it only on sockets with proto=IPPROTO_TCP, which
     # create_server leaves at 0. Without it, streams stall for 40 ms on reused connections.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.platform == "linux":  # elsewhere, only streams end whose client does not read
+        milliseconds = int(1000 * UNREAD_SECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
     return listener
+
+
+class DeadlineProtocol(H11Protocol):
+    """A connection that is closed if the headers of a request do not arrive in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the deadline of the first request."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADER_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Start the deadline of a next request with its first byte, and end it with its headers."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._deadline.cancel()
+        elif self._deadline.cancelled():
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the deadline."""
+        self._deadline.cancel()
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
@@ -48,7 +82,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=DeadlineProtocol,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 proxy_headers=False,
                 limit_concurrency=max_connections + 1,  # uvicorn rejects the last one
@@ -124,6 +158,8 @@ class Server(uvicorn.Server):
             _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
         except RequestError as error:
             _progress(f"{error.message}\n")
+        except Exception:
+            logging.exception("the newer checkpoint cannot be used")
 
 
 def _deliver(events: list[tuple[Job, Event]]) -> None:

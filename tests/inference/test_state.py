@@ -17,7 +17,7 @@ from simplernn_jax.config import ModelConfig
 from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import fork_state, generate, generate_text, load_state, save_state
-from simplernn_jax.inference.state import state_shapes
+from simplernn_jax.inference.state import encode_state, fingerprints, state_shapes
 from simplernn_jax.models import LanguageModel
 
 BYTES = ByteTokenizer()
@@ -154,6 +154,12 @@ def test_other_files_are_refused(path, model):
     for content in (safetensors.numpy.save({"weight": np.zeros(3)}), newer):
         path.write_bytes(content)
         assert refusal(path, model).startswith("no state in version 1 of the format;")
+
+
+def test_ids_outside_the_vocabulary_are_refused(path, model, state):
+    wrong = dataclasses.replace(state, recent=state.recent.at[1, -1].set(CONFIG.vocab_size))
+    path.write_bytes(encode_state(wrong, fingerprints(model, BYTES)))
+    assert refusal(path, model).startswith("has ids outside the vocabulary;")
 
 
 def test_a_file_larger_than_memory_is_not_read(path, model, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -21,6 +22,7 @@ from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.http import protect
 from simplernn_jax.serving.jobs import Failed, Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
+from simplernn_jax.serving.server import Server
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
@@ -60,8 +62,8 @@ async def answer_of(app, method, path, body=b"", **headers):
     return sent[0]["status"], json.loads(content) if content[:1] == b"{" else content
 
 
-def test_long_work_is_done_while_others_are_answered(service):
-    """Renderings wait for one process, and take one thread of those that others need."""
+def test_long_work_is_done_while_others_are_answered(service, monkeypatch):
+    """Renderings wait for one process, and take one thread and the room of their bodies."""
     started, others_ran = threading.Event(), threading.Event()
 
     def render(messages, add_generation_prompt):
@@ -70,7 +72,9 @@ def test_long_work_is_done_while_others_are_answered(service):
         raise TemplateError("it took too long")
 
     service.template, service.status = mock.Mock(render=render), "ready"
-    app, body = make_app(service), b'{"messages": [{"role": "user", "content": "a"}]}'
+    monkeypatch.setattr("simplernn_jax.serving.http.MAX_BODIES_BYTES", 130_000)
+    messages = [{"role": "user", "content": "a" * 40_000}]
+    app, body = make_app(service), json.dumps({"messages": messages}).encode()
 
     async def run():
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
@@ -81,11 +85,41 @@ def test_long_work_is_done_while_others_are_answered(service):
         while not started.is_set():
             await asyncio.sleep(0.001)
         assert (await answer_of(app, "GET", "/v1/states"))[0] == 200
+        for size, status in ((20_000, 503), (10_000, 200)):
+            text = json.dumps({"prompt": "a" * size}).encode()
+            assert (await answer_of(app, "POST", "/tokenize", text))[0] == status
         others_ran.set()
         for status, answer in await asyncio.gather(*asking):
             assert (status, answer["error"]["message"]) == (400, "messages: it took too long")
 
     asyncio.run(run())
+
+
+def test_states_are_listed_for_one_request_at_a_time(service):
+    listing, app = threading.Lock(), make_app(service)
+
+    def descriptions():
+        assert listing.acquire(blocking=False)
+        time.sleep(0.01)
+        listing.release()
+        return []
+
+    service.states = mock.Mock(descriptions=descriptions)
+
+    async def ask_thrice():
+        return await asyncio.gather(*(answer_of(app, "GET", "/v1/states") for _ in range(3)))
+
+    assert [status for status, _ in asyncio.run(ask_thrice())] == [200] * 3
+
+
+def test_a_client_that_leaves_before_its_stream_begins_ends_its_jobs(service):
+    service.status = "ready"
+    body = {"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}
+    receive = mock.AsyncMock(side_effect=[body, {"type": "http.disconnect"}])
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(make_app(service)(scope, receive, lambda message: asyncio.sleep(60)))
+    (job,) = service.worker.scheduler.waiting
+    assert job.is_cancelled
 
 
 def test_errors_repeat_little_of_what_was_sent(service):
@@ -112,6 +146,13 @@ def test_a_failure_is_logged_in_one_short_line(service, caplog):
     (message,) = caplog.messages
     assert message.startswith(r"GET '/v1/states/a\nbb")
     assert len(message) < 1000
+
+
+def test_an_unexpected_failure_of_a_reload_by_signal_is_logged(service, caplog):
+    service.reload = mock.AsyncMock(side_effect=ZeroDivisionError)
+    server = Server(service, make_app(service), max_connections=1, drain_timeout=0)
+    asyncio.run(server._reload())
+    assert caplog.messages == ["the newer checkpoint cannot be used"]
 
 
 def test_rejected_sites_are_told_which_flag_allows_them():

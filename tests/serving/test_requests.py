@@ -80,6 +80,7 @@ def test_wrong_requests_are_rejected_with_the_field(service, kind, fields, param
         service.jobs(parse(kind, json.dumps(fields).encode()), None)
     assert (found.value.status, found.value.param) == (400, param)
     assert (param or "") in found.value.message
+    assert "`$" not in found.value.message
 
 
 @pytest.mark.parametrize(

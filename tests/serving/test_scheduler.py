@@ -168,6 +168,19 @@ def test_jobs_that_pause_give_the_same_bits(which, request, monkeypatch):
     assert run(scheduler, jobs)[0] == expected
 
 
+def test_a_paused_prompt_takes_no_slot(scheduler):
+    paused, other = (make_job(max_tokens=3, num_choices=n) for n in (9, 1))
+    paused.is_paused = True
+    scheduler.waiting += [paused, other]
+    events = []
+    while sum(isinstance(event, NewTokens) for event in events) == 0:
+        assert not scheduler.is_stalled
+        events += [event for job, event in scheduler.step() if job is other]
+    paused.is_paused = False
+    while not scheduler.is_idle:
+        scheduler.step()
+
+
 @needs_compiler
 @pytest.mark.parametrize("which", ["hybrid", "native"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20, "seed": 3}])

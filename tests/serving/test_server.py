@@ -1,5 +1,6 @@
 """scripts/serve.py over HTTP, by OpenAI's client and by requests of our own."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -13,14 +14,17 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
+import uvicorn
 from flax import nnx
 from processes import assert_each_refused
 from serving_process import serving
 from small_runs import HYBRID, save_untrained, small_config, untrained_run
+from uvicorn.server import ServerState
 
 from simplernn_jax import load_model
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.inference import generate_text, load_state, save_state
+from simplernn_jax.serving.server import DeadlineProtocol, listen
 
 pytestmark = pytest.mark.oldest_python
 
@@ -379,6 +383,24 @@ def test_log_likelihoods_of_lm_eval_are_those_of_the_model(workdir, server):
         wanted = predictions[np.arange(len(targets)), targets].sum()
         assert score == pytest.approx(float(wanted), abs=1e-4)
         assert is_greedy == bool((predictions.argmax(axis=-1) == targets).all())
+
+
+def test_a_connection_ends_whose_request_does_not_arrive(monkeypatch):
+    monkeypatch.setattr("simplernn_jax.serving.server.HEADER_SECONDS", 0.05)
+    config = uvicorn.Config(lambda scope, receive, send: None)
+    config.load()
+
+    async def connect(listener):
+        await asyncio.get_running_loop().create_server(
+            lambda: DeadlineProtocol(config, ServerState(), {}), sock=listener
+        )
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\n")
+        assert await reader.read() == b""
+        writer.close()
+
+    with listen("127.0.0.1", 0) as listener:
+        asyncio.run(asyncio.wait_for(connect(listener), 60))
 
 
 def test_flags_that_cannot_be_served(workdir, tmp_path):
