@@ -198,7 +198,8 @@ class Checkpointer:
         With several processes, others may still be writing: the next run discards it.
         """
         if jax.process_count() == 1:
-            self._folder.discard_unfinished()
+            with contextlib.suppress(OSError):
+                self._folder.discard_unfinished()
         code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, TimeoutError):
             code = errno.ETIMEDOUT
