@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import filelock
+from absl import logging
+
 from simplernn_jax.errors import UserError
 
 
@@ -171,6 +174,23 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(lock: filelock.BaseFileLock, timeout: float = -1) -> None:
+    """Acquire a lock; on a file system without locks, only warn.
+
+    Raises:
+      filelock.Timeout: another process has had it for `timeout` seconds.
+    """
+    try:
+        lock.acquire(timeout=timeout)
+    except (OSError, NotImplementedError) as error:
+        without = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+        if isinstance(error, OSError) and error.errno not in without:
+            raise
+        logging.warning(
+            "%s: this file system has no locks; let only one process write there", lock.lock_file
+        )
 
 
 def write_sealed(path: str | os.PathLike[str], body: str) -> None:

@@ -11,6 +11,7 @@ manifest when all have finished, and deletes.
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -170,10 +171,12 @@ class Checkpointer:
         try:
             self._finish()
         finally:
-            self._completer.shutdown()
-            self._folder.release()
-            with contextlib.suppress(Exception):  # Orbax raises once more what `save` has raised
-                self._writer.close()
+            try:
+                with contextlib.suppress(Exception):  # Orbax raises again what `save` has raised
+                    self._writer.close()
+                self._completer.shutdown()
+            finally:
+                self._folder.release()  # last: nothing is written any more
 
     def _complete(self, step: int) -> None:
         self._writer.wait_until_finished()
@@ -192,8 +195,16 @@ class Checkpointer:
             raise self._unsaved(step, error) from error
 
     def _unsaved(self, step: int, error: Exception) -> Exception:
-        """Return the error to raise for a failed save: a `UserError` if the disk rejected it."""
+        """Discard a failed save; return the error to raise, a `UserError` if the disk rejected it.
+
+        With several processes, others may still be writing: the next run discards it.
+        """
+        if jax.process_count() == 1:
+            with contextlib.suppress(OSError):
+                self._folder.discard_unfinished()
         code = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, TimeoutError):
+            code = errno.ETIMEDOUT
         if code is None:  # TensorStore reports it only in the text of a ValueError
             code = next((code for code in DISK_ADVICE if os.strerror(code) in str(error)), None)
         if code is None:

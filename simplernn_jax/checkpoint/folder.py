@@ -19,7 +19,7 @@ from absl import logging
 
 from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, read_quality
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import check_damage, open_file, read_sealed, sync, write_sealed
+from simplernn_jax.files import check_damage, open_file, read_sealed, sync, take_lock, write_sealed
 
 BEST = "best"
 NEWEST = "newest"
@@ -49,6 +49,8 @@ def check_workdir(workdir: str) -> None:
         )
     path = os.path.abspath(workdir)
     found = [part for part in _UNSUPPORTED if part in f"{path}/"]
+    if path != path.encode("utf-8", "replace").decode("utf-8"):
+        found.append("bytes that are not UTF-8")
     if found:
         raise UserError(
             f"workdir={path}: has {' and '.join(found)} in its path, which checkpoints do "
@@ -64,7 +66,7 @@ class CheckpointFolder:
         workdir = os.path.abspath(workdir)
         self.path = os.path.join(workdir, "checkpoints")
         self.corrupt_path = os.path.join(workdir, "checkpoints_damaged")
-        self._lock = filelock.FileLock(os.path.join(self.path, "lock"), timeout=0)
+        self._lock = filelock.FileLock(os.path.join(self.path, "lock"))
 
     def step_path(self, step: int) -> str:
         """Return the folder of one checkpoint."""
@@ -86,20 +88,24 @@ class CheckpointFolder:
         workdir = os.path.dirname(self.path)
         os.makedirs(self.path, exist_ok=True)
         try:
-            self._lock.acquire()
+            take_lock(self._lock, timeout=0)
         except filelock.Timeout as error:
             raise UserError(
                 f"another process is training in {workdir}: wait until it ends, or choose another "
                 "workdir"
             ) from error
-        for name in os.listdir(self.path):
-            if UNFINISHED_MARK in name:
-                logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
-                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+        self.discard_unfinished()
 
     def release(self) -> None:
         """Release the lock of `open_for_training`."""
         self._lock.release()
+
+    def discard_unfinished(self) -> None:
+        """Delete what a save or `prune` left unfinished."""
+        for name in os.listdir(self.path):
+            if UNFINISHED_MARK in name:
+                logging.info("discarded an unfinished save: %s", os.path.join(self.path, name))
+                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
 
     def mark_complete(self, step: int) -> None:
         """Write the manifest of an unfinished checkpoint and give it its final name."""
@@ -109,18 +115,20 @@ class CheckpointFolder:
 
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Delete the checkpoints that `steps_to_keep` leaves out; a kill leaves none half there."""
-        qualities = self.qualities()
-        for step in qualities.keys() - steps_to_keep(qualities, keep_last, keep_best):
-            os.rename(self.step_path(step), self.unfinished_path(step))
-            shutil.rmtree(self.unfinished_path(step), ignore_errors=True)  # NFS: a reader's file
+        try:
+            qualities = self.qualities()
+            for step in qualities.keys() - steps_to_keep(qualities, keep_last, keep_best):
+                os.rename(self.step_path(step), self.unfinished_path(step))
+                shutil.rmtree(self.unfinished_path(step), ignore_errors=True)  # NFS: a reader
+        except OSError as error:
+            logging.warning("%s: old checkpoints are kept: %s", self.path, error)
 
     def qualities(self) -> dict[int, Quality | None]:
-        """Read the evaluation of every checkpoint; None if there was none or it is corrupt."""
+        """Read the evaluation, None if there was none, of checkpoints that do not look corrupt."""
         return {
-            step: None
-            if self.find_corruption(step, [QUALITY_ITEM])
-            else read_quality(self.step_path(step))[1]
+            step: read_quality(self.step_path(step))[1]
             for step in self.steps()
+            if self.find_corruption(step, [QUALITY_ITEM]) is None
         }
 
     def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
@@ -306,7 +314,10 @@ def find_corruption(folder: str, parts: Collection[str] | None = None) -> str | 
     if body is None:
         return f"{_MANIFEST} is missing or was changed"
     lines = [line.split(" ", 2) for line in body.splitlines()]
-    expected = {name: (int(size), digest) for digest, size, name in lines}
+    try:
+        expected = {name: (int(size), digest) for digest, size, name in lines}
+    except ValueError:
+        return f"{_MANIFEST} is malformed"
     for name in sorted(expected.keys() ^ set(_file_names(folder))):
         return f"{name} is missing" if name in expected else f"{name} does not belong there"
     for name, (size, digest) in expected.items():

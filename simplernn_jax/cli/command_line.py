@@ -242,13 +242,16 @@ def expand_path(path: str, flag: str) -> str:
     """Return the absolute path that ``--FLAG`` names, ``~`` and ``~USER`` replaced.
 
     Raises:
-      UserError: `path` has a zero byte or is the URL of a bucket.
+      UserError: no such user, or `path` has a zero byte or is the URL of a bucket.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"--{flag}={path}: a URL, not a path; mount the bucket or use a local path")
     if "\0" in path:
         raise UserError(f"--{flag}={path}: a path cannot contain a zero byte; use another")
-    return os.path.abspath(os.path.expanduser(path))
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"--{flag}={path}: no such user; use ./{path} for a name with a ~")
+    return os.path.abspath(expanded)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -71,6 +71,8 @@ def _run(main: Callable[[], int | None]) -> int:
     except Exception as error:
         if _is_out_of_memory(error):
             return _report(f"not enough memory: {error}; choose smaller sizes, or free some")
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+            return _report("~: no such user, or one without a home directory; use absolute paths")
         return _show_bug()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -265,13 +265,16 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
     """Return the messages of a record, which are in `field`, in the form of OpenAI or ShareGPT.
 
     A record without ``messages`` may have ShareGPT's ``conversations``, or Alpaca's
-    ``instruction``, ``input`` and ``output``.
+    ``instruction``, ``input`` and ``output``. A ``system`` text beside them is the first message.
 
     Raises:
       TemplateError: it lacks the field, or has something else in it.
     """
+    system = record.get("system")
     if field == "messages" not in record:
         if {"instruction", "output"} <= record.keys():
+            if record.get("history"):
+                raise TemplateError("field 'history' is not supported; use 'messages'")
             parts = [record["instruction"], record.get("input") or ""]
             question = "\n".join(map(str, filter(None, parts)))
             pairs = [("user", question), ("assistant", record["output"])]
@@ -286,6 +289,8 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
     messages = record[field]
     if not isinstance(messages, list) or not messages:
         raise TemplateError("messages are not a list of at least one")
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
     found = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):

@@ -122,7 +122,8 @@ class JsonFiles(RecordFiles):
 class CsvFiles(JsonFiles):
     """CSV files: a header, then one record in each row, blank lines left out.
 
-    The delimiter is the most frequent one in the header of tab, comma and semicolon.
+    The delimiter is the most frequent one in the header of tab, comma and semicolon. In ``.tsv``
+    it is a tab, and quotes are text.
     """
 
     kind = "csv"
@@ -131,12 +132,25 @@ class CsvFiles(JsonFiles):
         # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
         errors = self._config.encoding_errors.replace("strict", "surrogateescape")
         csv.field_size_limit(MAX_RECORD_BYTES)
+        is_tsv = suffix_of(file.path) == ".tsv"
+        size = 0
+
+        def decoded(stream: IO[bytes]) -> Iterator[str]:
+            nonlocal size
+            for line in _lines(file, stream):
+                size += len(line)
+                if size > MAX_RECORD_BYTES:
+                    raise _too_long(f"{file.path}: a row")
+                yield line.decode("utf-8", errors)
+
         with self._opened(file) as stream:
-            lines = (line.decode("utf-8", errors) for line in _lines(file, stream))
+            lines = decoded(stream)
             header = next(lines, "")
-            delimiter = max("\t,;", key=header.count)
             rows = csv.DictReader(
-                itertools.chain([header], lines), delimiter=delimiter, strict=True
+                itertools.chain([header], lines),
+                delimiter="\t" if is_tsv else max("\t,;", key=header.count),
+                quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,
+                strict=True,
             )
             while True:
                 try:
@@ -147,8 +161,8 @@ class CsvFiles(JsonFiles):
                         raise csv.Error("more values than the header has names")
                 except csv.Error as error:
                     row = MalformedRecord(f"invalid CSV ({error})")
-                size = sum(len(x or "") for x in row.values()) if isinstance(row, dict) else 0
-                yield f":{rows.reader.line_num}", row, size
+                num_bytes, size = size, 0
+                yield f":{rows.reader.line_num}", row, num_bytes
 
 
 class ConversationFiles(JsonFiles):
@@ -211,6 +225,7 @@ class ParquetFiles(RecordFiles):
             yield from self._rows(file, raw)
 
     def _rows(self, file: SourceFile, raw: Any) -> Iterator[tuple[str, Any, int]]:
+        import pyarrow as pa
         from pyarrow import parquet
 
         before = self.bytes_read
@@ -225,7 +240,11 @@ class ParquetFiles(RecordFiles):
         self._check_expansion(file, sum(group.total_byte_size for group in groups))
         number = num_bytes = 0
         for batch in table.iter_batches(_ROWS, columns=[self._field], use_threads=False):
-            for value in batch.column(0).to_pylist():
+            column = batch.column(0)
+            kind = getattr(column.type, "value_type", column.type)  # of a dictionary
+            if str(kind) in ("string", "large_string", "string_view"):
+                column = column.cast(pa.large_binary())  # it may be invalid UTF-8
+            for value in column.to_pylist():
                 length = len(value) if isinstance(value, str | bytes) else 0
                 if length > MAX_RECORD_BYTES:
                     raise _too_long(f"{file.path}: row {number}: a text")

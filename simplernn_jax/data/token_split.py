@@ -41,9 +41,18 @@ class ShardedArray:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Read a slice, or the elements at an array of positions."""
-        if isinstance(index, slice):
-            index = np.arange(*index.indices(len(self)))
-        return self.take(index)
+        if not isinstance(index, slice):
+            return self.take(index)
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return self.take(np.arange(start, stop, step))
+        begins = self._starts[:-1].tolist()
+        return np.concatenate(
+            [
+                shard[max(start - begin, 0) : max(stop - begin, 0)]
+                for shard, begin in zip(self.shards, begins, strict=True)
+            ]
+        )
 
     def take(self, positions: Any, mode: str = "raise") -> np.ndarray:
         """Read the elements at `positions`, in the shape of `positions`, as `numpy.take` does.

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import filelock
 from absl import logging
@@ -36,12 +35,12 @@ from simplernn_jax.data.token_split import TokenSplit, union
 from simplernn_jax.data.tokenization import tokenize
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
-from simplernn_jax.files import read_sealed, sha256_hex, write_sealed
+from simplernn_jax.files import read_sealed, sha256_hex, take_lock, write_sealed
 
 __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
 
-_FORMAT = 1
-"""Incremented when the split changes, so that old stores are left to old runs."""
+_FORMAT = 2
+"""Incremented when the tokens or the split change, so that old stores are left to old runs."""
 _STORE_NAME = re.compile("[0-9a-f]{32}")
 _MIXTURE = ".mixture-"
 """Prefix of a file, next to the stores, that names the stores of a mixture."""
@@ -119,8 +118,8 @@ def prepare_corpus(
 ) -> TokenizedCorpus:
     """Open the tokenized corpus of a configuration, tokenizing it if that was not done yet.
 
-    Memory is bounded whatever the size of the corpus. Several processes may do this at once.
-    Every byte of the tokens is verified, and a corrupted corpus is re-tokenized.
+    Memory is bounded, except for about 70 bytes per document. Several processes may do this at
+    once. Every byte of the tokens is verified, and a corrupted corpus is re-tokenized.
 
     Args:
       config: source, tokenizer and split.
@@ -259,17 +258,26 @@ def _open_or_write(
             else:
                 plans = split_by_document(tokens, config.validation_fraction, seed)
             write_store(result, folder.name, plans, tokens)
-    return folder.name, open_store(folder)
+    try:
+        return folder.name, open_store(folder)
+    except CorruptStore as error:
+        problem = f"{error} right after it was written; check this disk"
+        raise UserError(f"{folder}: {problem}") from error
 
 
-def _lock(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Take the lock of a store, which ends with the process, or wait for it."""
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a store, which ends with the process, if need be after waiting for it."""
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        return lock.acquire(timeout=0)
+        take_lock(lock, timeout=0)
     except filelock.Timeout:
         logging.info("waiting for another process that writes %s", folder)
-        return lock.acquire()
+        take_lock(lock)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Tokenizer) -> str:

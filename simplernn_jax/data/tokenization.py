@@ -44,6 +44,12 @@ SECONDS_PER_LINE = 30
 _MAX_WORKERS = 32
 """More than that wait for the process that reads the text."""
 _BLOCK_TOKENS = 1 << 20
+_ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder
+    "RAYON_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment variables of the processes."""
 _SPAWNING = threading.Lock()
 _PIECES = np.dtype(
     [("tokens", "<i4"), ("num_bytes", "<i4"), ("is_target", np.bool_), ("begins", np.bool_)]
@@ -170,7 +176,7 @@ def _parts(
         running: collections.deque[Future[Part]] = collections.deque()
         try:
             for records in texts:
-                with _without_main():
+                with _spawning():
                     running.append(pool.submit(_run, records))
                 if len(running) > num_workers + 1:
                     yield running.popleft().result()
@@ -218,18 +224,23 @@ def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> P
 
 
 @contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep processes that start from importing the main module.
+def _spawning() -> Iterator[None]:
+    """Give processes that start `_ENVIRONMENT`, and keep them from importing the main module.
 
     A script without ``if __name__ == "__main__"`` would run again in each of them.
     """
     with _SPAWNING:
-        main = sys.modules["__main__"]
+        main, before = sys.modules["__main__"], {x: os.environ.get(x) for x in _ENVIRONMENT}
+        os.environ.update(_ENVIRONMENT)
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
             yield
         finally:
             sys.modules["__main__"] = main
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 class _Process:

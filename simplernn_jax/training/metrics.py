@@ -31,6 +31,8 @@ FLUSH_SECONDS = 30.0
 
 Row = dict[str, Any]
 
+_MAX_LINE = 1 << 20
+
 _BEGINNING, _HEADROOM = 0.1, 0.35
 """Fraction of initial steps whose losses may be clipped by the y-axis; space above the others, as a
 fraction of their range."""
@@ -109,7 +111,8 @@ def read_metrics(workdir: str) -> list[Row]:
     """
     try:
         with open_file(os.path.join(workdir, FILE_NAME)) as file:
-            return [row for line in file if (row := _decode(line)) is not None]
+            lines = iter(lambda: file.readline(_MAX_LINE), b"")
+            return [row for line in lines if (row := _decode(line)) is not None]
     except FileNotFoundError:
         return []
 

@@ -234,6 +234,10 @@ def test_a_disk_that_fills_up_during_a_save_loses_nothing_earlier(tmp_path, monk
         checkpointer.save(2, make_state(2), {})
         with pytest.raises(UserError, match=rf"step 2 .*{tmp_path}/checkpoints: No space left"):
             checkpointer.save(3, make_state(3), {})
+        assert not list((tmp_path / "checkpoints").glob("2*"))
+        patch.setattr(folder, "write_manifest", mock.Mock(side_effect=TimeoutError("late")))
+        with pytest.raises(UserError, match="step 3 could not be saved"):
+            checkpointer.save(3, make_state(3), {}, wait=True)
     assert steps_in(tmp_path / "checkpoints") == [1]
     assert_restores(tmp_path, 1)
 
@@ -270,13 +274,21 @@ def test_another_optimizer_is_named(two_steps):
         checkpointer.restore(state)
 
 
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    no_locks = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=no_locks))
+    save_steps(tmp_path, 1)
+    assert "this file system has no locks" in caplog.text
+    assert_restores(tmp_path, 1)
+
+
 def test_only_one_process_trains_in_a_workdir(tmp_path):
     with open_checkpointer(tmp_path), pytest.raises(UserError, match="another process is training"):
         open_checkpointer(tmp_path)
     assert restore(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["run [2]", "back\\slash", "gs:", "logs:/a", "gs://a"])
+@pytest.mark.parametrize("name", ["run [2]", "back\\slash", "gs:", "logs:/a", "gs://a", "\udcff"])
 def test_a_path_that_cannot_be_saved_to_is_rejected_before_anything_is_made(tmp_path, name):
     workdir = name if "://" in name else str(tmp_path / name)
     with pytest.raises(UserError, match=r"^workdir=.*; (rename|mount) "):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+from unittest import mock
 
 import chex
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from simplernn_jax import load_model
 from simplernn_jax.checkpoint.checkpointer import Checkpointer, read_config
 from simplernn_jax.checkpoint.contents import Quality
 from simplernn_jax.checkpoint.folder import (
+    CheckpointFolder,
     choose_checkpoint,
     find_corruption,
     steps_to_keep,
@@ -24,7 +26,7 @@ from simplernn_jax.checkpoint.folder import (
 )
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import open_file
+from simplernn_jax.files import open_file, write_sealed
 from simplernn_jax.models import LanguageModel
 
 
@@ -201,6 +203,24 @@ def test_bytes_outside_the_given_parts_are_not_verified(folder):
     assert find_corruption(str(folder)) == "last was changed"
     (folder / "inner" / "first file").write_bytes(bytes(256 * 7))
     assert find_corruption(str(folder), ["inner"]) == "inner/first file was changed"
+
+
+def test_a_malformed_manifest_is_corruption(folder):
+    write_sealed(folder / "manifest.sha256", "a line\n")
+    assert find_corruption(str(folder)) == "manifest.sha256 is malformed"
+
+
+def test_a_corrupt_or_unreadable_checkpoint_is_never_pruned(tmp_path, monkeypatch, caplog):
+    save(tmp_path, s2=(2.0, 7), s3=(3.0, 7), s5=(2.5, 7), s7=(2.5, 7))
+    checkpoints = CheckpointFolder(str(tmp_path))
+    damage(tmp_path, 2, "quality")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", mock.Mock(side_effect=OSError(errno.EIO, "failed")))
+        checkpoints.prune(1, 0)
+    assert "old checkpoints are kept" in caplog.text
+    assert checkpoints.steps() == [2, 3, 5, 7]
+    checkpoints.prune(1, 0)
+    assert checkpoints.steps() == [2, 7]
 
 
 def test_a_rewritten_manifest_covers_the_new_content(folder):

@@ -74,6 +74,8 @@ ERRORS = {
     'raise OSError(28, "No space left on device")': "writing a file: no space left on device; free",
     "raise MemoryError": "not enough memory",
     'command_line.expand_path("gs://b/a", "out")': "--out=gs://b/a: a URL, not a path",
+    'command_line.expand_path("~nobody-here/a", "out")': "--out=~nobody-here/a: no such user",
+    'import pathlib; pathlib.Path("~nobody-here").expanduser()': "no such user",
 }
 
 

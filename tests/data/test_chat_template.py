@@ -173,12 +173,12 @@ def test_templates_come_from_files(tmp_path):
 
 
 def test_records_of_sharegpt(tmp_path):
-    chat = [{"from": "system", "value": "S"}, {"from": "human", "value": "a"}]
-    record = {"conversations": [*chat, {"from": "gpt", "value": "b"}]}
-    path = write(tmp_path / "a.jsonl", records(record))
+    chat = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    inside = {"conversations": [{"from": "system", "value": "S"}, *chat]}
+    path = write(tmp_path / "a.jsonl", records(inside, {"conversations": chat, "system": "S"}))
     for field in ({}, {"field": "conversations"}):
         texts = read_all(path, template="roles", **field)
-        assert [*texts.values()] == ["\x01S\x04\x02a\x04\x03b\x04"]
+        assert [*texts.values()] == ["\x01S\x04\x02a\x04\x03b\x04"] * 2
 
 
 def test_records_of_alpaca(tmp_path):
@@ -194,6 +194,8 @@ def test_records_of_alpaca(tmp_path):
         ({"prompt": "a", "output": "b"}, "no field 'messages'; it has prompt, output: name the"),
         ({"messages": [{"from": "gpt", "value": 1}]}, "message 0 has no text"),
         ({"instruction": "a", "output": None}, "message 1 has no text"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history' is not"),
+        ({"messages": talk(("a", "b")), "system": 3}, "message 0 has no text"),
         ({"messages": "text"}, "not a list"),
         ({"messages": ["a"]}, "message 0 is of type str"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "message 0 has the role 'tool'"),

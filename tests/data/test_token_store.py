@@ -19,6 +19,7 @@ from small_tokenizers import word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
+from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import open_file, read_sealed, write_sealed
@@ -364,6 +365,13 @@ def test_full_disk_or_no_folder_is_one_line_and_leaves_nothing(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(source, tmp_path / "file")
+
+
+def test_a_store_that_is_corrupt_once_written_is_one_line(monkeypatch, source, cache):
+    corrupt = mock.Mock(side_effect=CorruptStore("was changed"))
+    monkeypatch.setattr("simplernn_jax.data.token_store.open_store", corrupt)
+    with pytest.raises(UserError, match="right after it was written; check this disk"):
+        prepare(source, cache)
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(

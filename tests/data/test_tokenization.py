@@ -191,10 +191,12 @@ prepare_corpus(config, 3, "cache")
 
 
 def test_a_script_without_a_guard_runs_once_and_its_processes_end_with_it(tokenizer, tmp_path):
-    (tmp_path / "pickle.py").write_text("raise SystemExit('of the current folder')")
-    (tmp_path / "script.py").write_text(SCRIPT)
+    for module in ("pickle.py", "socket.py"):
+        (tmp_path / module).write_text("raise SystemExit('of the current folder')")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "script.py").write_text(SCRIPT)
     (tmp_path / "tokenizer.json").write_text(tokenizer.tokenizer_json)
-    done = run_python("-P", "script.py", "tokenizer.json", cwd=tmp_path, timeout=60)
+    done = run_python("scripts/script.py", "tokenizer.json", cwd=tmp_path, timeout=60)
     assert (done.code, done.output) == (-signal.SIGKILL, "runs\n")
     assert "Error" not in done.errors
 

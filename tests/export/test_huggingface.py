@@ -33,6 +33,7 @@ from simplernn_jax.export.huggingface import tokenizer_json
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.models.named_weights import model_from_weights, named_weights
 from simplernn_jax.training.loop import train
+from simplernn_jax.training.metrics import encode
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -279,6 +280,8 @@ def test_what_a_model_card_states(tmp_path):
         eval_tokens=20,
     )
     result = train(config, str(run))
+    other_tokens = {"step": 1, "kind": "validation", "loss": 0.5, "predictions": 3}
+    (run / "metrics.jsonl").write_bytes(encode(other_tokens) + (run / "metrics.jsonl").read_bytes())
     model, tokenizer, config = load_model(str(run))
     header, html = card_of(TrainedModel(model, tokenizer, config, str(run)), tmp_path / "out")
     assert header == {

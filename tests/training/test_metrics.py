@@ -69,6 +69,7 @@ def test_a_resume_keeps_evaluations_of_other_tokens_apart(tmp_path):
         b'{"step": 10, "kind": "tra',  # of a killed run
         b"\xff\xfe",
         b'{"step": 1}',
+        b"0" * (3 << 20),
         b'{"step": 1, "kind": "train", "loss": "2"}',
     ],
 )

@@ -12,7 +12,7 @@ from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.inference import Conversation, generate_text
 from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.training.metrics import read_metrics
+from simplernn_jax.training.metrics import comparable, read_metrics
 
 _CARD = """\
 ---
@@ -134,11 +134,13 @@ def _results(workdir: str) -> dict[str, str]:
     for row in rows:
         if row["kind"] == "train":
             facts["steps of the training run"] = f"{row['step']:,}"
-    scored = [row for row in rows if row["kind"] != "train" and row.get("loss") is not None]
-    if scored:
-        step = min(scored, key=lambda row: row["loss"])["step"]
-        best = [row for row in scored if row["step"] == step][-1]
-        facts["held-out loss"] = f"{best['loss']:.4f} nats per token (step {step:,})"
+    scored = [row for row in rows if row.get("loss") is not None]
+    best = min(comparable(scored), key=lambda row: (row["loss"], -row["step"]), default=None)
+    for row in scored:  # of the same step, or the only one, and on all of the held-out text
+        if row["kind"] == "held_out" and (best is None or row["step"] == best["step"]):
+            best = row
+    if best is not None:
+        facts["held-out loss"] = f"{best['loss']:.4f} nats per token (step {best['step']:,})"
         facts["held-out perplexity"] = f"{math.exp(best['loss']):.2f}"
         if best.get("bits_per_byte") is not None:
             facts["held-out bits per byte"] = f"{best['bits_per_byte']:.4f}"
