@@ -171,7 +171,7 @@ def test_unreadable_tokenizer_files_are_one_line(tmp_path):
     check(r"tokenizer\.json: No such file")
     for content in (b"{", b"\xff\xfe", json.dumps({"model": {"type": "X"}}).encode()):
         path.write_bytes(content)
-        check(r"tokenizer\.json: .*pass that of a tokenizer\.json")
+        check(r"tokenizer\.json: .*pass a tokenizer\.json")
     with open(path, "wb") as stream:
         stream.truncate(1 << 40)
     check("larger than 268,435,456 bytes")

@@ -56,7 +56,7 @@ def test_parameters_gradients_and_moments_of_a_step():
 def test_a_run_that_cannot_fit_is_rejected_with_its_size(mesh, section, field, value, part):
     config = Config()
     setattr(getattr(config, section), field, value)
-    message = rf"this run needs at least .*{part}.*, this machine has 24 GB; lower config\.data"
+    message = rf"this run needs at least .*{part}.*, but this machine has 24 GB; lower config\.data"
     with pytest.raises(UserError, match=message):
         check_training(config, mesh)
 
