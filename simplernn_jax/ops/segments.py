@@ -22,7 +22,7 @@ def segment_starts(segment_ids: jax.Array | np.ndarray) -> jax.Array:
     return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]
 
 
-def mask_to_last_segment(tail: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+def mask_to_last_segment(tail: jax.Array, starts: jax.Array | None) -> jax.Array:
     """Zero the last P inputs ``[B, P, D]`` that are not in the last token's segment."""
     if starts is None:
         return tail
