@@ -179,6 +179,11 @@ def new_folder(out: str) -> Iterator[Path]:
 
 
 def check_new(out: str) -> None:
-    """Raise `UserError` if something is at `out`."""
-    if os.path.lexists(out):
-        raise UserError(f"--out={out}: exists already; specify a new folder")
+    """Raise `UserError` if something is at `out`, or nothing can be."""
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"--out={out}: {error.strerror}; use another folder") from error
+    raise UserError(f"--out={out}: exists already; specify a new folder")

@@ -284,6 +284,7 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
         ({"format": "htm"}, "--format=htm: must be one of html,", "did you mean 'html'?"),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
+        ({"out": "a" * 300}, "File name too long", "use another folder"),
         ({"quantize": "int8"}, "--quantize=int8: only with --format=html", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
         ({"format": ""}, "no --format", "specify html"),
