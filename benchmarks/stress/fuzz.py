@@ -47,7 +47,7 @@ CHAT = [
     {"role": "assistant", "content": "yo\n"},
 ]
 SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
-ALPACA = {"instruction": "add", "input": "1 2", "output": "3", "history": [["a", "b"]]}
+ALPACA = {"instruction": "add", "input": "1 2", "output": "3"}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
