@@ -204,13 +204,16 @@ class Answer:
             self._count_unread(-sum(event_bytes(event) for _, event in events))
 
     async def pieces(self) -> list[Piece]:
-        """Collect the whole pieces of all choices; raises what `updates` does."""
+        """Collect the whole pieces of all choices, and end; raises what `updates` does."""
         pieces = [Piece("", [], None) for job in self.jobs for _ in range(job.num_choices)]
-        async for updates in self.updates():
-            for index, piece in updates:
-                pieces[index].text += piece.text
-                pieces[index].entries += piece.entries
-                pieces[index].finish_reason = piece.finish_reason
+        try:
+            async for updates in self.updates():
+                for index, piece in updates:
+                    pieces[index].text += piece.text
+                    pieces[index].entries += piece.entries
+                    pieces[index].finish_reason = piece.finish_reason
+        finally:
+            self.cancel()
         return pieces
 
     async def _read(self, job: Job, event: Prefilled | NewTokens) -> list[Update]:

@@ -29,7 +29,7 @@ UNREAD_SECONDS = 300.0
 """Seconds after which a stream ends whose client takes nothing."""
 LONG = 4096
 """Characters or tokens from which work is done in a thread: some ten milliseconds."""
-OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health"})
 """Paths that need no key: they tell nothing about the model."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,8 @@ class Prefix(NamedTuple):
     """Identifies the state in the prefix cache."""
     recent: np.ndarray
     """[n] int32 last ids, for `Sampling.repetition_penalty` and the text of new tokens."""
+    description: Any = None
+    """Of a named state, as the API shows it."""
 
 
 class Prefilled(NamedTuple):

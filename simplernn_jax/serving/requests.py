@@ -4,7 +4,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 NAME_PATTERN = "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 MAX_PROMPTS = 256
@@ -219,7 +219,11 @@ class StateRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     prompt: Prompt = ""
     parent: StateName | None = None
-    name: StateName | UnsetType = UNSET
+    name: StateName | None = None
+
+
+AnyRequest = TypeVar("AnyRequest", bound=CompletionRequest | ChatRequest | StateRequest)
+"""A request that becomes jobs."""
 
 
 def parse(kind: type[_Body], body: bytes) -> _Body:

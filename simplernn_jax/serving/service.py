@@ -1,6 +1,7 @@
 """The model as the HTTP side sees it: requests become jobs of the worker."""
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import Counter
@@ -14,17 +15,18 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.answers import Answer, TokenNames
-from simplernn_jax.serving.http import in_thread_if_long
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import (
+    AnyRequest,
     ChatRequest,
     CompletionRequest,
     Prompt,
     RequestError,
     SamplingFields,
     StateRequest,
+    parse,
 )
-from simplernn_jax.serving.states import NamedState, StateFolder
+from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
 
 MAX_ECHOED = 1 << 26
@@ -101,31 +103,31 @@ class Service:
             self.states, self._checkpoint = states, checkpoint
         return True
 
-    async def answer(
-        self, request: CompletionRequest | ChatRequest | StateRequest, size: int
-    ) -> tuple[Answer, NamedState | None]:
-        """Make the answer to a request of `size` bytes, and load the state that it continues.
+    async def answer(self, kind: type[AnyRequest], content: bytes) -> tuple[AnyRequest, Answer]:
+        """Parse the body of a request, and make its answer, whose jobs are not submitted yet.
 
         Raises:
           RequestError: 400 for values that the model cannot use, 409 if the parameters are replaced
             meanwhile, or as `StateFolder.load`.
         """
         states = self.states
-        name = request.parent if isinstance(request, StateRequest) else request.state
-        start = None if name is None else await asyncio.to_thread(states.load, name)
-        prefix = None if start is None else start.prefix
 
-        def make() -> Answer:
-            return Answer(self.worker, self.tokenizer, self.jobs(request, prefix))
+        def make() -> tuple[AnyRequest, Answer]:
+            request = parse(kind, content)
+            if isinstance(request, StateRequest):
+                name = request.parent
+            else:
+                self.check_model(request.model)
+                name = request.state
+            prefix = None if name is None else states.load(name)
+            return request, Answer(self.worker, self.tokenizer, self.jobs(request, prefix))
 
-        if isinstance(request, ChatRequest):
-            async with self._rendering:  # one process renders: others would wait for it in threads
-                answer = await asyncio.to_thread(make)
-        else:
-            answer = await in_thread_if_long(size, make)
-        if start is not None and states is not self.states:
-            raise RequestError(f"state {name!r}: of older parameters", status=409)
-        return answer, start
+        # One process renders conversations: others would wait for it in threads.
+        async with self._rendering if kind is ChatRequest else contextlib.nullcontext():
+            made = await asyncio.to_thread(make)
+        if states is not self.states and any(job.prefix is not None for job in made[1].jobs):
+            raise RequestError("state: of older parameters", status=409)
+        return made
 
     def jobs(
         self, request: CompletionRequest | ChatRequest | StateRequest, prefix: Prefix | None

@@ -30,20 +30,6 @@ from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
 _SUFFIX = ".safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedState:
-    """A state of one sequence with what the server knows of it."""
-
-    name: str
-    prefix: Prefix
-    fingerprint: str
-    """SHA-256 of its file."""
-    num_bytes: int
-    length: int | None
-    """Tokens before it; None for the file of another program."""
-    parent: str | None
-
-
 class StateFolder:
     """The states of one model in a folder that exists; files of other models are rejected."""
 
@@ -69,23 +55,11 @@ class StateFolder:
         described = []
         for path in sorted(self._folder.glob("*" + _SUFFIX)):
             try:
-                described.append(self.describe(self.load(path.name.removesuffix(_SUFFIX))))
+                described.append(self.load(path.name.removesuffix(_SUFFIX)).description)
             except RequestError as error:  # corrupt, deleted or of another model
                 if error.status == 503:
                     raise
         return described
-
-    def describe(self, state: NamedState) -> Any:
-        """Describe a state as the API does."""
-        return {
-            "id": state.name,
-            "object": "state",
-            "tokens": state.length,
-            "bytes": state.num_bytes,
-            "sha256": state.fingerprint,
-            "parent": state.parent,
-            "text": self._tokenizer.decode(state.prefix.recent),
-        }
 
     def read(self, name: str) -> bytes:
         """Read a file, no link; raises `RequestError`: 404 without one, 400 for a wrong name."""
@@ -94,22 +68,21 @@ class StateFolder:
         except OSError as error:
             raise _error(name, error) from error
 
-    def load(self, name: str) -> NamedState:
+    def load(self, name: str) -> Prefix:
         """Load a state; `RequestError`: 404 without one, 409 if corrupt or of another model."""
         return self._decode(name, self.read(name), status=409)
 
     def add(
-        self, name: str | None, state: PrefixState, tokens: np.ndarray, parent: NamedState | None
-    ) -> NamedState:
+        self, name: str | None, state: PrefixState, tokens: np.ndarray, *, parent: Prefix | None
+    ) -> Prefix:
         """Save the state after `parent` and `tokens`; raises what `put` does."""
-        before, notes = np.zeros(0, np.int32), {}
-        length: int | None = 0
+        notes, recent = {"length": str(len(tokens))}, tokens[-RECENT_TOKENS:]
         if parent is not None:
-            before, length = parent.prefix.recent, parent.length
-            notes["parent"] = parent.name
-        if length is not None:
-            notes["length"] = str(length + len(tokens))
-        recent = np.concatenate([before, tokens])[-RECENT_TOKENS:]
+            length = parent.description["tokens"]
+            notes = {"parent": parent.description["id"]}
+            if length is not None:
+                notes["length"] = str(length + len(tokens))
+            recent = np.concatenate([parent.recent, recent])[-RECENT_TOKENS:]
         recent = np.pad(recent, (RECENT_TOKENS - len(recent), 0), constant_values=-1)
         saved = dataclasses.replace(
             empty_state(self._model, 1),
@@ -119,7 +92,7 @@ class StateFolder:
         )
         return self.put(name, encode_state(saved, self._fingerprints, **notes))
 
-    def put(self, name: str | None, content: bytes) -> NamedState:
+    def put(self, name: str | None, content: bytes) -> Prefix:
         """Save the content of a file under a new name, by default a random one.
 
         Raises:
@@ -127,7 +100,7 @@ class StateFolder:
             room.
         """
         name = f"state-{secrets.token_hex(6)}" if name is None else name
-        path, named = self._path(name), self._decode(name, content, status=400)
+        path, saved = self._path(name), self._decode(name, content, status=400)
         with self._lock:
             if os.path.lexists(path):
                 raise RequestError(
@@ -140,7 +113,7 @@ class StateFolder:
                 write_file(path, content)
             except OSError as error:
                 raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
-        return named
+        return saved
 
     def delete(self, name: str) -> None:
         """Delete a file; raises `RequestError` (404) if it does not exist."""
@@ -155,29 +128,28 @@ class StateFolder:
             raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}")
         return self._folder / (name + _SUFFIX)
 
-    def _decode(self, name: str, content: bytes, status: int) -> NamedState:
+    def _decode(self, name: str, content: bytes, status: int) -> Prefix:
         where = f"state {name!r}"
         try:
             state, header = decode_state(where, content, self._model, self._fingerprints)
+            if len(state.position) != 1:
+                raise UserError(f"{where}: has {len(state.position)} sequences; save one")
         except UserError as error:
             raise RequestError(str(error), status=status) from error
-        if len(state.position) != 1:
-            raise RequestError(
-                f"{where}: has {len(state.position)} sequences; save one", status=status
-            )
-        length, fingerprint = header.get("length", ""), sha256_hex(content)
+        length, digest = header.get("length", ""), sha256_hex(content)
         recent = np.asarray(state.recent[0])
-        prefix = Prefix(
-            PrefixState(state.layers, state.logits), bytes.fromhex(fingerprint), recent[recent >= 0]
-        )
-        return NamedState(
-            name,
-            prefix,
-            fingerprint,
-            len(content),
-            int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
-            header.get("parent"),
-        )
+        recent = recent[recent >= 0]
+        description = {
+            "id": name,
+            "object": "state",
+            "tokens": int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
+            "bytes": len(content),
+            "sha256": digest,
+            "parent": header.get("parent"),
+            "text": self._tokenizer.decode(recent),
+        }
+        prefix = PrefixState(state.layers, state.logits)
+        return Prefix(prefix, bytes.fromhex(digest), recent, description)
 
 
 def _error(name: str, error: OSError) -> RequestError:

@@ -1,9 +1,13 @@
 """Bodies of requests, and what a model makes of them, without a server."""
 
+import contextlib
 import json
 from unittest import mock
 
+import hypothesis
+import msgspec
 import pytest
+from hypothesis import strategies
 from small_runs import small_model
 
 from simplernn_jax.data.tokenizer import ByteTokenizer
@@ -12,6 +16,7 @@ from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
     RequestError,
+    StateRequest,
     parse,
 )
 from simplernn_jax.serving.service import Service
@@ -92,6 +97,26 @@ def test_bodies_that_are_no_json(body):
     with pytest.raises(RequestError) as found:
         parse(CompletionRequest, body)
     assert found.value.param is None
+
+
+ANY = strategies.recursive(
+    strategies.sampled_from([None, True, -1, 0, 0.5, 3, 2**31, 2**64, 1e300, "", "a", "\0é\\"]),
+    lambda values: strategies.lists(values) | strategies.dictionaries(strategies.text(), values),
+    max_leaves=4,
+)
+MESSAGES = strategies.just([{"role": "user", "content": "a"}]) | ANY
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, StateRequest])
+@hypothesis.given(data=strategies.data())
+def test_random_bodies_are_answered_or_rejected(service, kind, data):
+    fields = [field.name for field in msgspec.structs.fields(kind)]
+    chosen = data.draw(strategies.sets(strategies.sampled_from(fields), max_size=3))
+    body = {name: data.draw(ANY) for name in chosen}
+    if kind is ChatRequest:
+        body["messages"] = data.draw(MESSAGES)
+    with contextlib.suppress(RequestError):
+        assert service.jobs(parse(kind, json.dumps(body).encode()), None)
 
 
 NEUTRAL = {

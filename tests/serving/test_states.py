@@ -26,7 +26,7 @@ def folder(tmp_path):
 def test_states_have_a_joint_limit(folder, tmp_path):
     states, content = folder
     (tmp_path / ".0123.tmp").write_bytes(content * 9)  # what a killed process left takes no room
-    assert states.put("second", content).num_bytes == len(content)
+    assert states.put("second", content).description["bytes"] == len(content)
     with pytest.raises(RequestError, match="no room") as full:
         states.put("third", content)
     assert full.value.status == 507
