@@ -166,8 +166,7 @@ class Answer:
 
     def cancel(self) -> None:
         """Free what the jobs use."""
-        for job in self.jobs:
-            job.is_cancelled = True
+        self._worker.cancel(*self.jobs)
 
     @property
     def usage(self) -> Any:

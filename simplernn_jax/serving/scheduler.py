@@ -26,7 +26,7 @@ from simplernn_jax.inference.engine import (
 )
 from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
+from simplernn_jax.serving.jobs import Event, Job, NewTokens
 from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller, PrefixCache, Prompt
 
 PREFILL_TOKENS = 512
@@ -96,8 +96,6 @@ class Scheduler:
         self._events: list[tuple[Job, Event]] = []
         self.is_stalled = False
         """True if the last step found nothing to do."""
-        self._jobs: dict[Job, None] = {}
-        """Jobs without an end before the last step, and those that it started."""
 
     @property
     def num_active(self) -> int:
@@ -131,9 +129,6 @@ class Scheduler:
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
         self._events = []
-        active = [choice.job for choice in self._choices if choice is not None]
-        started = [prompt.job for prompt in (*self._prefiller.prompts, *self._ready)]
-        self._jobs = dict.fromkeys(started + active)
         previous, self._in_flight = self._in_flight, None
         if previous and (self.waiting or self._prefiller.prompts):
             self._collect(previous)  # prefill would compete with the block
@@ -152,16 +147,9 @@ class Scheduler:
         self.is_stalled = not (block or self._events or has_prefilled)
         return self._events
 
-    def fail_all(self, message: str) -> list[tuple[Job, Event]]:
-        """Return a failure of every job, also of those that the last step has ended.
-
-        Call `reset` before the next step.
-        """
-        waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        return [(job, Failed(message)) for job in self._jobs | dict.fromkeys(waiting)]
-
     def reset(self) -> None:
-        """Empty slots, queues and cache."""
+        """Empty slots, queues and cache, also after a step that failed."""
+        self.waiting.clear()
         self._start(len(self._choices))
         self.cache.clear()
 
@@ -183,12 +171,10 @@ class Scheduler:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
-            if self._next_ready() or budget <= 0:
+            if self._ready or budget <= 0:
                 return has_prefilled
             while self.waiting and len(prefiller.prompts) < MAX_JOBS:
-                job = self.waiting.popleft()
-                self._jobs[job] = None
-                prefiller.start(job)
+                prefiller.start(self.waiting.popleft())
             if not prefiller.finished:
                 if not prefiller.prompts:
                     return has_prefilled
@@ -202,18 +188,15 @@ class Scheduler:
         """Insert choices of prefilled jobs into free slots, in order."""
         new: list[tuple[int, Prompt, int]] = []
         for slot, choice in enumerate(self._choices):
-            if choice is None and (prompt := self._next_ready()):
+            if choice is None and self._ready:
+                prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
                 self._choices[slot] = _Choice(prompt.job, prompt.num_started)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
-                    self._ready.remove(prompt)
+                    self._ready.popleft()
         for start in range(0, len(new), MAX_JOBS):
             self._insert(new[start : start + MAX_JOBS])
-
-    def _next_ready(self) -> Prompt | None:
-        """Return the first prefilled prompt that is not paused."""
-        return next((prompt for prompt in self._ready if not prompt.job.is_paused), None)
 
     def _insert(self, new: list[tuple[int, Prompt, int]]) -> None:
         """Insert up to MAX_JOBS (slot, prompt, number of its choice)."""

@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.engine import MAX_BLOCK
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.serving import scheduler as scheduling
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens, Prefilled, Prefix
+from simplernn_jax.serving.jobs import Job, NewTokens, Prefilled, Prefix
 from simplernn_jax.serving.prefill import GRID, PrefixCache, is_kept
 from simplernn_jax.serving.scheduler import PREFILL_TOKENS, Scheduler
 
@@ -168,19 +167,6 @@ def test_jobs_that_pause_give_the_same_bits(which, request, monkeypatch):
     assert run(scheduler, jobs)[0] == expected
 
 
-def test_a_paused_prompt_takes_no_slot(scheduler):
-    paused, other = (make_job(max_tokens=3, num_choices=n) for n in (9, 1))
-    paused.is_paused = True
-    scheduler.waiting += [paused, other]
-    events = []
-    while sum(isinstance(event, NewTokens) for event in events) == 0:
-        assert not scheduler.is_stalled
-        events += [event for job, event in scheduler.step() if job is other]
-    paused.is_paused = False
-    while not scheduler.is_idle:
-        scheduler.step()
-
-
 @needs_compiler
 @pytest.mark.parametrize("which", ["hybrid", "native"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20, "seed": 3}])
@@ -242,29 +228,6 @@ def test_a_cancelled_job_frees_its_slots(scheduler):
     scheduler.drop_cancelled()
     run(scheduler, [])
     assert (scheduler.num_active, scheduler.num_waiting) == (0, 0)
-
-
-@pytest.mark.oldest_python
-@pytest.mark.parametrize("step", [1, 5, 9])
-def test_every_job_of_a_failing_step_gets_an_end(model, monkeypatch, step):
-    scheduler = Scheduler(model, num_slots=3, cache_bytes=0)
-    jobs = [make_job(i, 40 + 30 * i, max_tokens=3 + 9 * i, num_choices=1 + i % 2) for i in range(5)]
-    scheduler.waiting.extend(jobs)
-    events = [event for _ in range(step) for event in scheduler.step()]
-    monkeypatch.setattr(scheduler, "_dispatch", mock.Mock(side_effect=MemoryError))
-    try:
-        while not scheduler.is_idle:
-            events += scheduler.step()
-    except MemoryError:
-        events += scheduler.fail_all("no memory")
-    ended = {job for job, event in events if isinstance(event, Failed)}
-    choices = [(j, e.choice) for j, e in events if isinstance(e, NewTokens) and e.finish_reason]
-    complete = {job for job in jobs if len({c for j, c in choices if j is job}) == job.num_choices}
-    assert ended | complete == set(jobs)
-    scheduler.reset()
-    monkeypatch.undo()
-    assert scheduler.is_idle
-    assert run(scheduler, [jobs[0]])
 
 
 def test_a_long_prompt_does_not_stall_streams(scheduler, monkeypatch):

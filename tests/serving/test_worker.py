@@ -66,12 +66,13 @@ def job(**options):
 def test_a_failing_step_ends_its_jobs_and_the_worker_goes_on(running, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(running.worker.scheduler, "_dispatch", mock.Mock(side_effect=ValueError))
-        first = job()
-        running.worker.submit(first)
-        assert "could not compute this" in running.wait_for(first).message
-    second = job()
-    running.worker.submit(second)
-    assert isinstance(running.wait_for(second), NewTokens)
+        failing = [job(), job(num_choices=3), job(), job()]  # the last two find no slot
+        running.worker.submit(*failing)
+        for one in failing:
+            assert "could not compute this" in running.wait_for(one).message
+    other = job()
+    running.worker.submit(other)
+    assert isinstance(running.wait_for(other), NewTokens)
 
 
 def test_a_worker_that_cannot_go_on_says_so(running, monkeypatch):
