@@ -18,15 +18,9 @@ from simplernn_jax.inference.arguments import (
     checked_sampling,
 )
 from simplernn_jax.inference.engine import Block, Engine, PrefixState, Sequences, batch_sequences
-from simplernn_jax.inference.state import (
-    RECENT_TOKENS,
-    DecoderState,
-    check_state,
-    empty_state,
-    state_bytes,
-    state_shapes,
-)
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, empty_state
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.memory_estimate import model_bytes
 
 BLOCK_TOKENS = 32
 """Maximum number of tokens of a sequence that one dispatch decodes, and `on_tokens` gets."""
@@ -148,8 +142,8 @@ def generate(
 
 
 def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:
-    num_bytes = len(prompts) * state_bytes(state_shapes(model, 1))
-    check_memory(num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
+    num_bytes = model_bytes(model.config)[1] + 4 * model.config.vocab_size
+    check_memory(len(prompts) * num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
     seen: Counter[bytes] = Counter()
     streams = []
     for prompt in prompts:

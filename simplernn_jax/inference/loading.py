@@ -36,11 +36,11 @@ def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
 
     A fine-tuned copy of the weights has no digest, and is loaded with the same file.
     """
-    run: dict[str, Any] = {
+    run = {
         "config": json.loads(config_lib.to_json(config)),
         "tokenizer": json.loads(tokenizer.to_json()),
+        "weights_sha256": weights_digest(weights),
     }
-    run["weights_sha256"] = weights_digest(weights)
     return json.dumps(run | {"sha256": _digest_of(run)}, indent=2) + "\n"
 
 
@@ -72,12 +72,8 @@ def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
             raise ValueError(f"its fields are {', '.join(run)}")
         config = config_lib.from_json(json.dumps(run["config"]))
         return config, tokenizer_from_json(json.dumps(run["tokenizer"])), digest
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; export the model again") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: corrupted ({error}); export the model again") from error
+    except (UserError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; export the model again") from error
 
 
 def _digest_of(run: dict[str, Any]) -> str:
