@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.resources
+import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -37,12 +38,7 @@ from simplernn_jax.serving.requests import (
 from simplernn_jax.serving.service import Service
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
-PAGE_FILES = {
-    "index.html": "text/html",
-    "page.js": "text/javascript",
-    "tokens.js": "text/javascript",
-    "page.css": "text/css",
-}
+PAGE_FILES = ("index.html", "page.js", "tokens.js", "page.css")
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
@@ -67,10 +63,10 @@ def make_app(service: Service) -> Starlette:
 
 def page_file(name: str) -> Callable[[Request], Awaitable[Response]]:
     """Make the endpoint of a file, which another installation may replace meanwhile."""
-    content, media_type = (PAGE / name).read_bytes(), f"{PAGE_FILES[name]}; charset=utf-8"
+    content, (media_type, _) = (PAGE / name).read_bytes(), mimetypes.guess_type(name)
 
     async def respond(request: Request) -> Response:
-        return Response(content, 200, PAGE_HEADERS, media_type)
+        return Response(content, 200, PAGE_HEADERS, f"{media_type}; charset=utf-8")
 
     return respond
 
@@ -87,7 +83,6 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._listing = asyncio.Lock()
 
     def endpoint(self, path: str, handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
         """Bind an operation; its errors become responses, and all responses are counted."""
@@ -205,8 +200,7 @@ class Api:
 
     async def list_states(self, request: Request) -> Response:
         """List the named states."""
-        async with self._listing:  # it reads all files: several would take the threads of others
-            states = await asyncio.to_thread(self._service.states.descriptions)
+        states = await asyncio.to_thread(self._service.states.descriptions)
         return json_response({"object": "list", "data": states})
 
     async def make_state(self, request: Request) -> Response:

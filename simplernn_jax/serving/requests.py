@@ -1,7 +1,7 @@
 """Bodies of requests: types, ranges and unknown fields are checked while JSON is parsed."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -172,20 +172,16 @@ class ChatRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: ClassVar[bool] = False
+    """An answer never begins with the conversation."""
 
     def __post_init__(self) -> None:
         """Check rules of several fields."""
         super().__post_init__()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            message = "max_tokens: leave it out with max_completion_tokens"
-            raise RequestError(message)
+            raise RequestError("max_tokens: leave it out with max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: only with logprobs")
-
-    @property
-    def echo(self) -> bool:
-        """False: an answer never begins with the conversation."""
-        return False
 
     @property
     def length(self) -> int:

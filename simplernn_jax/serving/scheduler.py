@@ -78,15 +78,12 @@ class Scheduler:
         self._engine = Engine(model)
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(_empty_state(model, 1))
-        self._start(num_slots)
-
-    def _start(self, num_slots: int) -> None:
-        """Clear slots and queues."""
+        self._prefiller = Prefiller(self._engine, self._zero, self.cache)
         nothing = _new_sequence(_NO_JOB, 0, self._vocab_size)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
-        self._slots: Sequences = slots._replace(state=_empty_state(self.model, num_slots))
+        self._slots: Sequences = slots._replace(state=_empty_state(model, num_slots))
         self._choices: list[_Choice | None] = [None] * num_slots
-        self._prefiller = Prefiller(self._engine, self._zero, self.cache)
+        self._prefilling: deque[Prompt] = deque()
         self._ready: deque[Prompt] = deque()
         """Prefilled prompts with choices that wait for a slot."""
         self._in_flight: _Dispatched | None = None
@@ -94,8 +91,6 @@ class Scheduler:
         self._token_seconds = LONG_SECONDS
         """Seconds per token of all slots in the last block."""
         self._events: list[tuple[Job, Event]] = []
-        self.is_stalled = False
-        """True if the last step found nothing to do."""
 
     @property
     def num_active(self) -> int:
@@ -105,7 +100,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Number of jobs without a slot."""
-        return len(self.waiting) + len(self._ready) + len(self._prefiller.prompts)
+        return len(self.waiting) + len(self._ready) + len(self._prefilling)
 
     @property
     def _is_crowded(self) -> bool:
@@ -113,10 +108,16 @@ class Scheduler:
         return 2 * self.num_active > len(self._choices)
 
     @property
+    def is_paused(self) -> bool:
+        """True if `step` has nothing to do before a job continues or another one comes."""
+        has_new = self.waiting or self._prefilling or (self._ready and None in self._choices)
+        running = [c for c in self._choices if c is not None and not c.job.is_paused]
+        return not (has_new or running or self._in_flight)
+
+    @property
     def is_idle(self) -> bool:
-        """True if `step` has nothing to do."""
-        is_busy = self.waiting or self._prefiller.prompts or self._ready or self._in_flight
-        return not is_busy and not self.num_active
+        """True if there are no jobs."""
+        return self.is_paused and not self._ready and not self.num_active
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
@@ -130,10 +131,10 @@ class Scheduler:
         """Prefill a little, decode a block, and return its events."""
         self._events = []
         previous, self._in_flight = self._in_flight, None
-        if previous and (self.waiting or self._prefiller.prompts):
+        if previous and (self.waiting or self._prefilling):
             self._collect(previous)  # prefill would compete with the block
             previous = None
-        has_prefilled = self._admit()
+        self._admit()
         running = [None if c is None or c.job.is_paused else c for c in self._choices]
         is_first = any(choice is not None and not choice.num_tokens for choice in running)
         block = self._dispatch(running, is_first) if any(running) else None
@@ -144,45 +145,40 @@ class Scheduler:
         else:
             # The device computes this block while the previous one is handled.
             self._in_flight = block
-        self.is_stalled = not (block or self._events or has_prefilled)
         return self._events
-
-    def reset(self) -> None:
-        """Empty slots, queues and cache, also after a step that failed."""
-        self.waiting.clear()
-        self._start(len(self._choices))
-        self.cache.clear()
 
     def drop_cancelled(self) -> None:
         """Forget cancelled jobs and choices; no other thread may submit jobs meanwhile."""
         self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
+        self._prefilling = deque(p for p in self._prefilling if not p.job.is_cancelled)
         self._ready = deque(prompt for prompt in self._ready if not prompt.job.is_cancelled)
-        self._prefiller.drop_cancelled()
         for slot, choice in enumerate(self._choices):
             if choice is None:
                 continue
             if choice.job.is_cancelled or choice.index in choice.job.cancelled_choices:
                 self._choices[slot] = None
 
-    def _admit(self) -> bool:
-        """Fill free slots with prefilled jobs; return True if it prefilled some of the next."""
-        budget, prefiller, has_prefilled = PREFILL_TOKENS, self._prefiller, False
+    def _admit(self) -> None:
+        """Fill free slots with prefilled jobs, and prefill some of the next."""
+        budget = PREFILL_TOKENS
         if len(self.waiting) > self.num_active:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
             if self._ready or budget <= 0:
-                return has_prefilled
-            while self.waiting and len(prefiller.prompts) < MAX_JOBS:
-                prefiller.start(self.waiting.popleft())
-            if not prefiller.finished:
-                if not prefiller.prompts:
-                    return has_prefilled
-                budget -= prefiller.step()
-                has_prefilled = True
-            self._events += [(prompt.job, prompt.result()) for prompt in prefiller.finished]
-            self._ready += [prompt for prompt in prefiller.finished if prompt.job.max_tokens]
-            prefiller.finished.clear()
+                return
+            while self.waiting and len(self._prefilling) < MAX_JOBS:
+                self._prefilling.append(self._prefiller.begin(self.waiting.popleft()))
+            if not self._prefilling:
+                return
+            finished = [prompt for prompt in self._prefilling if not len(prompt.left)]
+            for prompt in finished:
+                self._prefilling.remove(prompt)
+                self._events.append((prompt.job, prompt.result()))
+                if prompt.job.max_tokens:
+                    self._ready.append(prompt)
+            if not finished:
+                budget -= self._prefiller.advance(self._prefilling)
 
     def _start_choices(self) -> None:
         """Insert choices of prefilled jobs into free slots, in order."""

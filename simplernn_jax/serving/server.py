@@ -131,14 +131,14 @@ class Server(uvicorn.Server):
             for number, name in enumerate(self._worker.scheduler.compile(), 1):
                 if service.status != "starting":
                     return
-                _progress(f"compiling program {number}: {name}")
+                logging.info("compiling program %d: %s", number, name)
             # All that lives so far lives on: no collection need look at it, for 0.1 s each time.
             gc.collect()
             gc.freeze()
             if service.status == "starting":
                 service.status = "ready"
             host, port = self._address
-            _progress(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}\n")
+            logging.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             self._worker.run(self._on_events)
         except BaseException as error:
             self._failure = error
@@ -155,9 +155,9 @@ class Server(uvicorn.Server):
     async def _reload(self) -> None:
         try:
             is_newer = await self._service.reload()
-            _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
+            logging.info("a newer checkpoint is served" if is_newer else "no newer checkpoint")
         except RequestError as error:
-            _progress(f"{error.message}\n")
+            logging.warning("%s", error.message)
         except Exception:
             logging.exception("the newer checkpoint cannot be used")
 
@@ -166,8 +166,3 @@ def _deliver(events: list[tuple[Job, Event]]) -> None:
     for job, event in events:
         if job.deliver is not None:
             job.deliver(job, event)
-
-
-def _progress(line: str) -> None:
-    shown = f"\r\x1b[K{line}" if sys.stderr.isatty() else f"{line.rstrip()}\n"
-    print(shown, end="", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from simplernn_jax.serving.requests import (
     StateRequest,
     parse,
 )
+from simplernn_jax.serving.scheduler import Scheduler
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
 
@@ -40,8 +41,8 @@ _SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "freque
 class Service:
     """The model as the HTTP side sees it; methods raise `RequestError` for what they cannot use.
 
-    `checkpoint` is the path of the parameters in use, `choose` returns the path of those to use
-    now, and `load` loads them. By default they never change.
+    `checkpoint` is the path of the parameters in use. `load_other` loads those that are selected
+    now, with their path; it returns None if they are in use. By default they never change.
     """
 
     def __init__(
@@ -53,8 +54,7 @@ class Service:
         states: StateFolder,
         template: ChatTemplate | None = None,
         checkpoint: str = "",
-        choose: Callable[[], str] = lambda: "",
-        load: Callable[[], LanguageModel] | None = None,
+        load_other: Callable[[str], tuple[str, LanguageModel] | None] = lambda checkpoint: None,
     ) -> None:
         self.worker = worker
         self.tokenizer = tokenizer
@@ -66,7 +66,7 @@ class Service:
         self.names = TokenNames(tokenizer, vocab_size)
         self._vocab_size = vocab_size
         self._banned_ids = ids_without_text(tokenizer, vocab_size)
-        self._checkpoint, self._choose, self._load = checkpoint, choose, load
+        self._checkpoint, self._load_other = checkpoint, load_other
         self._reloading = asyncio.Lock()
         self._rendering = asyncio.Lock()
 
@@ -88,20 +88,24 @@ class Service:
 
         Raises `RequestError` (409) if it cannot be loaded; the parameters in use stay.
         """
+
+        def load() -> tuple[str, Scheduler, StateFolder] | None:
+            loaded = self._load_other(self._checkpoint)
+            if loaded is None:
+                return None
+            checkpoint, model = loaded
+            return checkpoint, self.worker.make_scheduler(model), self.states.with_model(model)
+
         async with self._reloading:
             try:
-                checkpoint = await asyncio.to_thread(self._choose)
-                if checkpoint == self._checkpoint or self._load is None:
-                    return False
-                model = await asyncio.to_thread(self._load)
-                scheduler = await asyncio.to_thread(self.worker.make_scheduler, model)
+                loaded = await asyncio.to_thread(load)
             except (UserError, OSError) as error:
                 raise RequestError(str(error), status=409) from error
-            states = await asyncio.to_thread(self.states.with_model, model)
-            # Together: no request sees the parameters of one and the states of another.
-            self.worker.use_scheduler(scheduler)
-            self.states, self._checkpoint = states, checkpoint
-        return True
+            if loaded is not None:
+                # Together: no request sees the parameters of one and the states of another.
+                self._checkpoint, scheduler, self.states = loaded
+                self.worker.use_scheduler(scheduler)
+        return loaded is not None
 
     async def answer(self, kind: type[AnyRequest], content: bytes) -> tuple[AnyRequest, Answer]:
         """Parse the body of a request, and make its answer, whose jobs are not submitted yet.

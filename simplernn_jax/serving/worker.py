@@ -126,7 +126,7 @@ class Worker:
                 if self._is_stopping and (not busy or time.monotonic() > self._deadline):
                     return False
                 if busy:
-                    if all(scheduler.is_stalled for scheduler in busy):
+                    if all(scheduler.is_paused for scheduler in busy):
                         self._wake.wait(STALL_SECONDS)
                     return True
                 self._wake.wait()
@@ -143,8 +143,7 @@ class Worker:
             logging.exception("a step of the server failed")
             with self._wake:  # or a job that is submitted meanwhile would be lost
                 self._fail_all(f"{type(error).__name__}: the server could not compute this")
-                for scheduler in self._schedulers:
-                    scheduler.reset()
+                self._schedulers = [self.make_scheduler(self.scheduler.model)]
 
     def _fail_all(self, message: str) -> None:
         with self._wake:

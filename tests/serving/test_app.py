@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -95,23 +94,6 @@ def test_long_work_is_done_while_others_are_answered(service, monkeypatch):
     asyncio.run(run())
 
 
-def test_states_are_listed_for_one_request_at_a_time(service):
-    listing, app = threading.Lock(), make_app(service)
-
-    def descriptions():
-        assert listing.acquire(blocking=False)
-        time.sleep(0.01)
-        listing.release()
-        return []
-
-    service.states = mock.Mock(descriptions=descriptions)
-
-    async def ask_thrice():
-        return await asyncio.gather(*(answer_of(app, "GET", "/v1/states") for _ in range(3)))
-
-    assert [status for status, _ in asyncio.run(ask_thrice())] == [200] * 3
-
-
 def test_a_client_that_leaves_before_its_stream_begins_ends_its_jobs(service):
     service.status = "ready"
     body = {"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}
@@ -155,17 +137,23 @@ def test_an_unexpected_failure_of_a_reload_by_signal_is_logged(service, caplog):
     assert caplog.messages == ["the newer checkpoint cannot be used"]
 
 
-def test_rejected_sites_are_told_which_flag_allows_them():
-    gate = protect(mock.Mock(), None, None, only_local=True)
-    status, answer = call(gate, "GET", "/v1/models", host="evil.example")
-    assert (status, "--api_key_file" in answer["error"]["message"]) == (403, True)
-    status, answer = call(gate, "GET", "/", host="localhost:80", origin="http://a.example")
-    assert (status, "--allow_origin=http://a.example" in answer["error"]["message"]) == (403, True)
+def test_other_sites_are_rejected_and_told_which_flag_allows_them(service):
+    gate = protect(make_app(service), None, None, only_local=True)
+    for headers, flag in (
+        ({"host": "evil.example"}, "--api_key_file"),
+        ({"host": "localhost:80", "origin": "http://a.example"}, "--allow_origin=http://a.example"),
+        ({"host": "localhost", "origin": "null"}, "--allow_origin=null"),
+    ):
+        status, answer = call(gate, "GET", "/v1/models", **headers)
+        assert (status, flag in answer["error"]["message"]) == (403, True)
+    own = {"host": "localhost:80", "origin": "http://localhost:80"}
+    assert call(gate, "GET", "/v1/models", **own)[0] == 200
 
 
 def test_a_failed_reload_is_tried_again(service):
     model = small_model("residual")
-    service._choose, service._load = lambda: "newer", lambda: model
+    newest = "newer"
+    service._load_other = lambda in_use: None if in_use == newest else (newest, model)
 
     async def reload_thrice():
         failing = mock.patch.object(service.worker, "make_scheduler", side_effect=MemoryError)
@@ -175,7 +163,7 @@ def test_a_failed_reload_is_tried_again(service):
 
     assert asyncio.run(reload_thrice()) == [True, False]
     nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model, nnx.Param)))
-    service._choose = lambda: "diverged"
+    newest = "diverged"
     with pytest.raises(RequestError, match="the model's logits are not finite") as raised:
         asyncio.run(service.reload())
     assert raised.value.status == 409

@@ -201,7 +201,7 @@ def wait_until_idle(server):
 
 
 def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server):
-    fields = {"max_tokens": 30_000, "ignore_eos": True, "seed": 1, "logprobs": 5}
+    fields = {"max_tokens": 6000, "ignore_eos": True, "seed": 1, "logprobs": 5}
 
     def num_tokens():
         text = server.send("GET", "/metrics")[2].decode()
@@ -209,11 +209,13 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
 
     start = num_tokens()
     with server.post(prompt="a", stream=True, **fields) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         while (before := num_tokens()) == start:
             time.sleep(0.01)
         time.sleep(0.5)
         while before != (before := num_tokens()):
             time.sleep(0.5)
+        assert before < start + 6000
         assert server.send("GET", "/slots")[2]["active"] == 1
         expected = server.complete("a", **fields)["choices"][0]  # in another slot
         connection.settimeout(60)
@@ -225,14 +227,6 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
     assert "".join(choice["text"] for choice in choices) == expected["text"]
     values = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
     assert values == expected["logprobs"]["token_logprobs"]
-
-
-@pytest.mark.parametrize(
-    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
-)
-def test_pages_of_other_sites_are_rejected(server, headers):
-    assert server.send("POST", "/v1/states", {"prompt": "a"}, **headers)[0] == 403
-    assert server.send("GET", "/v1/models", Origin=server.url)[0] == 200
 
 
 def test_clients_that_leave_free_their_slots_and_end_their_prefills(server):
@@ -262,11 +256,16 @@ def test_metrics_and_page(server):
     assert server.send("GET", "/")[2].startswith(b"<!doctype html>")
 
 
-def test_key_drain_and_reload(workdir, tmp_path):
+def test_key_drain_and_reload(tmp_path):
+    workdir = untrained_run(tmp_path, **HYBRID)
     (tmp_path / "key").write_text("secret\n")
     states = tmp_path / "states"
+    states.mkdir()
+    model, tokenizer, _ = load_model(str(workdir))
+    state = generate_text(model, tokenizer, "ab", max_new_tokens=0).state
+    save_state(states / "s.safetensors", state, model, tokenizer)
     flags = [f"--api_key_file={tmp_path / 'key'}", f"--state_dir={states}", "--slots=2"]
-    flags += ["--allow_origin=http://a.example"]
+    flags += ["--allow_origin=http://a.example", "--max_connections=2"]
     key = {"Authorization": "Bearer secret"}
     with serving(workdir, *flags) as server:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
@@ -282,8 +281,21 @@ def test_key_drain_and_reload(workdir, tmp_path):
         ):
             _, headers, _ = server.send("OPTIONS", "/v1/states", Origin=origin, **asked)
             assert headers["Access-Control-Allow-Origin"] == allowed
-        assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
-        assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
+        body = {"prompt": "b", "state": "s", "max_tokens": 3}
+        assert server.send("POST", "/v1/completions", body, **key)[0] == 200
+        assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "t"}, **key)[0] == 201
+        assert (states / "t.safetensors").is_file()
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection(address), socket.create_connection(address):
+            assert server.send("GET", "/health")[0] == 503
+        while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
+            time.sleep(0.01)
+        config = small_config(**HYBRID, source=str(tmp_path / "texts"))
+        save_untrained(config, workdir, step=2, model_seed=5)
+        for is_newer in (True, False):
+            found = server.send("POST", "/admin/reload", **key)[2]
+            assert found == {"reloaded": is_newer}
+        assert server.send("GET", "/v1/states", **key)[2]["data"] == []  # of older parameters
         body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.send, "POST", "/v1/completions", body, **key)
@@ -292,39 +304,6 @@ def test_key_drain_and_reload(workdir, tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
-    with serving(workdir, *flags, "--max_connections=2") as server:
-        body = {"prompt": "b", "state": "s", "max_tokens": 3}
-        assert server.send("POST", "/v1/completions", body, **key)[0] == 200
-        address = server.url.removeprefix("http://").split(":")
-        with socket.create_connection(address), socket.create_connection(address):
-            assert server.send("GET", "/health")[0] == 503
-        while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
-            time.sleep(0.01)
-
-
-def test_newer_parameters_do_not_disturb_running_requests(tmp_path):
-    workdir = untrained_run(tmp_path, **HYBRID)
-    config = small_config(**HYBRID, source=str(tmp_path / "texts"))
-    with serving(workdir, "--slots=5") as server:
-
-        def scores(max_tokens):
-            body = server.complete("a", max_tokens=max_tokens, logprobs=0, seed=1, ignore_eos=True)
-            return body["choices"][0]["logprobs"]["token_logprobs"]
-
-        old = scores(30)
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            running = [pool.submit(scores, 3000) for _ in range(3)]
-            while server.send("GET", "/slots")[2]["active"] < 3:
-                time.sleep(0.01)
-            save_untrained(config, workdir, step=2, model_seed=5)
-            assert server.send("POST", "/admin/reload")[2] == {"reloaded": True}
-            new = scores(30)
-            found = [future.result() for future in running]
-        assert new != old
-        assert found == [found[0]] * 3
-        assert (len(found[0]), found[0][:30]) == (3000, old)
-        assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
-        assert scores(30) == new
 
 
 def test_an_export_is_served_until_its_streams_have_had_their_time(workdir, tmp_path):
