@@ -134,11 +134,15 @@ def generate(
             on_tokens(new)
     layers, logits = sequences.state
     check_logits(logits)  # not at every block, which would wait for the next one
-    state = DecoderState(
-        layers, logits, sequences.position, state.stream, jnp.asarray(finished), state.recent
+    state = dataclasses.replace(
+        state,
+        layers=layers,
+        logits=logits,
+        position=sequences.position,
+        finished=jnp.asarray(finished),
     )
-    generation = Generation(tokens, lengths, state)
-    return dataclasses.replace(generation, state=_with_recent(state, generation.sequences()))
+    new = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    return Generation(tokens, lengths, _with_recent(state, new))
 
 
 def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:

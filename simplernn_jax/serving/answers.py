@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -126,10 +127,7 @@ def prompt_entries(
 
 def event_bytes(event: Event) -> int:
     """Estimate the memory that an event takes."""
-    arrays: list[Any] = [event.tokens] if isinstance(event, NewTokens) else []
-    if not isinstance(event, Failed) and event.logprobs is not None:
-        arrays += event.logprobs
-    return 512 + sum(array.nbytes for array in arrays)
+    return 512 + sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(event))
 
 
 class Answer:

@@ -55,13 +55,9 @@ class _Choice:
 
     def take(self, reason: str | None) -> NewTokens:
         """Make the event of the tokens that none has reported."""
-        parts, self.parts = self.parts, []
-        tokens = np.concatenate([new for new, _ in parts])
-        logprobs = [some for _, some in parts if some is not None]
-        joined = None
-        if logprobs:
-            joined = TokenLogprobs(*map(np.concatenate, zip(*logprobs, strict=True)))
-        return NewTokens(self.index, tokens, joined, reason)
+        tokens, logprobs = jax.tree.map(lambda *parts: np.concatenate(parts), *self.parts)
+        self.parts = []
+        return NewTokens(self.index, tokens, logprobs, reason)
 
 
 _Dispatched = tuple[Block, list[_Choice | None], float]

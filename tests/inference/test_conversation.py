@@ -84,12 +84,6 @@ def test_states_that_cannot_be_continued(loaded):
         Conversation(*loaded, state="a")
 
 
-def test_a_conversation_needs_a_template(loaded):
-    model, tokenizer, _ = loaded
-    with pytest.raises(UserError, match=r"template: NoneType, not a ChatTemplate; .*trained on"):
-        Conversation(model, tokenizer, None)
-
-
 def test_chat_script(workdir, tmp_path, loaded):
     lines = ["hi", "/fork here", "more", "/undo", f"/save {tmp_path / 's'}", "more", "/load here",
              "more", "/reset", f"/load {tmp_path / 's'}", "more", "", "/help", "/none", "/load",
