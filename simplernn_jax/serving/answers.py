@@ -9,15 +9,13 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import TokenLogprobs
-from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import StopStrings, TextStream
 from simplernn_jax.serving.http import in_thread_if_long
-from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens, Prefilled
+from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.worker import Worker
 
@@ -72,9 +70,7 @@ class ChoiceText:
         self.last_seconds = time.perf_counter()
         """Time of the last event, or of its creation."""
         self._num_logprobs = job.num_logprobs
-        before = np.zeros(0, np.int32) if job.prefix is None else job.prefix.recent
-        context = np.concatenate([before, job.tokens[-RECENT_TOKENS:]])
-        self._stream = TextStream(tokenizer, context)
+        self._stream = TextStream(tokenizer, job.recent)
         self._stops = StopStrings(job.stops)
         self._stop_ids = frozenset(job.sampling.stop_ids)
         self._offset = len(job.echoed)
@@ -195,13 +191,13 @@ class Answer:
                 events.append(self._queue.get_nowait())
             updates: list[Update] = []
             for job, event in events:
-                if isinstance(event, Failed):
+                if isinstance(event, RequestError):
                     break
                 updates += await self._read(job, event)
             if updates:
                 yield updates
-            if isinstance(event, Failed) and not self._is_complete:  # after what came before it
-                raise RequestError(event.message, status=503)
+            if isinstance(event, RequestError) and not self._is_complete:
+                raise event  # after what came before it
             self._count_unread(-sum(event_bytes(event) for _, event in events))
 
     async def pieces(self) -> list[Piece]:

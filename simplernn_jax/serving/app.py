@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 from absl import logging
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Piece
 from simplernn_jax.serving.http import (
-    EventStream,
     error_object,
     error_response,
     excerpt,
@@ -130,12 +130,14 @@ class Api:
         form = form_of(service.model_name, names)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(stream(form, answer, with_usage), answer.cancel)
+            return StreamingResponse(
+                stream(form, answer, with_usage),
+                headers={"Cache-Control": "no-cache"},
+                media_type="text/event-stream",
+                background=BackgroundTask(answer.cancel),  # also if the stream never begins
+            )
         pieces = await unless_disconnected(request.receive, answer.pieces())
-        size = sum(len(piece.entries) + len(piece.text) // 16 for piece in pieces)
-        return await in_thread_if_long(
-            size, lambda: json_response(form.response(pieces, answer.usage))
-        )
+        return await asyncio.to_thread(lambda: json_response(form.response(pieces, answer.usage)))
 
     @property
     def _model(self) -> Any:
@@ -210,9 +212,7 @@ class Api:
         await unless_disconnected(request.receive, answer.pieces())
         (job,) = answer.jobs
         assert answer.state is not None
-        state = await asyncio.to_thread(
-            states.add, body.name, answer.state, job.tokens, parent=job.prefix
-        )
+        state = await asyncio.to_thread(states.add, body.name, answer.state, job)
         return json_response(state.description, 201)
 
     async def show_state(self, request: Request) -> Response:
@@ -311,6 +311,8 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
         yield end + b"data: [DONE]\n\n"
     except RequestError as error:
         yield sse_frame(error_object(error))
+    finally:
+        answer.cancel()
 
 
 def sse_frame(content: Any) -> bytes:

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.serving.http import UNREAD_SECONDS
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
@@ -25,6 +24,8 @@ MAX_HEADER_BYTES = 1 << 15
 HEADER_SECONDS = 10.0
 """Seconds within which the headers of a request must arrive, once a connection is open or its next
 request has begun."""
+UNREAD_SECONDS = 300
+"""Seconds after which a connection ends, on Linux, whose client takes nothing."""
 MAX_UNSENT_BYTES = 1 << 14
 """Bytes that the system keeps for a connection beyond what it may send to the client."""
 
@@ -40,9 +41,8 @@ def listen(host: str, port: int) -> socket.socket:
     # Accepted sockets inherit this. asyncio sets it only on sockets with proto=IPPROTO_TCP, which
     # create_server leaves at 0. Without it, streams stall for 40 ms on reused connections.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if sys.platform == "linux":  # elsewhere, only streams end whose client does not read
-        milliseconds = int(1000 * UNREAD_SECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    if sys.platform == "linux":
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
     return listener
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import DAMAGE, read_file, sha256_hex, write_file
+from simplernn_jax.files import check_damage, read_file, sha256_hex, write_file
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
@@ -24,7 +24,7 @@ from simplernn_jax.inference.state import (
     fingerprints,
 )
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Prefix
+from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
 
 _SUFFIX = ".safetensors"
@@ -56,9 +56,8 @@ class StateFolder:
         for path in sorted(self._folder.glob("*" + _SUFFIX)):
             try:
                 described.append(self.load(path.name.removesuffix(_SUFFIX)).description)
-            except RequestError as error:  # corrupt, deleted or of another model
-                if error.status == 503:
-                    raise
+            except RequestError:
+                continue  # corrupt, deleted or of another model
         return described
 
     def read(self, name: str) -> bytes:
@@ -66,29 +65,29 @@ class StateFolder:
         try:
             return read_file(self._path(name), self._max_bytes, follow_link=False)
         except OSError as error:
-            raise _error(name, error) from error
+            raise _missing(name, error) from error
 
     def load(self, name: str) -> Prefix:
         """Load a state; `RequestError`: 404 without one, 409 if corrupt or of another model."""
         return self._decode(name, self.read(name), status=409)
 
-    def add(
-        self, name: str | None, state: PrefixState, tokens: np.ndarray, *, parent: Prefix | None
-    ) -> Prefix:
-        """Save the state after `parent` and `tokens`; raises what `put` does."""
-        notes, recent = {"length": str(len(tokens))}, tokens[-RECENT_TOKENS:]
-        if parent is not None:
-            length = parent.description["tokens"]
-            notes = {"parent": parent.description["id"]}
-            if length is not None:
-                notes["length"] = str(length + len(tokens))
-            recent = np.concatenate([parent.recent, recent])[-RECENT_TOKENS:]
-        recent = np.pad(recent, (RECENT_TOKENS - len(recent), 0), constant_values=-1)
+    def add(self, name: str | None, state: PrefixState, job: Job) -> Prefix:
+        """Save the state after the prompt of `job`; raises what `put` does."""
+        length: int | None = len(job.tokens)
+        notes = {}
+        if job.prefix is not None:
+            parent = job.prefix.description
+            notes["parent"] = parent["id"]
+            length = None if parent["tokens"] is None else parent["tokens"] + length
+        if length is not None:
+            notes["length"] = str(length)
+        recent = np.full((1, RECENT_TOKENS), -1, np.int32)
+        recent[0, RECENT_TOKENS - len(job.recent) :] = job.recent
         saved = dataclasses.replace(
             empty_state(self._model, 1),
             layers=state.layers,
             logits=state.logits,
-            recent=jnp.asarray(recent[None]),
+            recent=jnp.asarray(recent),
         )
         return self.put(name, encode_state(saved, self._fingerprints, **notes))
 
@@ -121,7 +120,7 @@ class StateFolder:
             try:
                 os.remove(self._path(name))
             except OSError as error:
-                raise _error(name, error) from error
+                raise _missing(name, error) from error
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(NAME_PATTERN, name):
@@ -152,8 +151,6 @@ class StateFolder:
         return Prefix(prefix, bytes.fromhex(digest), recent, description)
 
 
-def _error(name: str, error: OSError) -> RequestError:
-    if error.errno not in DAMAGE:  # the machine's
-        return RequestError(f"state {name!r}: {error.strerror}", status=503)
-    message = f"state {name!r} does not exist"
-    return RequestError(message, status=404)
+def _missing(name: str, error: OSError) -> RequestError:
+    check_damage(error)
+    return RequestError(f"state {name!r} does not exist", status=404)

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
+from simplernn_jax.serving.jobs import Event, Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.scheduler import Scheduler
 
@@ -147,8 +147,8 @@ class Worker:
 
     def _fail_all(self, message: str) -> None:
         with self._wake:
-            failures: list[tuple[Job, Event]] = [(job, Failed(message)) for job in self._jobs]
-        self._on_events(failures)
+            jobs = list(self._jobs)
+        self._on_events([(job, RequestError(message, status=503)) for job in jobs])
 
 
 class Metrics:

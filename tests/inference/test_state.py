@@ -91,20 +91,6 @@ def test_a_cache_of_keys_and_values_goes_through_a_file(tmp_path):
     assert_equal(reloaded(tmp_path / "state", state, model), state)
 
 
-def test_a_file_is_replaced_or_left_as_it_was(path, model, state, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, os.strerror(28))
-
-    other = generate(model, state=state, max_new_tokens=1).state
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            save_state(str(path), other, model, BYTES)
-    chex.assert_trees_all_equal(load_state(str(path), model, BYTES), state)
-    chex.assert_trees_all_equal(reloaded(path, other, model), other)
-    assert os.listdir(path.parent) == [path.name]
-
-
 @pytest.mark.parametrize("name", ["missing/state", ".", "\0"])
 def test_a_path_that_cannot_be_written_or_read_is_named(tmp_path, model, state, name):
     path = f"{tmp_path}/{name}"

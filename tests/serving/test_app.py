@@ -19,9 +19,8 @@ from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.serving.answers import Answer
 from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.http import protect
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens
+from simplernn_jax.serving.jobs import Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
-from simplernn_jax.serving.server import Server
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
@@ -130,13 +129,6 @@ def test_a_failure_is_logged_in_one_short_line(service, caplog):
     assert len(message) < 1000
 
 
-def test_an_unexpected_failure_of_a_reload_by_signal_is_logged(service, caplog):
-    service.reload = mock.AsyncMock(side_effect=ZeroDivisionError)
-    server = Server(service, make_app(service), max_connections=1, drain_timeout=0)
-    asyncio.run(server._reload())
-    assert caplog.messages == ["the newer checkpoint cannot be used"]
-
-
 def test_other_sites_are_rejected_and_told_which_flag_allows_them(service):
     gate = protect(make_app(service), None, None, only_local=True)
     for headers, flag in (
@@ -175,7 +167,7 @@ def test_tokens_before_a_failure_are_handed_on():
         Answer(mock.Mock(), ByteTokenizer(), [job]),
         NewTokens(0, np.array([97], np.int32), None, None),
     )
-    for event in (new, new, Failed("the server is stopping")):
+    for event in (new, new, RequestError("the server is stopping")):
         job.deliver(job, event)
 
     async def read():

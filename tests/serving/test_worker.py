@@ -10,7 +10,7 @@ from small_runs import small_model
 
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens
+from simplernn_jax.serving.jobs import Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.worker import Worker
 
@@ -46,8 +46,9 @@ class Running:
         """Return the last event of `job`."""
 
         def last():
-            ends = [e for j, e in self.events if j is job]
-            return [e for e in ends if isinstance(e, Failed) or getattr(e, "finish_reason", None)]
+            events = [event for j, event in self.events if j is job]
+            is_end = [getattr(e, "finish_reason", isinstance(e, RequestError)) for e in events]
+            return [event for event, ends in zip(events, is_end, strict=True) if ends]
 
         with self.changed:
             assert self.changed.wait_for(last, timeout=60)
@@ -83,7 +84,7 @@ def test_a_worker_that_cannot_go_on_says_so(running, monkeypatch):
     monkeypatch.setattr(running.worker, "make_scheduler", fail)
     first = job()
     running.worker.submit(first)
-    assert isinstance(running.wait_for(first), Failed)
+    assert isinstance(running.wait_for(first), RequestError)
     running.stop()
     assert isinstance(running.failure, MemoryError)
     with pytest.raises(RequestError, match="stopping") as error:
