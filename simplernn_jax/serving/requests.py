@@ -47,12 +47,6 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """Accepted for compatibility: nothing is ever obfuscated."""
 
 
-class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The only format of answers."""
-
-    type: Literal["text"]
-
-
 class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that completions and chat completions share."""
 
@@ -84,7 +78,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Accepted for compatibility like `user`: they change nothing."""
     function_call: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
-    response_format: ResponseFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: Nothing | None = None
     """Accepted for compatibility if they ask for nothing but text."""

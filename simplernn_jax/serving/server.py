@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
@@ -94,11 +94,9 @@ class Server(uvicorn.Server):
         )
         self._service, self._worker = service, service.worker
         self._drain_timeout = drain_timeout
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
-        self._failure: BaseException | None = None
 
     def answer(self, listener: socket.socket) -> None:
-        """Answer requests until a signal; raises what ended the server before."""
+        """Answer requests until a signal; raises what ended the worker before."""
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError):  # macOS allows fewer than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
@@ -106,9 +104,6 @@ class Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         asyncio.run(self._run(listener))
-        self._thread.join()  # a process that ends while XLA compiles would crash
-        if self._failure is not None:
-            raise self._failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish the running requests at the first signal."""
@@ -119,12 +114,17 @@ class Server(uvicorn.Server):
 
     async def _run(self, listener: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
-        self._address = listener.getsockname()[:2]
-        self._thread.start()
+        worker = self._loop.run_in_executor(
+            ThreadPoolExecutor(1, "worker"), self._work, *listener.getsockname()[:2]
+        )
         self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload)
-        await self.serve(sockets=[listener])
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            self._worker.stop(0)
+        await worker  # a process that ends while XLA compiles would crash
 
-    def _work(self) -> None:
+    def _work(self, host: str, port: int) -> None:
         """Compile all programs, then compute until the worker has stopped."""
         service = self._service
         try:
@@ -137,17 +137,12 @@ class Server(uvicorn.Server):
             gc.freeze()
             if service.status == "starting":
                 service.status = "ready"
-            host, port = self._address
             logging.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-            self._worker.run(self._on_events)
-        except BaseException as error:
-            self._failure = error
+            self._worker.run(lambda events: self._loop.call_soon_threadsafe(_deliver, events))
+        except BaseException:
             service.status = "failed"
             self.should_exit = True
-
-    def _on_events(self, events: list[tuple[Job, Event]]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(_deliver, events)
+            raise
 
     def _begin_reload(self) -> None:
         self._reloading = self._loop.create_task(self._reload())  # the loop keeps no task alive

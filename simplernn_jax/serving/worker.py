@@ -57,7 +57,7 @@ class Worker:
         """Number of jobs without a slot."""
         return sum(scheduler.num_waiting for scheduler in self._schedulers)
 
-    def run(self, on_events: Callable[[list[tuple[Job, Event]]], None]) -> None:
+    def run(self, on_events: Callable[[list[tuple[Job, Event]]], object]) -> None:
         """Compute until `stop`; calls `on_events` with the events of each step."""
         self._on_events = on_events
         try:

@@ -47,15 +47,6 @@ def test_state_is_that_of_the_rendered_text(loaded):
     assert len(conversation.turns) == 3
 
 
-def test_answer_continues_the_rendered_question(loaded):
-    model, tokenizer, template = loaded
-    prompt = template.render([{"role": "user", "content": "x"}], add_generation_prompt=True)
-    (text,) = generate_text(model, tokenizer, prompt, seed=4, **SETTINGS)
-    assert "\x04" in text
-    answer = Conversation(*loaded).ask("x", seed=4, **SETTINGS)
-    assert answer == text.partition("\x04")[0]
-
-
 def test_undo_and_fork(loaded):
     conversation = Conversation(*loaded)
     first = conversation.ask("x", max_new_tokens=9)

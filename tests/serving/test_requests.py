@@ -52,6 +52,7 @@ WRONG = {
     "stream_options": ({"stream_options": {}}, "stream_options"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
 }
 USER = {"role": "user", "content": "a"}
 WRONG_CHATS = {
