@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
@@ -20,9 +19,6 @@ from simplernn_jax.models import LanguageModel
 _TokenIds = Sequence[int | np.integer] | np.ndarray | jax.Array
 Prompts = Sequence[_TokenIds] | _TokenIds
 """B sequences of token ids, a [B, T] integer array, or one flat sequence."""
-
-_MAX_TOKENS = 2**31 - 1
-"""New tokens of a sequence in one call: positions are int32."""
 
 
 def checked_integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
@@ -129,14 +125,6 @@ def checked_prompts(
             f"prompts: {len(checked)} for a state of {batch_size} sequences; pass one for each"
         )
     return checked
-
-
-def checked_length(max_new_tokens: Any, batch_size: int) -> int:
-    """Convert `max_new_tokens` to ``int``; raises `UserError` if they do not fit in memory."""
-    length = checked_integer("max_new_tokens", max_new_tokens, 0, _MAX_TOKENS)
-    num_bytes = batch_size * length * np.dtype(np.int32).itemsize
-    check_memory(num_bytes, f"max_new_tokens={length}", "generate fewer at a time")
-    return length
 
 
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:

@@ -54,7 +54,7 @@ def check_generation(model: LanguageModel, batch_size: int, max_new_tokens: int)
     parameters, state = model_bytes(model.config)
     state = batch_size * (state + _FLOAT32 * (model.config.vocab_size + max_new_tokens))
     estimate = {"parameters": parameters, "state": state}
-    _check("generating", estimate, "lower --num_samples or --max_new_tokens")
+    _check("generating", estimate, "generate fewer sequences or tokens at a time")
 
 
 def check_evaluation(model: LanguageModel, window: int) -> None:

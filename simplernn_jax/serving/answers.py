@@ -14,7 +14,6 @@ from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import TokenLogprobs
 from simplernn_jax.inference.text import StopStrings, TextStream
-from simplernn_jax.serving.http import in_thread_if_long
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.worker import Worker
@@ -106,12 +105,8 @@ class ChoiceText:
         return Piece(text, ready, reason)
 
 
-def prompt_entries(
-    tokenizer: Tokenizer, job: Job, logprobs: TokenLogprobs | None
-) -> list[TokenEntry]:
-    """Make the entries of a prompt; none without `logprobs`."""
-    if logprobs is None:
-        return []
+def prompt_entries(tokenizer: Tokenizer, job: Job, logprobs: TokenLogprobs) -> list[TokenEntry]:
+    """Make the entries of a prompt."""
     shift = len(job.tokens) - len(logprobs.token)  # 1 without a state: nothing predicts it
     entries, offset, stream = [], 0, TextStream(tokenizer)
     for index, token in enumerate(job.tokens.tolist()):
@@ -220,10 +215,11 @@ class Answer:
             self._cached_tokens += event.cached_tokens
             metrics.prompt_tokens.inc(len(job.tokens))
             metrics.cached_tokens.inc(event.cached_tokens)
-            size = len(job.tokens) if job.scores_prompt else 0
-            entries = await in_thread_if_long(
-                size, prompt_entries, self._tokenizer, job, event.logprobs
-            )
+            entries = []
+            if event.logprobs is not None:
+                entries = await asyncio.to_thread(
+                    prompt_entries, self._tokenizer, job, event.logprobs
+                )
             piece = Piece(job.echoed, entries, None if job.max_tokens else "length")
             if piece == Piece("", [], None):
                 return []

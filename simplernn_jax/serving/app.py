@@ -20,7 +20,6 @@ from simplernn_jax.serving.http import (
     error_object,
     error_response,
     excerpt,
-    in_thread_if_long,
     json_response,
     read_body,
     unless_disconnected,
@@ -46,6 +45,8 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+LONG = 4096
+"""Tokens whose JSON takes some ten milliseconds: a thread makes it, while others are answered."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -167,7 +168,7 @@ class Api:
             return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
 
         async with read_body(request) as content:
-            response = await in_thread_if_long(len(content), encoded)
+            response = await asyncio.to_thread(encoded)
         return response
 
     async def detokenize(self, request: Request) -> Response:
@@ -181,7 +182,7 @@ class Api:
             return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
         async with read_body(request) as content:
-            response = await in_thread_if_long(len(content), decoded)
+            response = await asyncio.to_thread(decoded)
         return response
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -303,7 +304,10 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
             frames = []
             for index, piece in updates:
                 if piece.text or piece.entries or piece.finish_reason or index not in started:
-                    frames.append(await in_thread_if_long(len(piece.entries), frame, index, piece))
+                    if len(piece.entries) > LONG:
+                        frames.append(await asyncio.to_thread(frame, index, piece))
+                    else:
+                        frames.append(frame(index, piece))
                     started.add(index)
             if frames:
                 yield b"".join(frames)

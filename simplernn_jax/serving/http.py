@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,8 +25,6 @@ SMALL_BODY_BYTES = 1 << 14
 """Bytes of a body that always finds room."""
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
-LONG = 4096
-"""Characters or tokens from which work is done in a thread: some ten milliseconds."""
 OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health"})
 """Paths that need no key: they tell nothing about the model."""
 
@@ -36,14 +34,6 @@ _in_use: dict[Request, int] = {}
 """Bytes of each body in use that is not small."""
 
 _T = TypeVar("_T")
-
-
-async def in_thread_if_long(size: int, function: Callable[..., _T], *args: Any) -> _T:
-    """Call a function, in a thread if it is long: other requests are answered meanwhile.
-
-    `size` is the number of characters or tokens that it handles.
-    """
-    return await asyncio.to_thread(function, *args) if size > LONG else function(*args)
 
 
 @contextlib.asynccontextmanager
