@@ -10,8 +10,7 @@ from references import convolve_by_loops, run_in_pieces
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.blocks import ResidualBlock
-from simplernn_jax.models.convolution import ShortConvolution
-from simplernn_jax.models.layers import dropout
+from simplernn_jax.models.layers import ShortConvolution, dropout
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.ops.segments import segment_starts

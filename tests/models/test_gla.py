@@ -153,8 +153,8 @@ def test_dropout_is_reproducible_and_none_without_a_key():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (lambda s: s.recurrent, "state: expected PyTreeDef"),
-        (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
+        (lambda s: s.recurrent, "state: expected a GLAState"),
+        (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"initial_state: expected \[B, H"),
     ],
 )
 def test_the_state_of_another_layer_is_rejected(state, message):
