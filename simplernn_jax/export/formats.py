@@ -25,13 +25,13 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
 from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ids_without_text
-from simplernn_jax.errors import UserError, nearest_name, one_line
-from simplernn_jax.export import FORMATS, example
+from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.export import example
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import complete_options
-from simplernn_jax.models.named_weights import Weights
+from simplernn_jax.models.pytorch_weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,7 @@ class TrainedModel:
     @property
     def name(self) -> str:
         """The name of the run, one printable line."""
-        return one_line(last_part(self.workdir))
-
-
-def last_part(path: str) -> str:
-    """Return the last part of a path."""
-    return path.rstrip("/").rpartition("/")[2]
+        return one_line(Path(self.workdir).name)
 
 
 class Loaded(Protocol):
@@ -69,19 +64,12 @@ class Loaded(Protocol):
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Compute the logits after each of [T] tokens from a zero state: [T, vocab]."""
 
-    def greedy(self, token: int, count: int) -> list[int]:
-        """Generate the `count` tokens that follow `token`, each the likeliest."""
-
     def encode(self, text: str) -> list[int]:
         """Encode `text` without BOS."""
 
 
 def find_format(name: str) -> ModuleType:
-    """Import the module of a format; raises `UserError` for an unknown name."""
-    if name not in FORMATS:
-        raise UserError(
-            f"--format={name}: must be one of {', '.join(FORMATS)}{nearest_name(name, FORMATS)}"
-        )
+    """Import the module of one of `FORMATS`."""
     return importlib.import_module(f"simplernn_jax.export.{name}")
 
 

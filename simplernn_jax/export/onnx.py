@@ -24,7 +24,7 @@ from simplernn_jax.export.formats import (
     rounded_weights,
     write_example,
 )
-from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import named_weights
 
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30

@@ -17,8 +17,7 @@ from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
 from simplernn_jax.export.formats import TrainedModel, check_packages, write_example
 from simplernn_jax.inference.loading import WEIGHTS
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
-from simplernn_jax.models.pytorch_weights import encode_weights
+from simplernn_jax.models.pytorch_weights import encode_weights, model_from_weights, named_weights
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 PLATFORMS = ("cpu", "cuda", "tpu")

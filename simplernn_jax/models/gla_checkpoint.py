@@ -15,8 +15,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.mixers.token_mixer import complete_options
-from simplernn_jax.models.named_weights import model_from_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, read_pytorch_weights
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"

@@ -35,7 +35,7 @@ from simplernn_jax.export.formats import (
 )
 from simplernn_jax.inference import Conversation, generate, generate_text
 from simplernn_jax.models import load_gla_checkpoint
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, named_weights
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
 OF_THE_CONVERTER = pytest.mark.filterwarnings("ignore")  # of PyTorch, to ONNX
@@ -81,15 +81,13 @@ def assert_logits(loaded, model):
     ],
 )
 @OF_THE_CONVERTER
-def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, name):
+def test_logits_are_those_of_the_model(tmp_path, format_name, name):
     original = trained({**MODELS, "gla": GLA}[name])
     loaded = written(format_name, original, tmp_path)
     for path in tmp_path.iterdir():
         assert str(ROOT).encode() not in path.read_bytes()
         assert b"/site-packages/" not in path.read_bytes()
     assert_logits(loaded, original.model)
-    tokens = generate(original.model, [5], max_new_tokens=31).tokens[0].tolist()
-    assert loaded.greedy(5, 31) == tokens
 
 
 def test_bfloat16_models_are_exported_in_float32(tmp_path):
@@ -281,13 +279,12 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
     (tmp_path / "taken").mkdir()
     good = {"workdir": workdir, "format": "safetensors", "out": tmp_path / "out"}
     cases = [
-        ({"format": "htm"}, "--format=htm: must be one of html,", "did you mean 'html'?"),
+        ({"format": "htm"}, "--format=htm: value should be one of <html|", ""),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
         ({"out": "a" * 300}, "File name too long", "use another folder"),
         ({"quantize": "int8"}, "--quantize=int8: only with --format=html", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
-        ({"format": ""}, "no --format", "specify html"),
     ]
     commands = [
         ("scripts/export.py", *(f"--{name}={value}" for name, value in (good | changed).items()))

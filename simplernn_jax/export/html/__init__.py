@@ -23,7 +23,7 @@ from simplernn_jax.export.formats import (
     is_rounded,
 )
 from simplernn_jax.export.html.tokenizer_data import tokenizer_data
-from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import named_weights
 
 FILE = "model.html"
 MAX_BYTES = 350_000_000
@@ -109,14 +109,6 @@ class _Loaded:
             function logitsOf(tokens) {
               const state = model.initialState();
               return tokens.map((token) => Array.from(model.step(state, token)));
-            }
-            function greedy(token, count) {
-              const state = model.initialState(), tokens = [];
-              for (let i = 0; i < count; i++) {
-                token = argmax(model.step(state, token));
-                tokens.push(token);
-              }
-              return tokens;
             }"""
         )
 
@@ -125,9 +117,6 @@ class _Loaded:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return np.array(self._call(f"logitsOf({tokens.tolist()})"))
-
-    def greedy(self, token: int, count: int) -> list[int]:
-        return self._call(f"greedy({token}, {count})")
 
     def encode(self, text: str) -> list[int]:
         return self._call(f"tokenizer.encode({json.dumps(text)})")
