@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -157,17 +158,43 @@ def library_tokenizer(tokenizer: Tokenizer) -> Any:
     return result
 
 
-def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], module: str) -> None:
+def write_example(
+    trained: TrainedModel,
+    folder: Path,
+    module: str,
+    batch: str | int,
+    state: Mapping[str, Any],
+    **fields: Any,
+) -> None:
     """Write what comes with two programs: ``config.json``, the tokenizer, the example and a README.
 
-    `fields` are what the format adds to ``config.json``; `module` is the file of the format.
+    Args:
+      trained: the model.
+      folder: of the export.
+      module: file of the format.
+      batch: batch size of the programs, for ``config.json``.
+      state: arrays of the initial state of one sequence by name.
+      **fields: what the format adds to ``config.json``.
+
+    Raises:
+      UserError: an array of the state is more than one number.
     """
+    parts = {}
+    for name, x in state.items():
+        value = x.flatten()[0].item()
+        if not (x == value).all():
+            raise UserError(
+                f"the initial state {name} is no single number, which this format needs; use "
+                "--format=safetensors"
+            )
+        parts[name] = {"shape": [batch, *x.shape[1:]], "dtype": str(x.dtype), "value": value}
     banned = ids_without_text(trained.tokenizer, trained.model.config.vocab_size)
     content = {
         **description(trained),
         "suppress_tokens": sorted(banned),
         "chat": chat_format(trained.config.data.template),
         "prefill_tokens": example.PREFILL_TOKENS,
+        "state": parts,
         **fields,
     }
     write_json(folder / "config.json", content)
@@ -212,33 +239,27 @@ def _derive(template: ChatTemplate) -> dict[str, Any]:
     return {"first": first, "next": later, **end}
 
 
-def int8_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round a matrix to ``scale[:, None] * integers``, one scale for each row; both by row."""
+def stored_weight(weight: np.ndarray, kind: str) -> tuple[np.ndarray, ...]:
+    """Return what is stored of a weight: its values, and for int8 the scale of each row.
+
+    Values beyond the range of float16 become the largest one. Vectors and filters, which are
+    small, stay float32.
+    """
+    if kind == "none" or weight.ndim != 2 or weight.shape[1] <= 4:
+        return (weight,)
+    if kind == "float16":
+        largest = np.finfo(np.float16).max
+        return (np.clip(weight, -largest, largest).astype(np.float16),)
     scale = np.abs(weight).max(axis=1, keepdims=True).astype(np.float32) / np.float32(127)
     scale[scale == 0] = 1
     return np.rint(weight / scale).astype(np.int8), scale[:, 0]
 
 
-def float16(weight: np.ndarray) -> np.ndarray:
-    """Round to float16, values beyond its range to the largest one."""
-    largest = np.finfo(np.float16).max
-    return np.clip(weight, -largest, largest).astype(np.float16)
-
-
-def is_rounded(weight: np.ndarray) -> bool:
-    """Return whether a weight is stored in fewer bits: not vectors and filters, which are small."""
-    return weight.ndim == 2 and weight.shape[1] > 4
-
-
 def rounded_weights(weights: Weights, kind: str) -> dict[str, np.ndarray]:
     """Return the weights as float32 arrays that have been rounded to `kind`."""
 
-    def rounded(weight: np.ndarray) -> np.ndarray:
-        if kind == "none" or not is_rounded(weight):
-            return weight
-        if kind == "float16":
-            return float16(weight).astype(np.float32)
-        integers, scale = int8_rows(weight)
-        return integers.astype(np.float32) * scale[:, None]
+    def restored(values: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
+        values = values.astype(np.float32)
+        return values if scale is None else values * scale[:, None]
 
-    return {name: rounded(weight) for name, weight in weights.items()}
+    return {name: restored(*stored_weight(weight, kind)) for name, weight in weights.items()}

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import export
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.errors import UserError
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
 from simplernn_jax.export.formats import TrainedModel, check_packages, write_example
 from simplernn_jax.inference.loading import WEIGHTS
@@ -33,17 +32,8 @@ def write(trained: TrainedModel, folder: Path) -> None:
     for name, length in (("prefill", PREFILL_TOKENS), ("decode", 1)):
         exported = _export(model, weights, length)
         (folder / f"{name}.bin").write_bytes(exported.serialize())
-    parts = {}
-    for name, x in _by_name(model.initial_state(1))[0].items():
-        value = x.flatten()[0].item()
-        if not (x == value).all():
-            raise UserError(
-                f"--format=stablehlo: the initial state {name} is no single number, which this "
-                "format needs; use safetensors"
-            )
-        parts[name] = {"shape": ["B", *x.shape[1:]], "dtype": str(x.dtype), "value": value}
-    fields = {"platforms": PLATFORMS, "state": parts}
-    write_example(trained, folder, fields, __file__)
+    state, _ = _by_name(model.initial_state(1))
+    write_example(trained, folder, __file__, "B", state, platforms=PLATFORMS)
 
 
 def _by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:

@@ -285,8 +285,7 @@ def initialize(
     # A copy, since the cache keeps its arguments, and a configuration may change later. So may the
     # class of a mixer, in a notebook.
     mixers = tuple(find_mixer(name).make for name in config.mixers)
-    init = _jitted(dataclasses.replace(config), mixers, remat, stack_layers)
-    return init(key)
+    return _initializer(dataclasses.replace(config), mixers, remat, stack_layers)(key)
 
 
 def abstract_model(config: ModelConfig) -> Initialized:
@@ -296,7 +295,7 @@ def abstract_model(config: ModelConfig) -> Initialized:
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted(
+def _initializer(
     config: ModelConfig, mixers: tuple[MakeMixer, ...], remat: str, stack_layers: bool
 ) -> Callable[[jax.Array], Initialized]:
     def init(key: jax.Array) -> Initialized:

@@ -22,20 +22,13 @@ from simplernn_jax.parallel.pipeline import choose_num_chunks, run_pipeline
 
 
 def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """Wrap `layer` so that the backward pass recomputes activations according to `policy`.
+    """Wrap `layer`, which is called with arrays and None only, for its backward pass.
 
-    Args:
-      layer: called with arrays and None only.
-      policy: ``none`` saves all residuals; ``block`` saves the layer's inputs and recomputes the
-        rest.
-
-    Raises:
-      ValueError: another policy.
+    With the policy ``none`` it saves all residuals; with ``block`` it saves the layer's inputs and
+    recomputes the rest.
     """
     if policy == "none":
         return layer
-    if policy != "block":
-        raise ValueError(f"{policy=}: must be none or block")
 
     def call(*inputs: Any) -> Any:  # a new function: JAX caches traces, and layers are mutable
         return layer(*inputs)

@@ -355,15 +355,3 @@ def test_corrupt_exports_are_rejected(tmp_path, run):
             with pytest.raises(UserError, match=problem):
                 load_model(str(tmp_path / "bad"))
             shutil.rmtree(tmp_path / "bad")
-
-
-def test_exports_without_digests_load(tmp_path, run):
-    """As other programs write them."""
-    find_format("safetensors").write(TrainedModel(*run, "run"), tmp_path)
-    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    saved = json.loads((tmp_path / "simplernn.json").read_text())
-    del saved["sha256"], saved["weights_sha256"]
-    (tmp_path / "simplernn.json").write_text(json.dumps(saved))
-    again, _, _ = load_model(str(tmp_path))
-    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(run[0], nnx.Param))

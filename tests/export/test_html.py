@@ -21,8 +21,7 @@ from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import export
 from simplernn_jax.export.formats import find_format
-from simplernn_jax.export.html import FILE
-from simplernn_jax.export.html.tokenizer_data import tokenizer_data
+from simplernn_jax.export.html import FILE, tokenizer_data
 from simplernn_jax.inference import generate_text
 from simplernn_jax.training.loop import train
 

@@ -262,6 +262,7 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = SimpleRNNConfig
     base_model_prefix = ""
+    _input_embed_layer = "embedding"
     _is_stateful = True
     _no_split_modules = ("SimpleRNNLayer",)
 
@@ -290,18 +291,6 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, ShortConvolution):
             nn.init.zeros_(module.weight)
             nn.init.ones_(module.weight[:, :1])
-
-    def get_input_embeddings(self):
-        """Return the embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value):
-        """Replace the embedding."""
-        self.embedding = value
-
-    def get_output_embeddings(self):
-        """Return the head; None if it is the embedding."""
-        return None if self.config.tie_embeddings else self.lm_head
 
     def prepare_inputs_for_generation(
         self,

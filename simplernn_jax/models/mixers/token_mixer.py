@@ -107,10 +107,8 @@ def register_mixer(
       check: raises `UserError` for a configuration that the mixer cannot have.
 
     Raises:
-      ValueError: the name is not an identifier, or another mixer has it.
+      ValueError: another mixer has the name.
     """
-    if not name.isidentifier():
-        raise ValueError(f"{name=}: must be an identifier, as in Python")
 
     def register(make: _Make) -> _Make:
         # A module that is imported again, or a cell that is run again, may replace its mixer.
@@ -169,8 +167,7 @@ def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
     """Construct a mixer, with a value for each of its options in ``config.mixer_options``.
 
     Raises:
-      UserError: it is not registered, has variables other than parameters, or an array of its state
-        does not begin with axis B.
+      UserError: it is not registered, or has variables other than parameters.
     """
     mixer = find_mixer(name).make(complete_options(name, config), rngs=rngs)
     for path, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Not(nnx.Param))):
@@ -178,12 +175,6 @@ def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
             f"mixer {name!r}: {'.'.join(map(str, path))} is of type {type(variable).__name__}; "
             "keep parameters only, as nnx.Param"
         )
-    for leaf in jax.tree.leaves(jax.eval_shape(lambda: mixer.initial_state(2))):
-        if leaf.shape[:1] != (2,):
-            raise UserError(
-                f"mixer {name!r}: initial_state(2) has an array of shape {list(leaf.shape)}; the "
-                "first axis of every array is the batch"
-            )
     return mixer
 
 
