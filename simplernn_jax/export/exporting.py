@@ -141,10 +141,7 @@ def without_paths(config: Config) -> Config:
 
 def _without_folders(source: str) -> str:
     """Return the last part of a path, or of each path of a mixture."""
-    try:
-        mixture = parse_mixture(source)
-    except UserError:
-        mixture = None
+    mixture = parse_mixture(source)
     if mixture is None:
         return Path(source).name
     return ",".join(f"{Path(path).name}:{weight:.4g}" for path, weight in mixture)

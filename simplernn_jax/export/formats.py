@@ -81,9 +81,7 @@ def check_architecture(format_name: str, model: LanguageModel) -> None:
     if not mixers <= supported.get(block, set()):
         raise UserError(
             f"--format={format_name}: not possible with model.block={block!r} and "
-            f"model.mixer={model.config.mixer!r}; use safetensors"
-            + (", which flash-linear-attention loads" if is_fla(model.config) else "")
-            + ", or stablehlo"
+            f"model.mixer={model.config.mixer!r}; use safetensors or stablehlo"
         )
 
 
@@ -161,7 +159,7 @@ def library_tokenizer(tokenizer: Tokenizer) -> Any:
 def write_example(
     trained: TrainedModel,
     folder: Path,
-    module: str,
+    readme: Mapping[str, str],
     batch: str | int,
     state: Mapping[str, Any],
     **fields: Any,
@@ -171,7 +169,7 @@ def write_example(
     Args:
       trained: the model.
       folder: of the export.
-      module: file of the format.
+      readme: the parts of ``example.md`` that differ between formats.
       batch: batch size of the programs, for ``config.json``.
       state: arrays of the initial state of one sequence by name.
       **fields: what the format adds to ``config.json``.
@@ -200,7 +198,8 @@ def write_example(
     write_json(folder / "config.json", content)
     (folder / "tokenizer.json").write_text(library_tokenizer(trained.tokenizer).to_str(), "utf-8")
     shutil.copyfile(example.__file__, folder / "example.py")
-    shutil.copyfile(Path(module).with_suffix(".md"), folder / "README.md")
+    template = Path(example.__file__).with_suffix(".md").read_text("utf-8")
+    (folder / "README.md").write_text(template.format(**readme), "utf-8")
 
 
 _MARK = "question 8254093"

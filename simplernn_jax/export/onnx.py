@@ -28,6 +28,14 @@ from simplernn_jax.models.pytorch_weights import named_weights
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30
 """Weights beyond this are separate files: a graph has at most 2 GiB."""
+README = {
+    "kind": "in ONNX",
+    "packages": "onnxruntime tokenizers",
+    "programs": "| `prefill.onnx`, `decode.onnx` | graphs with the weights; large weights are in "
+    "files `.data` next to them |",
+    "arguments": "Inputs of both graphs are `tokens` `[1, T]` int64 and the parts of the state; "
+    "outputs are\n`logits` `[1, T, vocab]` and `next.NAME` for each part.",
+}
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -80,7 +88,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
             )
         _finish(folder / f"{name}.onnx", kind, is_large=is_large)
     arrays = {name: x.numpy() for name, x in state.items()}
-    write_example(trained, folder, __file__, 1, arrays, opset=OPSET)
+    write_example(trained, folder, README, 1, arrays, opset=OPSET)
 
 
 def _finish(path: Path, kind: str, *, is_large: bool) -> None:

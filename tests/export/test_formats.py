@@ -9,8 +9,6 @@ import shutil
 import sys
 
 import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -98,14 +96,6 @@ def test_bfloat16_models_are_exported_in_float32(tmp_path):
     # What is loaded again is a bfloat16 model, for fine-tuning: it is checked in float32.
     logits = written("safetensors", original, tmp_path).logits(TOKENS)
     np.testing.assert_array_equal(logits, compute_logits(exact, TOKENS))
-
-
-def test_parameters_of_16_bits_are_not_exported(tmp_path, workdir):
-    model, tokenizer, config = load_model(str(workdir))
-    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param)))
-    with pytest.raises(UserError, match=r"^model: has float16 parameters; convert"):
-        export_run((model, tokenizer, config), workdir, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.oldest_python

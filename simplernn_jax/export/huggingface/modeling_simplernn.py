@@ -166,7 +166,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, features, width=4):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(features, width))
+        self.weight = nn.Parameter(torch.eye(1, width).repeat(features, 1))
 
     def forward(self, x, layer):
         """Apply it to [B, T, D], after the inputs that the state of the layer holds."""
@@ -280,17 +280,6 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.hidden_dim**-0.5)
-        elif isinstance(module, ShortConvolution):
-            nn.init.zeros_(module.weight)
-            nn.init.ones_(module.weight[:, :1])
 
     def prepare_inputs_for_generation(
         self,
