@@ -221,23 +221,6 @@ def test_the_example_answers_a_message(tmp_path):
     assert "pip install onnxruntime" in (tmp_path / "README.md").read_text()
 
 
-def test_plain_weights_run_in_the_pytorch_project(tmp_path):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    from benchmarks.torch_loop import LoopModel
-
-    original = trained(MODELS["plain"])
-    find_format("safetensors").write(original, tmp_path)
-    config = original.model.config
-    sizes = (config.vocab_size, config.num_layers, config.hidden_dim)
-    reference = LoopModel(*sizes, config.key_dim, config.value_dim)
-    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    reference.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
-    with torch.no_grad():
-        logits = reference(torch.tensor(TOKENS[None]).long())[0].numpy()
-    expected = compute_logits(original.model, TOKENS)
-    chex.assert_trees_all_close(logits, expected, atol=1e-5 * np.abs(expected).max())
-
-
 @pytest.mark.parametrize(
     "fields",
     [{"mixer_options": {}}, {"tie_embeddings": False, "mixer_options": {"min_log_gate": -0.05}}],

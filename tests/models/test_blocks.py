@@ -152,13 +152,10 @@ def test_dropout_of_values_is_independent():
         assert abs(shifted.mean()) < 5 * 0.21 / np.sqrt(shifted.size)
 
 
-def test_no_dropout_without_a_key_or_a_rate():
+def test_dropout_without_a_key_or_a_rate_or_values_and_next_to_one():
     x = jnp.ones((2, 3))
     assert dropout(x, 0.5, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
-
-
-def test_rates_next_to_one_and_arrays_without_values():
     found = dropout(jnp.ones((64, 1024)), 1 - 2**-20, jax.random.key(0))
     assert 0 <= int((found != 0).sum()) < 20
     assert dropout(jnp.zeros((2, 0, 7)), 0.1, jax.random.key(0)).shape == (2, 0, 7)

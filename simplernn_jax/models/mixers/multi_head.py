@@ -117,10 +117,6 @@ class MultiHeadLayer(nnx.Module):
           These, ``[..., H, K or V]`` each, and the pre-activation of the output gate
           ``[..., H * V]`` or None; float32 (float64 if `dtype` is). Under tensor parallelism H is
           the local number of heads.
-
-        Raises:
-          ValueError: the last axis of `x` is not hidden_dim.
-          TypeError: wrong dtype.
         """
         outputs = list(fused_dense(x, self.input_projections))
         output_gate = None if self.output_gate_proj is None else outputs.pop()

@@ -1,8 +1,8 @@
 """What the rest of the program knows of a token mixer, and the mixers by name.
 
 A mixer is one class in one file, registered under the name that ``model.mixer`` gives it; see
-docs/architecture.md for an example. Everything below `TokenMixer.__call__` has a default that is
-right for any mixer.
+docs/architecture.md for an example. Everything in `TokenMixer` except `initial_state` and
+`__call__` has a default that is right for any mixer.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class TokenMixer(nnx.Module):
     """
 
     starts_from_zero = False
-    """Whether the initial state is zero, for which `__call__` also accepts None."""
+    """Whether the initial state is zero, for which `__call__` then accepts None, too."""
 
     def initial_state(self, batch_size: int) -> Any:
         """Return the state before the first token: a pytree of arrays, their first axis B."""
