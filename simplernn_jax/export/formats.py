@@ -182,7 +182,7 @@ def write_example(
         value = x.flatten()[0].item()
         if not (x == value).all():
             raise UserError(
-                f"the initial state {name} is no single number, which this format needs; use "
+                f"the initial state {name} is not a single number, as this format needs; use "
                 "--format=safetensors"
             )
         parts[name] = {"shape": [batch, *x.shape[1:]], "dtype": str(x.dtype), "value": value}

@@ -57,6 +57,18 @@ _FLA_MODULES = {
 }
 _PARAMETERS = dict.fromkeys(("kernel", "embedding", "weights", "scale"), "weight")
 
+_ADVICE = "export the file again"
+_METADATA = {"format": "pt"}
+_DIGEST = "simplernn_jax.sha256"
+"""Metadata key of the digest of `encode_weights`; other programs drop it when they write a file."""
+
+_DTYPES: dict[str, Any] = {
+    **{"BOOL": np.bool_, "U8": np.uint8},
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    **{"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64},
+}
+"""`safetensors.numpy` has no bfloat16."""
+
 _ParamPath = tuple[Any, ...]
 """Where a parameter is in `nnx.state`, such as ``("head", "kernel")``."""
 
@@ -128,12 +140,6 @@ def _from_torch(path: _ParamPath, value: Any, block: str) -> Any:
     if path[-1] == "weights" and block == "swiglu":
         return value[:, 0, ::-1].T
     return value.T if path[-1] in ("kernel", "weights") else value
-
-
-_ADVICE = "export the file again"
-_METADATA = {"format": "pt"}
-_DIGEST = "simplernn_jax.sha256"
-"""Metadata key of the digest of `encode_weights`; other programs drop it when they write a file."""
 
 
 def load_pytorch_weights(path: str) -> LanguageModel:
@@ -258,14 +264,6 @@ def _model_config(weights: Weights, path: str) -> ModelConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config
-
-
-_DTYPES: dict[str, Any] = {
-    **{"BOOL": np.bool_, "U8": np.uint8},
-    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
-    **{"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64},
-}
-"""`safetensors.numpy` has no bfloat16."""
 
 
 def decode_safetensors(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
