@@ -32,8 +32,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
-from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+from simplernn_jax.models.pytorch_weights import named_weights, read_pytorch_weights
 from simplernn_jax.training.metrics import FILE_NAME, read_metrics
 
 from .experiment import Case, run_cases

@@ -1,7 +1,7 @@
 """Loading of a trained model from the workdir of its run, or from its export.
 
 Exports that can be loaded are ``safetensors`` and ``huggingface``: ``model.safetensors`` holds the
-parameters (`models.named_weights`), ``simplernn.json`` the configuration of the run and its
+parameters (`models.pytorch_weights`), ``simplernn.json`` the configuration of the run and its
 tokenizer. Both hold digests.
 """
 
@@ -22,8 +22,12 @@ from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import load_plugin
-from simplernn_jax.models.named_weights import Weights, model_from_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_digest
+from simplernn_jax.models.pytorch_weights import (
+    Weights,
+    model_from_weights,
+    read_pytorch_weights,
+    weights_digest,
+)
 
 WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"

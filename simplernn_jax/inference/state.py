@@ -23,7 +23,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex, write_file
 from simplernn_jax.inference.arguments import check_model, checked_integer
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.safetensors_bytes import decode_safetensors, digest_of
+from simplernn_jax.models.pytorch_weights import decode_safetensors, digest_of
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 RECENT_TOKENS = 64

@@ -31,7 +31,7 @@ from simplernn_jax.export.formats import (
 )
 from simplernn_jax.export.huggingface import tokenizer_json
 from simplernn_jax.inference import generate, generate_text
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, named_weights
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import encode
 

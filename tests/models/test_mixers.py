@@ -21,7 +21,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import check_architecture
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.inference.sampling import Sampling
-from simplernn_jax.models import LanguageModel, TokenMixer, register_mixer
+from simplernn_jax.models import LanguageModel, register_mixer
 from simplernn_jax.models.language_model import abstract_model, check_mesh
 from simplernn_jax.models.mixers import token_mixer
 from simplernn_jax.models.mixers.token_mixer import find_mixer, load_plugin
@@ -224,21 +224,6 @@ def test_a_mixer_is_found_by_its_name():
         find_mixer("dekay")
     with pytest.raises(ValueError, match="'gla' is already registered"):
         register_mixer("gla")(lambda config, rngs: None)
-    with pytest.raises(ValueError, match="must be an identifier"):
-        register_mixer("a,b")
-
-
-def test_an_array_of_the_state_without_a_batch_axis_is_named():
-    @register_mixer("scalar")
-    class Scalar(TokenMixer):
-        def __init__(self, config, *, rngs):
-            pass
-
-        def initial_state(self, batch_size):
-            return jnp.zeros(())
-
-    with pytest.raises(UserError, match=r"'scalar': initial_state\(2\) has an array of shape \[\]"):
-        LanguageModel(small_config("residual", mixer="scalar").model, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from simplernn_jax.export.exporting import new_folder
 from simplernn_jax.export.formats import TrainedModel, find_format
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import to_fla_config
-from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import named_weights
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.preparation import prepare
 from simplernn_jax.training.run import Run
