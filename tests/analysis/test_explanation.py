@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from small_data import make_split
 from small_runs import small_config, small_model
-from token_splits import make_split
 
 from simplernn_jax.analysis.decomposition import Contributions, decompose_layers
 from simplernn_jax.analysis.explanation import Unit, explain, split_into_units

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small_data import PAD, make_split
 from small_runs import small_config
-from token_splits import PAD, make_split
 
 from simplernn_jax.analysis import state_value
 from simplernn_jax.analysis.state_value import (
