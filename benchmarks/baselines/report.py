@@ -22,8 +22,7 @@ from simplernn_jax.errors import UserError
 
 from ..measure import call_isolated, describe_machine
 from ..tables import Curves, Row, Table
-from .programs import LABELS, NANOGPT, OURS, default_programs
-from .trainer import train_timed
+from .trainers import LABELS, NANOGPT, OURS, default_programs, train_timed
 
 TITLE = "baselines: "
 TARGETS = {

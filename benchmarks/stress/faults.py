@@ -1,18 +1,40 @@
-"""Runs that are killed, or in which a call that writes fails, and that resume."""
+"""Runs that are interrupted in every way, and resume to the same bytes.
+
+Runs are killed, or a call that writes fails; one of several processes is lost; or they are resumed
+at every step, in every batch mode, on every mesh.
+"""
 
 import errno
+import itertools
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.cli.compilation_cache import use_compilation_cache
 
-from .experiment import Case
-from .runs import Run, Variant, disturb_runs, exit_code, log_of
+from ..measure import on_simulated_devices
+from . import Case
+from .runs import (
+    Process,
+    Run,
+    Variant,
+    difference,
+    disturb_runs,
+    exit_code,
+    log_of,
+    read_checkpoint,
+    run_quietly,
+    send,
+    small_config,
+    wait_for_a_moment,
+)
 
 ALL = 10**9
 """More calls than any run has."""
@@ -159,3 +181,95 @@ def _problem_of_end(workdir: Path, code: int | None, log: str) -> str | None:
         if corruption is not None:
             return f"the checkpoint of step {step} is corrupted: {corruption}"
     return None
+
+
+_ENDS_WITHIN = 60.0
+"""Seconds in which the other processes must end."""
+_REASONS = {76: "error: a peer process failed", 2: "error: not all processes"}
+"""Exit codes of the other processes, and the reason in their log."""
+_SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+
+
+def hosts(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """When a process is lost the others exit with the reason, and all resume to the same bytes.
+
+    It is one of two processes, in every fourth case one of four. A stopped process is alive and
+    hangs, as one that is cut off.
+    """
+    two, four = Variant("2 processes", size=2), Variant("4 processes", size=4)
+    return disturb_runs(folder, count, seed, [two, two, two, four], _lose_process)
+
+
+def _lose_process(run: Run) -> tuple[str, str | None, str]:
+    kind, victim = list(_SIGNALS)[run.number % 2], run.draw.randrange(run.variant.size)
+    with run.start({}) as processes:
+        when = wait_for_a_moment(run.workdir, processes, run.draw)
+        codes = [process.poll() for process in processes]
+        started = time.monotonic()
+        problem = f"ended before with codes {codes}" if any(codes) else None
+        if problem is None:
+            send(processes[victim], _SIGNALS[kind])
+            others = [process for process in processes if process is not processes[victim]]
+            problem = _problem_of_others(run.workdir, others)
+    seconds = time.monotonic() - started
+    return f"process {victim} {kind} {when}, the others waited {seconds:.1f} s", problem, kind
+
+
+def _problem_of_others(workdir: Path, others: list[Process]) -> str | None:
+    """Wait for the processes that must end; say what is wrong with their ends."""
+    until = time.monotonic() + _ENDS_WITHIN
+    codes = [exit_code(process, until - time.monotonic()) for process in others]
+    if None in codes:
+        return f"not ended within {_ENDS_WITHIN:.0f} s, codes {codes}"
+    # Without a reason, it may have ended regularly before.
+    log = log_of(workdir)
+    if any(code and _REASONS.get(code, "no reason") not in log for code in codes):
+        return f"codes {codes} without their reason: {log[-500:]}"
+    return None
+
+
+_MODES = ("window", "stream", "document")
+_ONE_DEVICE = "one device"
+_MESHES = (_ONE_DEVICE, "data 2", "fsdp 2", "tensor 2", "sequence 2", "pipeline 2")
+_STEPS = 60
+"""Steps of the runs that are resumed at each of them."""
+_CASES_OF_A_RUN = 4
+"""Cases of a run in a sample; one that is resumed at all steps has _STEPS - 1."""
+
+
+def resume(folder: Path, count: int, seed: int) -> Iterator[Case]:
+    """A run resumed at any step, in any batch mode, ends with the same bytes, on six meshes."""
+    draw = random.Random(seed)
+    runs = list(itertools.product(_MODES, _MESHES))
+    draw.shuffle(runs)
+    if count < len(runs) * (_STEPS - 1):
+        runs = runs[: -(-count // _CASES_OF_A_RUN)]
+    num_steps = min(-(-count // len(runs)), _STEPS - 1)
+    for mode, mesh in runs:
+        steps = draw.sample(range(1, _STEPS), num_steps)
+        given = {"folder": folder, "mode": mode, "mesh": mesh, "steps": steps}
+        yield from on_simulated_devices(2, train_and_resume, **given)
+
+
+def train_and_resume(folder: Path, mode: str, mesh: str, steps: Sequence[int]) -> list[Case]:
+    """Run to the end, then once more from each of `steps`; for `on_simulated_devices`."""
+    use_compilation_cache()
+    whole, resumed = folder / f"{mesh} {mode}", folder / "resumed"
+    _train(folder, mode, mesh, 1, whole)
+    expected, cases = read_checkpoint(whole), []
+    for step in steps:
+        checkpoint = Path("checkpoints", str(step))
+        shutil.copytree(whole / checkpoint, resumed / checkpoint)
+        _train(folder, mode, mesh, 0, resumed)
+        problem = difference(read_checkpoint(resumed), expected)
+        cases.append(Case(f"{mode} on {mesh} at {step}", problem, mesh))
+        shutil.rmtree(resumed)
+    return cases
+
+
+def _train(folder: Path, mode: str, mesh: str, save_every: int, workdir: Path) -> None:
+    sizes = {"num_layers": 2, "vocab_size": 260, "steps": _STEPS, "save_every": save_every}
+    config = small_config(folder, mode=mode, keep_last=_STEPS, **sizes)
+    if mesh != _ONE_DEVICE:
+        setattr(config.mesh, mesh.split(maxsplit=1)[0], 2)
+    run_quietly(config, workdir)

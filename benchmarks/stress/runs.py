@@ -29,7 +29,7 @@ from simplernn_jax.project import ROOT
 from simplernn_jax.training import loop
 
 from ..train_steps import change
-from .experiment import Case, run_cases
+from . import Case, run_cases
 
 STEPS, SAVE_EVERY = 24, 3
 PARALLEL = 2

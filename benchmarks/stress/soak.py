@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..http_client import fetch
 from ..measure import resident_bytes
-from ..serving import save_untrained, serving
+from ..serving import fetch, save_untrained, serving
 from ..train_steps import load_config
-from .experiment import Case
+from . import Case
 from .runs import log_of, start_run, wait_for_save, write_text
 
 STEPS, REQUESTS = 1000, 100

@@ -6,7 +6,7 @@ import jax
 import pytest
 from small_runs import small_config, write_corpus
 
-from benchmarks import scaling, sizes, train_steps
+from benchmarks import scaling, train_steps
 from benchmarks.measure import Effort
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.config import validate
@@ -55,10 +55,10 @@ def test_a_cached_prefix_is_continued(trained, monkeypatch):
 def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
     fields = {"vocab_size": 264, "mlp_dim": 8, "num_heads": 4, "batch_size": 8, "data": 1}
     config = small_config("residual", **fields)
-    monkeypatch.setattr(sizes.config_files, "load_config", lambda _: config)
-    monkeypatch.setattr(sizes, "NAMES", ("tiny",))
-    monkeypatch.setattr(sizes, "on_simulated_devices", lambda _, call, **given: call(**given))
-    (table,) = sizes.run()
+    monkeypatch.setattr(scaling.config_files, "load_config", lambda _: config)
+    monkeypatch.setattr(scaling, "NAMES", ("tiny",))
+    monkeypatch.setattr(scaling, "on_simulated_devices", lambda _, call, **given: call(**given))
+    (table,) = scaling.run_sizes()
     data, fsdp, tensor = json.loads(json.dumps(table.rows))
     assert data["parameters"] == count_parameters(config)
     # Gradients, with a few sums of single numbers.

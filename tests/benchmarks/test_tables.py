@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from processes import ROOT, assert_each_refused
 
-from benchmarks import decoding, measure, recurrence, tables, train_steps, training
+from benchmarks import decoding, measure, tables, train_steps, training
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
 from simplernn_jax.config import DataConfig
@@ -96,8 +96,8 @@ def test_a_function_in_a_fresh_process_answers_or_its_failure_is_reported(capfd)
 
 
 def test_rates_of_the_recurrence_count_its_necessary_products(monkeypatch):
-    fixed_times(recurrence, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
-    row = recurrence.compare(recurrence.Shape(2, 19, 3, 5, 7), "float32", EFFORT)
+    fixed_times(training, monkeypatch, ours=0.5, scan=3.0, ceiling=0.25)
+    row = training.compare_forms(training.Shape(2, 19, 3, 5, 7), "float32", EFFORT)
     json.dumps(row)
     multiply_adds = 2 * 19 * 3 * (2 + 4) * 5 * 7
     assert (row["ours ms"], row["scan / ours"]) == (500, 6)

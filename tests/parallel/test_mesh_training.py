@@ -24,7 +24,7 @@ from small_runs import (
     write_corpus,
 )
 
-from benchmarks.sizes import text_of_loops
+from benchmarks.scaling import text_of_loops
 from benchmarks.train_steps import collectives
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
