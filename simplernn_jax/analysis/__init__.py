@@ -6,14 +6,19 @@ May import every other subpackage; only scripts and benchmarks import this one.
 from simplernn_jax.analysis.decomposition import (
     attention_map,
     decompose_layers,
+    find_mixers,
     gradient_contributions,
     is_exact,
     map_contributions,
+    record,
 )
 from simplernn_jax.analysis.explanation import Explanation, explain
-from simplernn_jax.analysis.memory import effective_rank, half_life, measure_memory
-from simplernn_jax.analysis.recording import find_mixers, record
-from simplernn_jax.analysis.state_value import loss_by_position, loss_by_reset
+from simplernn_jax.analysis.memory import (
+    effective_rank,
+    half_life,
+    loss_by_position,
+    measure_memory,
+)
 
 __all__ = [
     "Explanation",
@@ -26,7 +31,6 @@ __all__ = [
     "half_life",
     "is_exact",
     "loss_by_position",
-    "loss_by_reset",
     "map_contributions",
     "measure_memory",
     "record",

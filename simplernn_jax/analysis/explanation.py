@@ -12,18 +12,18 @@ from simplernn_jax.analysis.decomposition import (
     Contributions,
     LayerDecomposition,
     decompose_layers,
+    find_mixers,
     gradient_contributions,
     map_contributions,
 )
-from simplernn_jax.analysis.memory import Memory, measure_memory
-from simplernn_jax.analysis.recording import find_mixers
-from simplernn_jax.analysis.state_value import (
+from simplernn_jax.analysis.memory import (
     SHORT_CONTEXT,
+    Memory,
     PositionLoss,
     context_gains,
     document_split,
     loss_by_position,
-    loss_by_reset,
+    measure_memory,
     token_losses,
 )
 from simplernn_jax.config import Config
@@ -120,7 +120,7 @@ class Explanation:
     by_reset: dict[int, Evaluation]
     """Evaluations by tokens between two resets; 0 is never."""
     context_gains: np.ndarray
-    """Of the last predictions of the text; see `state_value.context_gains`."""
+    """Of the last predictions of the text; see `memory.context_gains`."""
 
     @property
     def layer_names(self) -> list[str]:
@@ -206,7 +206,7 @@ def explain(
         split, name = validation, f"the validation split of the run (documents: {documents:,})"
     scored = counted(split.num_predictions, "prediction")
     window = config.data.sequence_length
-    evaluated = evaluator, params, split, EVALUATED_TOKENS
+    evaluated = params, split, EVALUATED_TOKENS
     longest = int(np.max(document_ends(split) - split.document_starts))
     powers = [4**n for n in range(1, 8) if n == 1 or 4**n < longest]
     return Explanation(
@@ -220,7 +220,7 @@ def explain(
         chosen=chosen,
         evaluated=f"{name}: {min(EVALUATED_TOKENS, split.num_predictions):,} of its {scored}",
         window=window,
-        by_position=loss_by_position(*evaluated, window),
-        by_reset=loss_by_reset(*evaluated, [0, *sorted({*powers, window})]),
+        by_position=loss_by_position(evaluator, *evaluated, window),
+        by_reset={n: evaluator(*evaluated, n) for n in [0, *sorted({*powers, window})]},
         context_gains=gains,
     )

@@ -1,4 +1,8 @@
-"""Memory of the recurrences: half-lives of key channels, norm and rank of the state in a text."""
+"""What a model remembers of a text, and what that is worth.
+
+Half-lives of the key channels of recurrences, norm and rank of their states; and the loss with the
+full context, and with less of it.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.recording import (
+from simplernn_jax.analysis.decomposition import (
     Recurrent,
     find_mixers,
     record,
@@ -16,13 +20,23 @@ from simplernn_jax.analysis.recording import (
     recurrent_state,
 )
 from simplernn_jax.array_types import ModelState
+from simplernn_jax.data.batches import Batch
+from simplernn_jax.data.evaluation_batches import Contexts
+from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.training.evaluate import Evaluator
 
 _POINTS = 200
 """Number of measurements along a text, about."""
 
 _MAX_TOKENS = 4096
 """Length of one call."""
+
+SHORT_CONTEXT = 32
+"""Tokens of the context that a full context is compared with."""
+
+_MAX_GAINS = 1024
+"""Number of tokens at the end of a text whose gain from a full context is measured."""
 
 
 class LayerMemory(NamedTuple):
@@ -80,7 +94,6 @@ def effective_rank(matrices: np.ndarray) -> np.ndarray:
 
 def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
     """Measure the recurrences along [n] `tokens`, BOS included, from a zero state."""
-    mixers = find_mixers(model)
 
     @nnx.jit
     def read(
@@ -99,26 +112,113 @@ def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
                 measured.append(None)
         return state, measured
 
+    def summarize(decay: jax.Array, state: jax.Array) -> tuple[np.ndarray, ...]:
+        matrices = np.asarray(state, np.float64)
+        norms = np.linalg.norm(matrices, axis=(-2, -1))
+        return np.asarray(decay, np.float64), norms, effective_rank(matrices)
+
     step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
-    state = model.initial_state(1)
-    positions = []
-    decays: list[list[np.ndarray]] = [[] for _ in mixers]
-    norms: list[list[np.ndarray]] = [[] for _ in mixers]
-    ranks: list[list[np.ndarray]] = [[] for _ in mixers]
-    for start in range(0, len(tokens), step):
-        window = np.asarray(tokens[start : start + step], np.int32)
-        state, measured = read(model, window[None], state)
-        positions.append(start + len(window))
-        for layer, arrays in enumerate(measured):
-            if arrays is not None:
-                decay, matrices = (np.asarray(x, np.float64) for x in arrays)
-                decays[layer].append(decay)
-                norms[layer].append(np.linalg.norm(matrices, axis=(-2, -1)))
-                ranks[layer].append(effective_rank(matrices))
-    layers = [
-        LayerMemory(half_life(np.sum(decay, axis=0) / len(tokens)), np.stack(norm), np.stack(rank))
-        if decay
-        else None
-        for decay, norm, rank in zip(decays, norms, ranks, strict=True)
-    ]
-    return Memory(np.asarray(positions), tuple(layers))
+    windows = [tokens[start : start + step] for start in range(0, len(tokens), step)]
+    state, history = model.initial_state(1), []
+    for window in windows:
+        state, measured = read(model, np.asarray(window, np.int32)[None], state)
+        history.append([arrays and summarize(*arrays) for arrays in measured])
+    layers: list[LayerMemory | None] = []
+    for by_window in zip(*history, strict=True):
+        if by_window[0] is None:
+            layers.append(None)
+            continue
+        decays, norms, ranks = map(np.stack, zip(*by_window, strict=True))
+        layers.append(LayerMemory(half_life(decays.sum(axis=0) / len(tokens)), norms, ranks))
+    return Memory(np.cumsum([len(window) for window in windows]), tuple(layers))
+
+
+class PositionLoss(NamedTuple):
+    """Mean loss by the number of tokens before in the document, in bins [1, 2), [2, 4) ..."""
+
+    starts: np.ndarray
+    """int [bins], lower bounds: tokens before the prediction, BOS included."""
+    counts: np.ndarray
+    """int [bins], predictions, at least 1."""
+    carried: np.ndarray
+    """float64 [bins], nats per token with the state carried across the whole document."""
+    reset: np.ndarray
+    """float64 [bins], with the state reset at a fixed interval."""
+
+
+def loss_by_position(
+    evaluator: Evaluator, params: nnx.State, split: TokenSplit, limit_tokens: int, reset_every: int
+) -> PositionLoss:
+    """Score the same predictions with the state carried and with it reset, by position.
+
+    `limit_tokens` is the number of predictions, 0 for all; `reset_every` tokens lie between two
+    resets. `params` belong to the evaluator's model.
+
+    Raises:
+      UserError: the split has nothing to predict.
+    """
+    totals = np.zeros((3, 64))  # count, carried, reset; positions are below 2**64
+    before: np.ndarray | None = None
+    pairs = zip(
+        evaluator.scores(params, split, limit_tokens),
+        evaluator.scores(params, split, limit_tokens, reset_every),
+        strict=True,
+    )
+    for carried, reset in pairs:
+        positions, before = _positions(carried.batch, before)
+        is_real = carried.batch.loss_mask
+        bins = np.log2(positions[is_real] + 1).astype(np.int64)
+        nats, reset_nats = (np.asarray(x.nats, np.float64)[is_real] for x in (carried, reset))
+        columns = np.ones_like(nats), nats, reset_nats
+        totals += [np.bincount(bins, column, minlength=64) for column in columns]
+    used = np.flatnonzero(totals[0])
+    counts, carried_nats, reset_nats = totals[:, used]
+    return PositionLoss(
+        2**used, counts.astype(np.int64), carried_nats / counts, reset_nats / counts
+    )
+
+
+def _positions(batch: Batch, before: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``[B, T]``, tokens of the document before each input, and [B] for the next batch."""
+    ids = batch.segment_ids
+    begins = np.concatenate([batch.reset[:, None], ids[:, 1:] != ids[:, :-1]], axis=1)
+    columns = np.arange(ids.shape[1])
+    start = np.maximum.accumulate(np.where(begins, columns, -1), axis=1)
+    carried = np.zeros(len(ids), np.int64) if before is None else before
+    positions = np.where(start >= 0, columns - start, carried[:, None] + columns)
+    return positions, positions[:, -1] + 1
+
+
+def document_split(tokens: np.ndarray, num_bytes: int = 0) -> TokenSplit:
+    """Create a split of one document: [n] ids, BOS included, and the bytes of its text."""
+    return TokenSplit("text", np.asarray(tokens), np.zeros(1, np.int64), num_bytes, "")
+
+
+def token_losses(
+    evaluator: Evaluator, params: nnx.State, ids: np.ndarray, contexts: Contexts | None = None
+) -> np.ndarray:
+    """Return float64 [n - 1]: -log p of tokens 1 .. n - 1 of one document, given all before.
+
+    With `contexts`, given those alone.
+    """
+    scores = evaluator.scores(params, document_split(ids), contexts=contexts)
+    return np.concatenate([np.asarray(x.nats, np.float64)[x.batch.loss_mask] for x in scores])
+
+
+def context_gains(
+    evaluator: Evaluator, params: nnx.State, ids: np.ndarray, losses: np.ndarray
+) -> np.ndarray:
+    """Measure by how much context lowers the losses of a text's last tokens.
+
+    `losses` are the `token_losses` of `ids`.
+
+    Returns:
+      float64: of each of the last tokens, the nats by which the tokens more than `SHORT_CONTEXT`
+      before it lower its loss; empty if the text is too short.
+    """
+    count = min(_MAX_GAINS, len(ids) - SHORT_CONTEXT - 1)
+    if count < 1:
+        return np.zeros(0)
+    end = ids[len(ids) - count - SHORT_CONTEXT :]
+    short = token_losses(evaluator, params, end, Contexts(SHORT_CONTEXT, 1))
+    return short[SHORT_CONTEXT - 1 :] - losses[-count:]

@@ -1,8 +1,8 @@
 """Plots of an explanation as PNG files, and the style that all share."""
 
-import functools
 import io
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +11,7 @@ import numpy as np
 
 from simplernn_jax.analysis.decomposition import Contributions, LayerDecomposition
 from simplernn_jax.analysis.explanation import Unit
-from simplernn_jax.analysis.memory import Memory
-from simplernn_jax.analysis.state_value import PositionLoss
+from simplernn_jax.analysis.memory import Memory, PositionLoss
 from simplernn_jax.errors import counted
 
 _DPI = 130
@@ -57,7 +56,8 @@ def new_figure(width: float, height: float) -> Iterator[Any]:
 def png(figure: Any) -> bytes:
     """Return the figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    with warnings.catch_warnings(action="ignore"):  # of glyphs that the font lacks: it has a box
+        figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
 
 
@@ -262,7 +262,7 @@ def _label_tokens(axis: Any, units: Sequence[Unit], offset: int, most: int) -> N
         if not ticks or start - ticks[-1] >= step:
             text = "".join(unit.text for unit in units[place : place + _LABEL])
             ticks.append(start)
-            names.append(f"{_drawn(text.strip()[:_LABEL])} {offset + start}")
+            names.append(f"{visible(text.strip()[:_LABEL])} {offset + start}")
     axis.set_ticks(ticks, names, **_MONOSPACE)
 
 
@@ -270,18 +270,5 @@ def _label_unit(units: Sequence[Unit], index: int) -> str:
     """Return a unit in brackets between its neighbors, and its distance to the end."""
     before = "".join(unit.text for unit in units[max(0, index - 8) : index])[-8:]
     after = "".join(unit.text for unit in units[index + 1 : index + 7])[:6]
-    text = f"{_drawn(before)}[{_drawn(units[index].text[:_LABEL])}]{_drawn(after)}"
+    text = f"{visible(before)}[{visible(units[index].text[:_LABEL])}]{visible(after)}"
     return f"{text} {units[-1].stop - units[index].start:>4}"
-
-
-def _drawn(text: str) -> str:
-    """Return `text` with a box in place of each character that the font lacks."""
-    return "".join(c if ord(c) in _glyphs() else "\u25a1" for c in visible(text))
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib import font_manager
-
-    font = font_manager.get_font(font_manager.findfont(str(_MONOSPACE["fontfamily"])))
-    return frozenset(font.get_charmap())

@@ -14,13 +14,13 @@ from small_runs import small_config
 from simplernn_jax.analysis.decomposition import (
     MAX_ERROR,
     LayerDecomposition,
+    Record,
     attention_map,
     decompose_layer,
     gradient_contributions,
     is_exact,
     map_contributions,
 )
-from simplernn_jax.analysis.recording import Record
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.mixers.attention import Attention
 
