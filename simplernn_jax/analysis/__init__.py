@@ -13,25 +13,18 @@ from simplernn_jax.analysis.decomposition import (
     record,
 )
 from simplernn_jax.analysis.explanation import Explanation, explain
-from simplernn_jax.analysis.memory import (
-    effective_rank,
-    half_life,
-    loss_by_position,
-    measure_memory,
-)
+from simplernn_jax.analysis.memory import loss_by_position, measure_half_lives
 
 __all__ = [
     "Explanation",
     "attention_map",
     "decompose_layers",
-    "effective_rank",
     "explain",
     "find_mixers",
     "gradient_contributions",
-    "half_life",
     "is_exact",
     "loss_by_position",
     "map_contributions",
-    "measure_memory",
+    "measure_half_lives",
     "record",
 ]

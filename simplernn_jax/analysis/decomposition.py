@@ -28,7 +28,6 @@ from simplernn_jax.array_types import (
     LogGates,
     ModelState,
     Queries,
-    RecurrentState,
     Tokens,
     Values,
 )
@@ -57,7 +56,6 @@ class Record(NamedTuple):
     """Before the first token: a `RecurrentState`, a `GLAState`, or attention's `KVCache`."""
     output: Activations
     """``[B, T, D]``."""
-    final_state: Any
 
 
 def find_mixers(model: LanguageModel) -> list[Mixer]:
@@ -80,11 +78,6 @@ def recurrence_inputs(
         return mixer.cell.project(call.inputs)
     inputs, output_gate, _ = mixer.project(call.inputs, call.state.convolutions, None)
     return inputs, output_gate
-
-
-def recurrent_state(state: RecurrentState | GLAState) -> RecurrentState:
-    """Return the state of the recurrence of a mixer's state."""
-    return state.recurrent if isinstance(state, GLAState) else state
 
 
 def record(
@@ -113,9 +106,9 @@ class _Tap:
         self._mixer = mixer
 
     def mix(self, x: Activations, state: Any, segment_ids: None) -> tuple[Activations, Any]:
-        y, final_state = self._mixer(x, state, segment_ids)
-        self.record = Record(x, state, y, final_state)
-        return y, final_state
+        y, new_state = self._mixer(x, state, segment_ids)
+        self.record = Record(x, state, y)
+        return y, new_state
 
 
 class LayerDecomposition(NamedTuple):
@@ -174,7 +167,7 @@ def decompose_layer(mixer: Mixer, call: Record) -> LayerDecomposition:
         weights, values, from_state, expected = _decompose_attention(mixer, q, k, v, call.state)
     else:
         (q, k, v, log_gate), output_gate = recurrence_inputs(mixer, call)
-        state = recurrent_state(call.state)
+        state = call.state.recurrent if isinstance(call.state, GLAState) else call.state
         weights, state_queries = attention_map(q, k, log_gate)
         dtype, values = v.dtype, v.astype(weights.dtype)
         from_state = jnp.einsum("bthk,bhkv->bthv", state_queries, state.astype(weights.dtype))

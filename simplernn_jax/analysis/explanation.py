@@ -18,12 +18,11 @@ from simplernn_jax.analysis.decomposition import (
 )
 from simplernn_jax.analysis.memory import (
     SHORT_CONTEXT,
-    Memory,
     PositionLoss,
     context_gains,
     document_split,
     loss_by_position,
-    measure_memory,
+    measure_half_lives,
     token_losses,
 )
 from simplernn_jax.config import Config
@@ -108,8 +107,8 @@ class Explanation:
     """Mixer of each layer, ``simple_rnn``, ``attention`` or ``gla``."""
     layers: tuple[LayerDecomposition, ...]
     """Decomposition of each layer, of tokens ``start .. stop - 1``, B = 1."""
-    memory: Memory
-    """Over the whole text."""
+    half_lives: tuple[np.ndarray | None, ...]
+    """See `measure_half_lives`; over the whole text."""
     chosen: ChosenToken
     """The prediction whose contributions are shown."""
     evaluated: str
@@ -197,8 +196,8 @@ def explain(
         from_all=gradient_contributions(model, ids[start:token], state, int(ids[token])),
         by_layer=tuple(map_contributions(layer, token - 1 - start) for layer in layers),
     )
-    logging.info("measuring the memory along the text ...")
-    memory = measure_memory(model, ids)
+    logging.info("measuring the half-lives of the memory ...")
+    half_lives = measure_half_lives(model, ids)
     logging.info("measuring the loss with the state carried and reset ...")
     split, name = document_split(ids, len(text.encode("utf-8"))), "the given text"
     if validation is not None and len(ids) < min(LONG_TEXT, validation.num_predictions + 1):
@@ -216,7 +215,7 @@ def explain(
         units=split_into_units(tokenizer, ids[start:stop], ids[:start]),
         mixers=config.model.mixers,
         layers=layers,
-        memory=memory,
+        half_lives=half_lives,
         chosen=chosen,
         evaluated=f"{name}: {min(EVALUATED_TOKENS, split.num_predictions):,} of its {scored}",
         window=window,

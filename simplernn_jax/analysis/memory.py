@@ -1,7 +1,6 @@
-"""What a model remembers of a text, and what that is worth.
+"""What a model remembers of a text: half-lives of its key channels, and what its state is worth.
 
-Half-lives of the key channels of recurrences, norm and rank of their states; and the loss with the
-full context, and with less of it.
+That is the loss with the full context, and with less of it.
 """
 
 import math
@@ -12,22 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.decomposition import (
-    Recurrent,
-    find_mixers,
-    record,
-    recurrence_inputs,
-    recurrent_state,
-)
+from simplernn_jax.analysis.decomposition import Recurrent, find_mixers, record, recurrence_inputs
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.training.evaluate import Evaluator
-
-_POINTS = 200
-"""Number of measurements along a text, about."""
 
 _MAX_TOKENS = 4096
 """Length of one call."""
@@ -39,98 +29,43 @@ _MAX_GAINS = 1024
 """Number of tokens at the end of a text whose gain from a full context is measured."""
 
 
-class LayerMemory(NamedTuple):
-    """Memory of one recurrence in one text."""
-
-    half_lives: np.ndarray
-    """float64 [H, K], in tokens; infinite if nothing was forgotten."""
-    norms: np.ndarray
-    """float64 [P, H]: Frobenius norm of each head's state."""
-    ranks: np.ndarray
-    """float64 [P, H]: `effective_rank` of each head's state, at most min(K, V)."""
-
-
-class Memory(NamedTuple):
-    """Result of `measure_memory`."""
-
-    positions: np.ndarray
-    """int [P]: tokens before each measurement."""
-    layers: tuple[LayerMemory | None, ...]
-    """One per layer; None if its mixer is attention."""
-
-
-def half_life(mean_decay: np.ndarray) -> np.ndarray:
-    """Return ``ln 2 / E[-log g]``: tokens after which a key channel has decayed by half.
+def measure_half_lives(model: LanguageModel, tokens: np.ndarray) -> tuple[np.ndarray | None, ...]:
+    """Measure after how many tokens the key channels decay by half, ``ln 2 / E[-log g]``.
 
     Args:
-      mean_decay: ``E[-log g]`` of each channel, of any shape.
+      model: the language model.
+      tokens: [n] ids of a text, BOS included; it is read from a zero state.
 
     Returns:
-      float64 of the same shape; infinite where nothing decays.
+      float64 [H, K] for every layer, infinite where nothing decays; None for attention.
     """
-    decay = np.asarray(mean_decay, np.float64)
-    return np.divide(math.log(2), decay, out=np.full_like(decay, np.inf), where=decay > 0)
-
-
-def effective_rank(matrices: np.ndarray) -> np.ndarray:
-    """Return exp of the entropy of the singular values, as shares of their sum.
-
-    Between 1 (one direction) and min(K, V) (all equal); 0 for a zero matrix.
-    Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality",
-    EUSIPCO 2007, definition 1.
-
-    Args:
-      matrices: ``[..., K, V]``.
-
-    Returns:
-      float64 ``[...]``.
-    """
-    values = np.linalg.svd(np.asarray(matrices, np.float64), compute_uv=False)
-    total = values.sum(axis=-1, keepdims=True)
-    shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
-    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
-    return np.where(total[..., 0] > 0, np.exp(-np.sum(shares * logs, axis=-1)), 0.0)
-
-
-def measure_memory(model: LanguageModel, tokens: np.ndarray) -> Memory:
-    """Measure the recurrences along [n] `tokens`, BOS included, from a zero state."""
 
     @nnx.jit
     def read(
         model: LanguageModel, window: jax.Array, state: ModelState
-    ) -> tuple[ModelState, list[tuple[jax.Array, jax.Array] | None]]:
-        """Return the next state and, by recurrent layer, the summed -log g [H, K] and the state
-        [H, K, V]."""
+    ) -> tuple[ModelState, list[jax.Array | None]]:
+        """Return the next state and the summed -log g [H, K] of each recurrent layer."""
         calls, state = record(model, window, state)
-        measured: list[tuple[jax.Array, jax.Array] | None] = []
+        decays: list[jax.Array | None] = []
         for mixer, call in zip(find_mixers(model), calls, strict=True):
-            if isinstance(mixer, Recurrent):
-                (_, _, _, log_gate), _ = recurrence_inputs(mixer, call)
-                final_state = recurrent_state(call.final_state)[0]
-                measured.append((-jnp.sum(log_gate, axis=(0, 1)), final_state))
-            else:
-                measured.append(None)
-        return state, measured
+            is_recurrent = isinstance(mixer, Recurrent)
+            log_gate = recurrence_inputs(mixer, call)[0][3] if is_recurrent else None
+            decays.append(None if log_gate is None else -jnp.sum(log_gate, axis=(0, 1)))
+        return state, decays
 
-    def summarize(decay: jax.Array, state: jax.Array) -> tuple[np.ndarray, ...]:
-        matrices = np.asarray(state, np.float64)
-        norms = np.linalg.norm(matrices, axis=(-2, -1))
-        return np.asarray(decay, np.float64), norms, effective_rank(matrices)
-
-    step = min(-(-len(tokens) // _POINTS), _MAX_TOKENS)
-    windows = [tokens[start : start + step] for start in range(0, len(tokens), step)]
     state, history = model.initial_state(1), []
-    for window in windows:
-        state, measured = read(model, np.asarray(window, np.int32)[None], state)
-        history.append([arrays and summarize(*arrays) for arrays in measured])
-    layers: list[LayerMemory | None] = []
-    for by_window in zip(*history, strict=True):
-        if by_window[0] is None:
-            layers.append(None)
-            continue
-        decays, norms, ranks = map(np.stack, zip(*by_window, strict=True))
-        layers.append(LayerMemory(half_life(decays.sum(axis=0) / len(tokens)), norms, ranks))
-    return Memory(np.cumsum([len(window) for window in windows]), tuple(layers))
+    for start in range(0, len(tokens), _MAX_TOKENS):
+        window = np.asarray(tokens[start : start + _MAX_TOKENS], np.int32)
+        state, decays = read(model, window[None], state)
+        history.append(decays)
+
+    def half_lives(*decays: jax.Array) -> np.ndarray:
+        decay = np.sum(np.asarray(decays, np.float64), axis=0) / len(tokens)
+        return np.divide(math.log(2), decay, out=np.full_like(decay, np.inf), where=decay > 0)
+
+    return tuple(
+        None if each[0] is None else half_lives(*each) for each in zip(*history, strict=True)
+    )
 
 
 class PositionLoss(NamedTuple):

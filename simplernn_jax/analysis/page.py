@@ -16,16 +16,14 @@ from simplernn_jax.errors import counted
 
 def draw_plots(explanation: Explanation) -> dict[str, bytes]:
     """Draw all plots; return PNG files by name."""
-    memory, window, chosen = explanation.memory, explanation.window, explanation.chosen
+    window, chosen = explanation.window, explanation.chosen
     position = chosen.position - 1 - explanation.start
     drawn = {
         f"map_layer_{number}": plots.draw_map(layer, explanation.units, explanation.start, position)
         for number, layer in enumerate(explanation.layers, 1)
     }
-    if any(memory.layers):
-        drawn["half_lives"] = plots.draw_half_lives(memory, window)
-        drawn["state_norm"] = plots.draw_state(memory, "norms", "norm of the state")
-        drawn["state_rank"] = plots.draw_state(memory, "ranks", "effective rank")
+    if any(lives is not None for lives in explanation.half_lives):
+        drawn["half_lives"] = plots.draw_half_lives(explanation.half_lives, window)
     drawn["loss_by_position"] = plots.draw_position_loss(explanation.by_position, window)
     panels = [("all layers, by gradient", "gradient times input (nats)", chosen.from_all)]
     for name, shares in zip(explanation.layer_names, chosen.by_layer, strict=True):
@@ -40,7 +38,7 @@ def make_page(
     """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen = explanation.chosen
     gradient = plots.sum_by_unit(chosen.units, chosen.from_all.tokens)
-    lives = [layer.half_lives.ravel() for layer in explanation.memory.layers if layer is not None]
+    lives = [layer.ravel() for layer in explanation.half_lives if layer is not None]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simplernn_jax.analysis", ""),
         autoescape=True,
