@@ -13,5 +13,4 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "cost": resources.measure_cost,
     "communication": resources.measure_communication,
     "corpus": resources.measure_corpus,
-    "interpretability": resources.measure_interpretability,
 }

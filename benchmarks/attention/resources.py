@@ -27,7 +27,7 @@ from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call
 from ..measure import Call, Effort, alternate, median, on_simulated_devices
 from ..tables import Curves, Row, curves_of
-from ..train_steps import compile_quickly, count_parameters, train_on_corpus, with_method
+from ..train_steps import Trained, compile_quickly, count_parameters, train_on_corpus, with_method
 from .aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line, lines_of
 
 CHUNKS = f"{RECURRENCE} chunkwise"
@@ -249,24 +249,30 @@ LENGTH, BATCH = 256, 8
 
 
 def measure_corpus(quick: bool) -> Measured:
-    """Held-out bits/byte of text of the standard library.
+    """Held-out bits/byte of text of the standard library, and relative error of the implicit map.
 
-    It is scored document after document, the state carried; attention sees the last 256 bytes, as
-    in training.
+    Text is scored document after document, the state carried; attention sees the last 256 bytes, as
+    in training. Weights of the recurrence's map times values must equal the output of the
+    definition, and, after norm, gate and projection, of the layer. Attention's weights are its
+    softmax.
     """
     fields = {"steps": 150, "eval_tokens": 65_536} if quick else {"steps": 1400, "eval_tokens": 0}
     rows: list[Row] = []
+    lines: list[Row] = []
     losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
             for seed in range(1 if quick else 3):
                 config = config_of(variant, LENGTH, BATCH, **fields)
-                measured = train_on_corpus(config, folder, seed=seed).measured
-                print(f"  {variant}, seed {seed}: {measured}", flush=True)
-                losses[variant].append(measured["bits/byte"])
+                trained = train_on_corpus(config, folder, seed=seed)
+                print(f"  {variant}, seed {seed}: {trained.measured}", flush=True)
+                losses[variant].append(trained.measured["bits/byte"])
+                if variant == RECURRENCE and not seed:
+                    lines = map_lines(trained, 256 if quick else 1024)
             row = {"variant": variant, "parameters": count_parameters(config_of(variant, LENGTH))}
             rows.append(row | {"bits/byte by seed": losses[variant]})
-    return Measured(loss_lines(fields["steps"] * LENGTH * BATCH, losses), rows=rows)
+    lines = loss_lines(fields["steps"] * LENGTH * BATCH, losses) + lines
+    return Measured(lines, rows=rows)
 
 
 def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
@@ -281,19 +287,11 @@ def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
     return [mean, line("scalability", what, ranges, is_decisive=False)][:seeds]
 
 
-def measure_interpretability(quick: bool) -> Measured:
-    """Relative error of the recurrence's implicit attention map.
-
-    Weights times values must equal the output of the definition, and, after norm, gate and
-    projection of the layer. Attention's weights are its softmax.
-    """
-    steps, tokens = (50, 256) if quick else (1400, 1024)
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_of(RECURRENCE, LENGTH, BATCH, steps=steps, eval_tokens=65_536)
-        trained = train_on_corpus(config, folder)
-        held_out: Any = trained.corpus.validation
-        ids = np.array(held_out.tokens[:tokens])
+def map_lines(trained: Trained, tokens: int) -> list[Row]:
+    """Lines for the errors of the recurrence's map of the first held-out tokens."""
+    held_out: Any = trained.corpus.validation
     model = trained.model()
+    ids = np.array(held_out.tokens[:tokens])
     layers = decompose_layers(model, ids, model.initial_state(1))
     errors = {
         "relative error of the implicit attention map": [x.operator_error for x in layers],
@@ -303,4 +301,4 @@ def measure_interpretability(quick: bool) -> Measured:
     for what, each in errors.items():
         values = {RECURRENCE: float(max(each)), ATTENTION: None}
         lines.append(line("interpretability", f"{what}, worst layer", values))
-    return Measured(lines)
+    return lines
