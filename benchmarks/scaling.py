@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax import project
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config
 from simplernn_jax.inference import generate, load_state, save_state
@@ -128,7 +127,7 @@ def run_sizes() -> Iterator[Table]:
     """The table of `NAMES` on `MESHES`."""
     rows: list[Row] = []
     for name in NAMES:
-        config = config_files.load_config(project.ROOT / "configs" / f"{name}.py")
+        config = config_files.load_config(name)
         for sizes in MESHES:
             change(config, **{"data": 1, "fsdp": 1, "tensor": 1} | dict(sizes))
             measured = on_simulated_devices(DEVICES, measure_step, config=config)

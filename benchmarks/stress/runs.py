@@ -22,13 +22,12 @@ from absl import logging
 from simplernn_jax.checkpoint.checkpointer import read_config
 from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
 from simplernn_jax.checkpoint.folder import NEWEST, CheckpointFolder
-from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
 from simplernn_jax.training import loop
 
-from ..train_steps import change
+from ..train_steps import change, load_config
 from . import Case, run_cases
 
 STEPS, SAVE_EVERY = 24, 3
@@ -257,19 +256,12 @@ def wait_for_save(workdir: Path, processes: list[Process], save: int) -> None:
 
 def small_config(folder: Path, **fields: Any) -> Config:
     """``configs/tiny.py``, smaller, on a text in `folder`; `fields` of any section by name."""
-    config = config_files.load_config(ROOT / "configs" / "tiny.py")
+    config = load_config("tiny", 2, 16)
     sizes = {"num_layers": 1, "hidden_dim": 8, "key_dim": 8, "value_dim": 8, "mlp_dim": 12}
-    data = {
-        "source": str(write_text(folder / "corpus.txt", 3001)),
-        "cache_dir": str(folder / "tokens"),
-        "split": "position",
-        "mode": "stream",
-        "batch_size": 2,
-        "sequence_length": 16,
-    }
-    steps = {"epochs": 0, "save_every": 0, "eval_every": 0, "eval_tokens": 512, "data": 1}
-    change(config, **{**sizes, **data, **steps, **fields})
-    return config
+    text = {"source": str(write_text(folder / "corpus.txt", 3001)), "split": "position"}
+    text |= {"cache_dir": str(folder / "tokens"), "mode": "stream"}
+    steps = {"epochs": 0, "save_every": 0, "eval_every": 0, "eval_tokens": 512}
+    return change(config, **{**sizes, **text, **steps, **fields})
 
 
 def run_quietly(config: Config, workdir: Path) -> None:
