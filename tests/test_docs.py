@@ -135,25 +135,6 @@ def test_the_traces_name_what_their_files_define():
         assert all(re.search(rf"(def|class) {part}\b", text) for part in name.split(".")), path
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on the PATH")
-def test_a_long_command_breaks_between_its_words_and_a_flag_nowhere():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    words = ["python", "scripts/train.py", *["--config.mesh.fsdp=2"] * 20]
-    spans = " ".join(f'<span class="pre">{word}</span>' for word in words)  # as Sphinx writes it
-    style = (ROOT / "docs" / "_static" / "tables.css").read_text()
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page(viewport={"width": 800, "height": 600})
-        page.set_content(f'<style>{style}</style><p><code class="literal">{spans}</code></p>')
-        width = page.evaluate("document.documentElement.scrollWidth")
-        lines = page.locator(".pre").evaluate_all("all => all.map(x => x.getClientRects().length)")
-        browser.close()
-    assert width == 800
-    assert lines == [1] * len(words)
-
-
 def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = {line for line in index.splitlines() if re.fullmatch(r"[a-z_]+", line)}

@@ -3,8 +3,7 @@
 import pytest
 from processes import assert_each_refused
 
-from benchmarks.stress import corruption
-from benchmarks.stress.experiment import Case, Experiment, run_cases, run_experiment
+from benchmarks.stress import Case, Experiment, corruption, run_cases, run_experiment
 from simplernn_jax.checkpoint.folder import CheckpointFolder
 
 

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from damages import cut_off, flip_bit
+from corrupt_files import cut_off, flip_bit
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
 from references import assert_same_bytes
-from small_runs import HYBRID, untrained_run
+from small_runs import HYBRID, mesh_of, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.checkpoint import folder

@@ -10,7 +10,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from damages import put_odd_file
+from corrupt_files import put_odd_file
 from flax import nnx
 from small_runs import small_config
 

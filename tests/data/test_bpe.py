@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 from processes import ROOT, run_scripts
-from small_tokenizers import bpe_of
+from small_data import bpe_of
 from tokenizers import pre_tokenizers
 
 from simplernn_jax.config import DataConfig

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from corpus_files import read_all, records, talk, write
+from small_data import read_all, records, talk, write
 
 from benchmarks.stress.fuzz import CHATML
 from simplernn_jax.config import DataConfig

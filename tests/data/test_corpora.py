@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import zstandard
-from corpus_files import read_all, records, write
 from pyarrow import parquet
+from small_data import read_all, records, write
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus

@@ -6,7 +6,7 @@ import itertools
 import chex
 import numpy as np
 import pytest
-from token_splits import BOS, PAD, contexts, document_of, make_split, predictable, unique_split
+from small_data import BOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_split import joined

@@ -7,8 +7,8 @@ import chex
 import numpy as np
 import pytest
 from processes import ROOT, run_scripts
+from small_data import PAD, make_split
 from small_runs import save_untrained, small_config
-from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus_files import read_all, records, write
-from damages import put_odd_file
+from corrupt_files import put_odd_file
 from processes import run_scripts
+from small_data import read_all, records, write
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus

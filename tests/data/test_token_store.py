@@ -13,9 +13,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from damages import flip_bit
+from corrupt_files import flip_bit
 from processes import run_python
-from small_tokenizers import word_level
+from small_data import word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus

@@ -9,12 +9,11 @@ import signal
 import chex
 import numpy as np
 import pytest
-from damages import flip_bit
+from corrupt_files import flip_bit
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
-from small_tokenizers import byte_level, pretrained, word_level
-from token_splits import PAD, make_split
+from small_data import PAD, byte_level, make_split, pretrained, word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import prepare_corpus

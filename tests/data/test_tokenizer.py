@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
-from small_tokenizers import byte_level, char_tokenizer, pretrained, word_level
+from small_data import byte_level, char_tokenizer, pretrained, word_level
 from tokenizers import normalizers
 
 from benchmarks.stress.fuzz import TEXT, byte_level_json

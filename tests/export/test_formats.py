@@ -12,11 +12,10 @@ import chex
 import numpy as np
 import pytest
 import safetensors.numpy
-from export_models import GLA, MODELS, trained
 from flax import nnx
 from processes import ROOT, run_python, run_scripts
-from small_runs import untrained_run
-from small_tokenizers import pretrained, word_level
+from small_data import pretrained, word_level
+from small_runs import GLA, MODELS, trained, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate, load_template

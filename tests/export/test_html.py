@@ -8,13 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import tokenizers
-from corpus_files import records, talk, write
-from export_models import MODELS, TOKENIZERS, trained
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run_scripts
-from small_runs import small_config, write_corpus
-from small_tokenizers import byte_level, pretrained, word_level
+from small_data import byte_level, pretrained, records, talk, word_level, write
+from small_runs import MODELS, TOKENIZERS, small_config, trained, write_corpus
 
 from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model

@@ -14,10 +14,17 @@ import numpy as np
 import optax
 import pytest
 import yaml
-from export_models import MODELS, TOKENIZERS, trained
 from flax import nnx
-from small_runs import HYBRID, small_config, untrained_run, write_corpus
-from small_tokenizers import pretrained
+from small_data import pretrained
+from small_runs import (
+    HYBRID,
+    MODELS,
+    TOKENIZERS,
+    small_config,
+    trained,
+    untrained_run,
+    write_corpus,
+)
 
 from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model

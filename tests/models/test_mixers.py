@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from processes import ROOT
-from small_runs import newest_checkpoint, random_batch, small_config, stop_after, write_corpus
+from small_runs import (
+    compile_step,
+    distance,
+    first_state,
+    mesh_of,
+    newest_checkpoint,
+    random_batch,
+    run_steps,
+    small_config,
+    stop_after,
+    write_corpus,
+)
 
 from configs import gla_340m
 from simplernn_jax import load_model

@@ -7,7 +7,7 @@ import stat
 
 import jax
 import pytest
-from damages import flip_bit, give_away, make_writable, put_odd_file
+from corrupt_files import flip_bit, give_away, make_writable, put_odd_file
 from references import needs_compiler
 
 from simplernn_jax.files import cache_folder

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
 from references import NATIVE, convolve_by_loops, needs_compiler
+from small_runs import mesh_of
 
 from simplernn_jax.ops.rms_norm import EPSILON, rms_norm, rms_norm_convolution
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
+from small_runs import mesh_of
 
 from simplernn_jax.parallel.collectives import (
     all_gather,

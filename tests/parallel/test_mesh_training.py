@@ -11,10 +11,20 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from small_runs import HYBRID, newest_checkpoint, random_batch, small_config, write_corpus
+from small_runs import (
+    HYBRID,
+    compile_step,
+    distance,
+    first_state,
+    mesh_of,
+    newest_checkpoint,
+    random_batch,
+    run_steps,
+    small_config,
+    write_corpus,
+)
 
-from benchmarks.sizes import text_of_loops
+from benchmarks.scaling import text_of_loops
 from benchmarks.train_steps import collectives
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
-from small_runs import small_config
+from small_runs import mesh_of, small_config
 
 from simplernn_jax.array_types import LogicalAxes
 from simplernn_jax.parallel.mesh import BATCH_AXES, partition_spec

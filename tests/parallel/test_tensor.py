@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
+from small_runs import mesh_of
 
 from simplernn_jax.parallel.tensor import cross_entropy, lookup
 

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import uvicorn
 from flax import nnx
-from processes import assert_each_refused
-from serving_process import serving
+from processes import assert_each_refused, serving
 from small_runs import HYBRID, save_untrained, save_untrained_chat, small_config, untrained_run
 from uvicorn.server import ServerState
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import mesh_of
-from small_runs import small_config
-from token_splits import PAD, make_split
+from small_data import PAD, make_split
+from small_runs import mesh_of, small_config
 
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.evaluation_batches import Contexts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import records, talk, write
 from processes import ROOT, assert_refused, run_scripts, start_python
+from small_data import records, talk, write
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model

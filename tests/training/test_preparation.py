@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import records, talk, write
-from damages import flip_bit
+from corrupt_files import flip_bit
+from small_data import records, talk, write
 from small_runs import save_untrained, small_config, write_corpus
 
 from benchmarks.train_steps import change

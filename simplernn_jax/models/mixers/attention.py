@@ -137,7 +137,7 @@ class Attention(MultiHeadLayer, TokenMixer):
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
-            past_k, past_v = (None, None) if state is None else _cached_in_order(state)
+            past_k, past_v = (None, None) if state is None else cached_in_order(state)
             k = _concatenate(left_halo(k, past_k, self.context), k)
             v = _concatenate(left_halo(v, past_v, self.context), v)
             visible = jnp.minimum(positions + 1, self.context)
@@ -199,7 +199,7 @@ def _append_token(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     )
 
 
-def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
+def cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
     """Return the last S - 1 keys and values, oldest first; arbitrary where there are none."""
     slots = state.keys.shape[2]
     order = (state.length[:, None] + 1 + jnp.arange(slots - 1, dtype=jnp.int32)[None]) % slots
