@@ -459,11 +459,11 @@ def _fill(target: Any, values: Any, path: str) -> None:
             setattr(target, name, values[name])
 
 
-def differing_fields(current: Any, saved: Any) -> list[str]:
-    """Return ``["num_layers is 4, checkpoint has 2"]`` for every field that differs."""
-    return [
-        f"{field.name} is {getattr(current, field.name)!r}, "
-        f"checkpoint has {getattr(saved, field.name)!r}"
-        for field in dataclasses.fields(current)
-        if getattr(current, field.name) != getattr(saved, field.name)
-    ]
+def differing_fields(current: Config, saved: Config) -> dict[str, str]:
+    """Return ``"config.model.num_layers is 4, checkpoint has 2"`` for every field that differs."""
+    before = by_field(saved)
+    return {
+        name: f"config.{name} is {value!r}, checkpoint has {before[name]!r}"
+        for name, value in by_field(current).items()
+        if value != before[name]
+    }

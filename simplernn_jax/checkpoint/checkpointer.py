@@ -15,6 +15,7 @@ import errno
 import functools
 import json
 import logging
+import math
 import os
 import sys
 from typing import Any
@@ -23,36 +24,27 @@ import jax
 import orbax.checkpoint as ocp
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.contents import (
+from simplernn_jax.checkpoint.folder import (
+    CheckpointFolder,
     Quality,
-    quality_item,
     read_json,
     read_texts,
     read_tree,
 )
-from simplernn_jax.checkpoint.folder import NEWEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config
 from simplernn_jax.errors import DISK_ADVICE, UserError
-from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinator, is_coordinator
+from simplernn_jax.parallel.distributed import (
+    barrier,
+    broadcast_from_coordinator,
+    check_same,
+    is_coordinator,
+)
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 _FAILED_RUN_TIMEOUT_SECONDS = 5.0
 
 _TIMEOUT_SECONDS = 24 * 3600
 """Limit on a save and on waiting for other processes; a failed one ends all of them long before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """Result of `Checkpointer.restore`."""
-
-    step: int
-    state: Any
-    """Tree like `abstract_state`, with the saved values."""
-    data_state: Any
-    """`data_state` of `Checkpointer.save`."""
-    config: Config
-    tokenizer_json: str
 
 
 class Checkpointer:
@@ -65,7 +57,7 @@ class Checkpointer:
     predecessor) and additionally the `keep_best` ones of lowest validation loss.
 
     Raises:
-      UserError: another process is training in `workdir`.
+      UserError: another process is training in `workdir`, or a process does not see it.
     """
 
     def __init__(
@@ -78,6 +70,11 @@ class Checkpointer:
         if is_coordinator():
             self._folder.open_for_training()
         barrier("checkpoints_open")
+        check_same(
+            str(os.path.isdir(self._folder.path)),
+            f"does not see {self._folder.path} of process 0; use a --workdir on a shared file "
+            "system",
+        )
         self._writer = _make_writer()
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -100,7 +97,7 @@ class Checkpointer:
           step: number of optimizer steps taken.
           state: any pytree of arrays.
           data_state: JSON-able position in the data.
-          quality: evaluation of `state`, by which the checkpoint is ranked.
+          quality: evaluation of `state`, by which the checkpoint is ranked if it is finite.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -111,12 +108,15 @@ class Checkpointer:
         if broadcast_from_coordinator(step in self._folder.steps()):
             return
         barrier("save")
+        ranked = {}
+        if quality is not None and math.isfinite(quality.validation_loss):
+            ranked = dataclasses.asdict(quality)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(named_leaves(state)),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave(quality_item(step, quality)),
+            quality=ocp.args.JsonSave(ranked),
         )
         try:
             self._writer.save(self._folder.unfinished_path(step), args=items)
@@ -126,7 +126,7 @@ class Checkpointer:
         if wait:
             self._finish()
 
-    def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
+    def restore(self, abstract_state: Any, shardings: Any = None) -> tuple[Any, Any, Config] | None:
         """Restore the newest intact checkpoint; quarantine corrupt ones with a warning.
 
         Args:
@@ -136,8 +136,8 @@ class Checkpointer:
             the default device.
 
         Returns:
-          None if there is no checkpoint in this workdir. The arrays are bit-exact;
-          without `shardings` they are committed to no device.
+          The state, bit-exact and without `shardings` committed to no device; the `data_state` of
+          `save`; and the configuration that it was saved with. None if there is no checkpoint.
 
         Raises:
           UserError: there are checkpoints and none is intact, or the newest intact one is of
@@ -149,10 +149,8 @@ class Checkpointer:
         if step < 0:
             return None
         path = self._folder.step_path(step)
-        config, tokenizer_json = read_texts(path)
-        check_same_model(self._config, config)
         state = read_tree(path, abstract_state, shardings)
-        return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
+        return state, read_json(path, "data"), read_texts(path)[0]
 
     def close(self, *, failed: bool = False) -> None:
         """Wait for the last save and release the workdir.
@@ -213,26 +211,6 @@ class Checkpointer:
             f"the checkpoint of step {step} could not be saved: {self._folder.path}: "
             f"{os.strerror(code)}: {DISK_ADVICE.get(code, 'check this folder')} and run the same "
             "command again; earlier checkpoints are intact"
-        )
-
-
-def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
-    """Read ``(config, tokenizer_json, step)`` of a checkpoint by `choose_checkpoint`; no arrays.
-
-    Raises:
-      UserError: `workdir` has no such checkpoint, or none that is intact.
-    """
-    step, _ = choose_checkpoint(workdir, checkpoint)
-    return *read_texts(CheckpointFolder(workdir).step_path(step)), step
-
-
-def check_same_model(current: Config, saved: Config) -> None:
-    """Raise `UserError` that names every field in which the models of two configurations differ."""
-    fields = config_lib.differing_fields(current.model, saved.model)
-    if fields:
-        raise UserError(
-            f"the checkpoint has a different model: {'; '.join(fields)}; use the same "
-            "config.model values, or another workdir"
         )
 
 

@@ -96,8 +96,8 @@ class ModelFlags:
         self._checkpoint = flags.DEFINE_string(
             "checkpoint",
             "best",
-            "Checkpoint to load: best (lowest validation loss, or newest if losses are not "
-            "comparable), newest, or a step number.",
+            "Checkpoint to load: best (lowest validation loss, or newest if none was evaluated), "
+            "newest, or a step number.",
         )
         flags.register_validator(
             self._checkpoint,

@@ -15,8 +15,7 @@ from processes import ROOT, assert_refused, run_scripts, start_python
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint.contents import read_quality
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.checkpoint.folder import CheckpointFolder, read_quality
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
@@ -136,13 +135,14 @@ def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
     assert (own.code, newest_checkpoint(moved)["number of steps"]) == (0, 6)
     told = "without --config: the configuration of this run, moved/config.json\n"
     assert own.errors.count(told) == longer.errors.count(told) == 1
-    assert "changed from" not in own.output
+    assert "checkpoint has" not in own.output
     assert "all steps are done" in own.output
-    assert "--config.train.steps: changed from 5 to 6" in longer.output
+    assert "config.train.steps is 6, checkpoint has 5" in longer.output
     assert newest_checkpoint(workdir) == before
     assert refused.code == 2
-    assert "error: the checkpoint has a different model: hidden_dim is 9" in refused.errors
-    assert_refused(other, "the checkpoint has different data settings: ")
+    settings = "error: the checkpoint has different settings: --config."
+    assert f"{settings}model.hidden_dim is 9, checkpoint has 8;" in refused.errors
+    assert_refused(other, settings)
     assert_refused(none, "--workdir=new: not a run; check the path, or start a run there with --c")
 
 
@@ -311,7 +311,7 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(evaluated, capsys):
     config, workdir = evaluated
     result = train(config, workdir)
     folder = CheckpointFolder(str(workdir))
-    qualities = {step: read_quality(folder.step_path(step))[1] for step in folder.steps()}
+    qualities = {step: read_quality(folder.step_path(step)) for step in folder.steps()}
     assert {8, 10} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20
