@@ -23,7 +23,7 @@ import yaml
 from markdown_it import MarkdownIt
 from processes import ROOT, run_scripts
 
-from simplernn_jax.__main__ import COMMANDS
+from simplernn_jax.__main__ import commands
 from simplernn_jax.serving.app import openapi_document
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -209,7 +209,7 @@ def test_commands_in_sentences_and_tables_exist(page):
 def script_of(command):
     """The script of a command of `simplernn`."""
     name = command[1]
-    return f"python scripts/{name}.py" if name in COMMANDS else command[0]
+    return f"python scripts/{name}.py" if name in commands() else command[0]
 
 
 def check_route(path):
