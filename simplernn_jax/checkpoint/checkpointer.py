@@ -15,7 +15,6 @@ import errno
 import functools
 import json
 import logging
-import math
 import os
 import sys
 from typing import Any
@@ -97,7 +96,7 @@ class Checkpointer:
           step: number of optimizer steps taken.
           state: any pytree of arrays.
           data_state: JSON-able position in the data.
-          quality: evaluation of `state`, by which the checkpoint is ranked if it is finite.
+          quality: evaluation of `state`, by which the checkpoint is ranked.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -108,15 +107,12 @@ class Checkpointer:
         if broadcast_from_coordinator(step in self._folder.steps()):
             return
         barrier("save")
-        ranked = {}
-        if quality is not None and math.isfinite(quality.validation_loss):
-            ranked = dataclasses.asdict(quality)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(named_leaves(state)),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave(ranked),
+            quality=ocp.args.JsonSave(dataclasses.asdict(quality) if quality else {}),
         )
         try:
             self._writer.save(self._folder.unfinished_path(step), args=items)
@@ -240,22 +236,20 @@ def _make_writer() -> ocp.AsyncCheckpointer:
     interfere with training when another thread starts them.
     """
     _drop_repeated_reports()
-    if jax.process_count() == 1:
-        # Created in the background, a folder that the disk rejects leaves threads that wait for it
-        # up to the timeout, and the process does not end.
-        options = ocp.options.AsyncOptions(
-            timeout_secs=_TIMEOUT_SECONDS, create_directories_asynchronously=False
-        )
-        items = ocp.CompositeOptions(async_options=options)
-        handler = ocp.CompositeCheckpointHandler(composite_options=items)
-        return ocp.AsyncCheckpointer(handler, async_options=options)
-    everybody = set(range(jax.process_count()))
+    # Created in the background, a folder that the disk rejects leaves threads that wait for it up
+    # to the timeout, and the process does not end.
+    options = ocp.options.AsyncOptions(
+        timeout_secs=_TIMEOUT_SECONDS,
+        barrier_sync_fn=_wait_unless_failing,
+        create_directories_asynchronously=False,
+    )
+    everybody = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(),
-        async_options=ocp.options.AsyncOptions(
-            timeout_secs=_TIMEOUT_SECONDS, barrier_sync_fn=_wait_unless_failing
+        ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=options)
         ),
-        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everybody),
+        async_options=options,
+        multiprocessing_options=everybody,
     )
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import filelock
@@ -85,7 +86,7 @@ class Quality:
     """Evaluation by which checkpoints are ranked."""
 
     validation_loss: float
-    """Nats per token; lower is better."""
+    """Nats per token, finite; lower is better."""
     predictions: int
     """Number of predictions scored: equal numbers mean equal tokens."""
 
@@ -114,10 +115,10 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """List the steps of all complete checkpoints, intact or not, ascending."""
-        if not os.path.isdir(self.path):
-            return []
-        names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
-        return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
+        found = Path(self.path).glob("[0-9]*")
+        return sorted(
+            int(path.name) for path in found if _STEP.fullmatch(path.name) and path.is_dir()
+        )
 
     def open_for_training(self) -> None:
         """Lock the folder, or raise `UserError`, and delete what a killed run left unfinished."""

@@ -230,15 +230,11 @@ class Trainer:
         return self._measure("held_out", limit_tokens=0)
 
     def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
-        """Evaluate the current state, unless that was done on the same tokens, and write a row."""
+        """Evaluate the current state and write a row."""
         run, split = self._run, self._run.corpus.validation
         if split is None:
             return None
-        predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
-        step, result = run.latest_evaluation or (None, None)
-        if result is None or (step, result.predictions) != (run.step, predictions):
-            result = self._evaluator(run.state.params, split, limit_tokens)
-            run.latest_evaluation = run.step, result
+        result = self._evaluator(run.state.params, split, limit_tokens)
         self._write(
             run.step,
             kind,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -146,7 +147,8 @@ class CheckpointLayout:
         """Names, shapes and dtypes of the state in checkpoints."""
         self.shardings = state_shardings(single, optimizer, mesh)
         """Shardings of its arrays; None on one device."""
-        self.to_checkpoint = self.from_checkpoint = _identity
+        self.to_checkpoint: Callable[[TrainState], TrainState] = lambda state: state
+        self.from_checkpoint = self.to_checkpoint
         if config.mesh.pipeline == 1:
             return
         # Sharded over the stages too: no stage needs memory for all layers.
@@ -159,10 +161,6 @@ class CheckpointLayout:
         self.from_checkpoint = jax.jit(
             partial(in_layout_of, trained), out_shardings=state_shardings(config, optimizer, mesh)
         )
-
-
-def _identity(state: TrainState) -> TrainState:
-    return state
 
 
 class Run:
@@ -192,8 +190,6 @@ class Run:
         self.totals, self.history = LossTotals(), ValidationHistory()
         self.changes: list[str] = []
         """Fields of the configuration that differ from the checkpoint's, one line each."""
-        self.latest_evaluation: tuple[int, Evaluation] | None = None
-        """The last evaluation in this process, and its step."""
         self._checkpointer = Checkpointer(
             self.workdir,
             self.config,
@@ -283,9 +279,8 @@ class Run:
             "progress": dataclasses.asdict(self.totals),
             "evaluations": dataclasses.asdict(self.history),
         }
-        quality = None
-        if self.latest_evaluation is not None and self.latest_evaluation[0] == self.step:
-            result = self.latest_evaluation[1]
-            quality = Quality(result.nats_per_token, result.predictions)
+        quality, history = None, self.history
+        if history.last_step == self.step and history.last_loss is not None:
+            quality = Quality(history.last_loss, history.predictions)
         state = self._layout.to_checkpoint(self.state)
         self._checkpointer.save(self.step, state, data_state, quality, wait=wait)

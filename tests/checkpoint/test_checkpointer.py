@@ -142,10 +142,10 @@ def test_a_save_in_the_background_keeps_the_values_of_its_step(tmp_path):
 
 
 def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 4.0}
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 4.0}
     with open_checkpointer(tmp_path, keep_best=1) as checkpointer:
         for step, loss in losses.items():
-            checkpointer.save(step, make_state(step), {}, Quality(loss, 7))
+            checkpointer.save(step, make_state(step), {}, Quality(loss, 7) if loss else None)
     assert steps_in(tmp_path / "checkpoints") == [2, 4, 5]
     with open_checkpointer(tmp_path, keep_best=1) as checkpointer:
         checkpointer.restore(abstract_state())

@@ -59,7 +59,6 @@ def damage(workdir, step, item="data"):
         ({"s2": (2.5, 7), "s3": (2.5, 7), "s5": None}, 3, "step 3, the best by validation loss "),
         ({"s2": (2.5, 7), "s3": (2.7, 11), "s5": (2.6, 11), "s7": None}, 5, "step 5, the best by"),
         ({"s2": None, "s3": None}, 3, "step 3, the newest (none was evaluated)"),
-        ({"s2": (float("nan"), 7), "s3": (2.6, 7), "s5": (float("inf"), 7)}, 3, "step 3, the best"),
     ],
 )
 def test_the_best_is_used_of_those_evaluated_on_the_same_tokens(
