@@ -1,5 +1,6 @@
 """Preparation of a run: its data, the model in ``init_from``, and whether it can resume."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -65,17 +66,18 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx.
 
 def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx.State | None]:
     saved, initial, tokenizer = _saved_run(workdir), None, None
-    train = dataclasses.replace(config.train, init_from=_absolute(config.train.init_from))
-    config = dataclasses.replace(config, train=train)
-    if train.init_from and saved is not None:
-        config = _filled_from(config, saved[0])
-    elif train.init_from:
-        config, initial, tokenizer = _start_from(config)
-    template = load_template(config.data.template) if config.data.template else ""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))
+    config = copy.deepcopy(config)
+    config.train.init_from = _absolute(config.train.init_from)
+    if config.train.init_from and saved is not None:
+        _fill(config, saved[0])
+    elif config.train.init_from:
+        initial, tokenizer = _start_from(config)
+    if config.data.template:
+        config.data.template = load_template(config.data.template)
     if saved is not None:
         tokenizer = tokenizer_from_json(saved[1])
-        _check_resumable(_with_vocabulary(config, tokenizer), saved[0])
+        config.model.vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+        _check_resumable(config, saved[0])
         _check_source(config.data.source, saved[0].data.source, workdir)
     corpus = prepare_corpus(
         config.data,
@@ -86,26 +88,18 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx
     )
     if corpus.validation is not None:
         check_scorable(corpus.validation)  # rather than at the first evaluation
-    config = _with_vocabulary(config, corpus.tokenizer)
+    config.model.vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
     if initial is not None and config.model.vocab_size != initial.config.vocab_size:
         raise UserError(
-            f"config.train.init_from={train.init_from} has a vocabulary of "
+            f"config.train.init_from={config.train.init_from} has a vocabulary of "
             f"{initial.config.vocab_size:,}, not {config.model.vocab_size:,}; use the same "
             "config.model.vocab_size"
         )
     # Absolute, so that the checkpoint's copy is independent of the current folder.
-    source, cache_dir = absolute_source(config.data.source), _absolute(config.data.cache_dir)
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, source=source, cache_dir=cache_dir),
-        train=dataclasses.replace(config.train, sample_prompt=_sample_prompt(config, corpus)),
-    )
+    config.data.source = absolute_source(config.data.source)
+    config.data.cache_dir = _absolute(config.data.cache_dir)
+    config.train.sample_prompt = _sample_prompt(config, corpus)
     return config, corpus, None if initial is None else nnx.state(initial, nnx.Param)
-
-
-def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    size = max(config.model.vocab_size, tokenizer.vocab_size)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
@@ -262,10 +256,11 @@ def _check_source(given: str, saved: str, workdir: str) -> None:
         )
 
 
-def _start_from(config: Config) -> tuple[Config, LanguageModel, Tokenizer | None]:
-    """Return `config` filled from the model in ``init_from``, that model and its tokenizer.
+def _start_from(config: Config) -> tuple[LanguageModel, Tokenizer | None]:
+    """Load the model in ``init_from``, and its tokenizer if it has one, and fill `config` from it.
 
-    The tokenizer is None if ``init_from`` has weights alone.
+    Raises:
+      UserError: there is no model, or the configuration gives another one or another tokenizer.
     """
     path = config.train.init_from
     initial, tokenizer = config, None
@@ -279,29 +274,24 @@ def _start_from(config: Config) -> tuple[Config, LanguageModel, Tokenizer | None
     except UserError as error:
         raise UserError(f"config.train.init_from: {error}") from error
     initial = dataclasses.replace(initial, model=model.config)
-    filled = _filled_from(config, initial)
+    _fill(config, initial)
     unused = _RESIDUAL_FIELDS if model.config.block == "plain" else ()
     free = ("model.vocab_size", *_TUNABLE_FIELDS, *unused)  # a vocabulary grows with the tokenizer
     fields = [
         difference
-        for name, difference in differing_fields(filled, initial).items()
+        for name, difference in differing_fields(config, initial).items()
         if name == "data.tokenizer" or (name.startswith("model.") and name not in free)
     ]
     if fields:
         raise UserError(f"config.train.init_from={path}: {'; '.join(fields)}; omit these fields")
-    return filled, model, tokenizer
+    return model, tokenizer
 
 
-def _filled_from(config: Config, initial: Config) -> Config:
-    """Return `config` with the model and tokenizer of `initial` in fields that it leaves out."""
-    model, data = config.model, config.data
-    missing = {
-        field.name: getattr(initial.model, field.name)
-        for field in dataclasses.fields(model)
-        if f"model.{field.name}" not in _TUNABLE_FIELDS and not model.is_given(field.name)
-    }
-    if not data.is_given("tokenizer"):
-        data = dataclasses.replace(data, tokenizer=initial.data.tokenizer)
-    filled = dataclasses.replace(config, model=dataclasses.replace(model, **missing), data=data)
-    config_lib.validate(filled)
-    return filled
+def _fill(config: Config, initial: Config) -> None:
+    """Set fields of model and tokenizer that `config` leaves out to the values in `initial`."""
+    for field in dataclasses.fields(config.model):
+        if f"model.{field.name}" not in _TUNABLE_FIELDS and not config.model.is_given(field.name):
+            setattr(config.model, field.name, getattr(initial.model, field.name))
+    if not config.data.is_given("tokenizer"):
+        config.data.tokenizer = initial.data.tokenizer
+    config_lib.validate(config)
