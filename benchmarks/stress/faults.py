@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.checkpoint.folder import CheckpointFolder, find_corruption
 
 from .experiment import Case
 from .runs import Run, Variant, disturb_runs, exit_code, log_of
@@ -155,7 +155,7 @@ def _problem_of_end(workdir: Path, code: int | None, log: str) -> str | None:
         return f"left behind: {', '.join(left)}"
     checkpoints = CheckpointFolder(str(workdir))
     for step in checkpoints.steps():
-        corruption = checkpoints.find_corruption(step)
+        corruption = find_corruption(checkpoints.step_path(step))
         if corruption is not None:
             return f"the checkpoint of step {step} is corrupted: {corruption}"
     return None

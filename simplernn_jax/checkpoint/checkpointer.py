@@ -165,12 +165,10 @@ class Checkpointer:
         try:
             self._finish()
         finally:
-            try:
-                with contextlib.suppress(Exception):  # Orbax raises again what `save` has raised
-                    self._writer.close()
-                self._completer.shutdown()
-            finally:
-                self._folder.release()  # last: nothing is written any more
+            with contextlib.suppress(Exception):  # Orbax raises again what `save` has raised
+                self._writer.close()
+            self._completer.shutdown()
+            self._folder.release()  # last: nothing is written any more
 
     def _complete(self, step: int) -> None:
         self._writer.wait_until_finished()

@@ -165,12 +165,8 @@ class CheckpointFolder:
         return {
             step: read_quality(self.step_path(step))
             for step in self.steps()
-            if self.find_corruption(step, [_QUALITY]) is None
+            if find_corruption(self.step_path(step), [_QUALITY]) is None
         }
-
-    def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
-        """Return `find_corruption` of the checkpoint of `step`."""
-        return find_corruption(self.step_path(step), parts)
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
         """Find the newest step whose files are all as written; quarantine corrupt newer ones.
@@ -185,7 +181,7 @@ class CheckpointFolder:
           UserError: there are corrupt checkpoints only.
         """
         for step in reversed(self.steps()):
-            defect = self.find_corruption(step, parts)
+            defect = find_corruption(self.step_path(step), parts)
             if defect is None:
                 return step
             self.quarantine(step, defect)
@@ -244,7 +240,7 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> tuple[int, 
         return _intact_step(folder, checkpoint), ""
     while checkpoint == BEST and (ranked := by_loss(qualities := folder.qualities())):
         step, quality = ranked[0], qualities[ranked[0]]
-        defect = folder.find_corruption(step)
+        defect = find_corruption(folder.step_path(step))
         if defect is None:
             return step, _reason(folder, step, f"the best by validation loss ({quality})")
         folder.quarantine(step, defect)
@@ -290,7 +286,7 @@ def _intact_step(folder: CheckpointFolder, checkpoint: str) -> int:
     if step is None:
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {found}")
-    defect = folder.find_corruption(step)
+    defect = find_corruption(folder.step_path(step))
     if defect is not None:
         raise UserError(
             f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
