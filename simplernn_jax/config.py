@@ -245,8 +245,8 @@ class TrainConfig(_Fields):
     saved and evaluated count, so make eval_every a multiple of save_every."""
     sample_every: int = 500
     """Steps between samples."""
-    sample_prompt: str = "def main("
-    """Prompt of the samples; empty if the tokenizer cannot encode this default."""
+    sample_prompt: str = ""
+    """Prompt of the samples, or the message that they answer; empty starts a new document."""
     sample_tokens: int = _number(120, at_most=_MAX_SIZE)
     """Tokens generated for each sample."""
     profile_steps: int = 0

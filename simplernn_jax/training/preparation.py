@@ -16,9 +16,9 @@ from simplernn_jax.checkpoint.folder import (
     read_json,
     read_texts,
 )
-from simplernn_jax.config import Config, TrainConfig, differing_fields
+from simplernn_jax.config import Config, differing_fields
 from simplernn_jax.data.batches import steps_per_epoch
-from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import absolute_source, parse_mixture
 from simplernn_jax.data.evaluation_batches import check_scorable
 from simplernn_jax.data.source_files import glob_folder
@@ -98,7 +98,6 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx
     # Absolute, so that the checkpoint's copy is independent of the current folder.
     config.data.source = absolute_source(config.data.source)
     config.data.cache_dir = _absolute(config.data.cache_dir)
-    config.train.sample_prompt = _sample_prompt(config, corpus)
     return config, corpus, None if initial is None else nnx.state(initial, nnx.Param)
 
 
@@ -190,29 +189,6 @@ def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
 
 def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
-
-
-def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
-    """Return the prompt of samples, which is encoded here, before training.
-
-    An empty one replaces the default if the tokenizer cannot encode that.
-    """
-    prompt = config.train.sample_prompt
-    try:
-        if config.train.sample_every:
-            corpus.tokenizer.encode(sample_text(config, prompt))
-    except (TemplateError, UserError) as error:
-        if prompt != TrainConfig.sample_prompt:
-            raise UserError(f"config.train.sample_prompt={prompt!r}: {error}") from error
-        return ""
-    return prompt
-
-
-def sample_text(config: Config, prompt: str) -> str:
-    """Return the text that a sample continues: the prompt, or a chat with that message."""
-    if not config.data.template:
-        return prompt
-    return ChatTemplate(config.data.template).render_next([{"role": "user", "content": prompt}])
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:

@@ -1,21 +1,16 @@
 """Checks before a run starts, and finding the tokens of a saved run."""
 
-import copy
 import glob
 import os
-import re
 import shutil
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import records, talk, write
 from damages import flip_bit
 from small_runs import save_untrained, small_config, write_corpus
 
-from benchmarks.train_steps import change
-from simplernn_jax.data.chat_template import load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.preparation import open_saved_corpus, prepare, total_steps
 
@@ -128,33 +123,6 @@ def test_preparing_verifies_the_configuration_but_no_arrays(workdir, config):
         flip_bit(damaged)
     with pytest.raises(UserError, match="no intact checkpoint is left"):
         prepare(config, workdir)
-
-
-def test_a_sample_prompt_that_cannot_be_encoded_is_rejected_before_training(tmp_path, config):
-    config.data.tokenizer = "char"
-    sampled = change(copy.deepcopy(config), sample_every=1)
-    assert prepare(sampled, str(tmp_path / "run"))[0].train.sample_prompt == ""
-    config.train.sample_prompt = "abXd"
-    prepare(config, str(tmp_path / "run"))
-    config.train.sample_every = 10
-    with pytest.raises(UserError, match=r"train\.sample_prompt='abXd': 'X' at character 2"):
-        prepare(config, str(tmp_path / "run"))
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "given", "used", "rejected"),
-    [("byte", {"sample_prompt": "who?"}, "who?", "\x04"), ("char", {}, "", "who?")],
-)
-def test_a_sample_prompt_is_a_question_where_a_template_is_trained(
-    tmp_path, tokenizer, given, used, rejected
-):
-    path = write(tmp_path / "chat.jsonl", records(*[{"messages": talk(("ab", "cd"))}] * 9))
-    fields = {"tokenizer": tokenizer, "template": load_template("roles"), "sample_every": 10}
-    config = small_config(source=str(path), **fields, **given)
-    assert prepare(config, str(tmp_path / "run"))[0].train.sample_prompt == used
-    config.train.sample_prompt = rejected
-    with pytest.raises(UserError, match=re.escape(f"config.train.sample_prompt={rejected!r}: ")):
-        prepare(config, str(tmp_path / "other"))
 
 
 def test_the_tokens_of_a_run_are_found_without_their_source(tmp_path, config):
