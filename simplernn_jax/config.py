@@ -218,7 +218,7 @@ class TrainConfig(_Fields):
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
-    epochs: float = 0.0
+    epochs: float = _number(0.0, at_most=_MAX_SIZE)
     """Passes over the training split."""
     gradient_accumulation: int | None = _number(None, at_least=1)
     """Microbatches whose gradients are summed before one update; divides batch_size. None chooses:

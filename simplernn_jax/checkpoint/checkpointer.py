@@ -52,8 +52,8 @@ class Checkpointer:
     All processes of a run construct it and call `save` and `restore`, with the same arguments;
     `workdir` is on a file system that they share.
 
-    Keeps the `keep_last` newest checkpoints (at least 2, so that a corrupt one has a
-    predecessor) and additionally the `keep_best` ones of lowest validation loss.
+    Keeps the `keep_last` newest checkpoints and additionally the `keep_best` ones of lowest
+    validation loss.
 
     Raises:
       UserError: another process is training in `workdir`, or a process does not see it.
@@ -64,7 +64,7 @@ class Checkpointer:
     ) -> None:
         self._config = config
         self._tokenizer_json = tokenizer_json
-        self._keep = (max(keep_last, 2), keep_best)
+        self._keep = (keep_last, keep_best)
         self._folder = CheckpointFolder(workdir)
         if is_coordinator():
             self._folder.open_for_training()
@@ -139,7 +139,6 @@ class Checkpointer:
           UserError: there are checkpoints and none is intact, or the newest intact one is of
             a different model or optimizer.
         """
-        self._finish()
         newest = self._folder.newest_intact() if is_coordinator() else None
         step = broadcast_from_coordinator(-1 if newest is None else newest)
         if step < 0:
