@@ -248,12 +248,10 @@ def expand_path(path: str, flag: str) -> str:
     """Return the absolute path that ``--FLAG`` names, ``~`` and ``~USER`` replaced.
 
     Raises:
-      UserError: no such user, or `path` has a zero byte or is the URL of a bucket.
+      UserError: no such user, or `path` is the URL of a bucket.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"--{flag}={path}: a URL, not a path; mount the bucket or use a local path")
-    if "\0" in path:
-        raise UserError(f"--{flag}={path}: a path cannot contain a zero byte; use another")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(f"--{flag}={path}: no such user; use ./{path} for a name with a ~")
@@ -296,7 +294,8 @@ def _run(main: Callable[[], int | None]) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno not in _ADVICE:
-            return _show_bug()
+            traceback.print_exc()
+            return 1
         what = (error.strerror or str(error)).lower()
         advice = _ADVICE.get(error.errno or 0, "")
         advice = f"{advice}, or choose another path" if advice else "choose another path"
@@ -306,23 +305,14 @@ def _run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if _is_out_of_memory(error):
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # by JAX
             return _report(f"not enough memory: {error}; choose smaller sizes, or free some")
         if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
             return _report("~: no such user, or one without a home directory; use absolute paths")
-        return _show_bug()
+        traceback.print_exc()
+        return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    is_of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-    return isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error))
-
-
-def _show_bug() -> int:
-    traceback.print_exc()
-    return 1
 
 
 def _report(message: str) -> int:

@@ -223,12 +223,6 @@ def test_a_corrupt_or_unreadable_checkpoint_is_never_pruned(tmp_path, monkeypatc
     assert checkpoints.steps() == [2, 7]
 
 
-def test_a_rewritten_manifest_covers_the_new_content(folder):
-    (folder / "last").write_bytes(b"new")
-    write_manifest(str(folder))
-    assert find_corruption(str(folder)) is None
-
-
 @pytest.mark.parametrize("kind", ["fifo", "endless"])
 def test_pipes_and_devices_are_corruption_without_a_hang(folder, kind):
     put_odd_file(kind, folder / "inner" / "nothing")  # of the right size, by its status

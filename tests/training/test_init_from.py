@@ -113,15 +113,9 @@ def test_on_a_mesh(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("fields", "problem"),
-    [
-        ({"tokenizer": "char"}, "tokenizer is 'char', checkpoint has 'byte'"),
-        ({"init_from": "/nonexistent"}, "no checkpoint in /nonexistent"),
-    ],
-)
-def test_other_models_are_rejected(initial, tmp_path, fields, problem):
-    assert_rejected(fine_tuned(initial, tmp_path, **fields), tmp_path, problem)
+def test_a_folder_without_a_model_is_rejected(initial, tmp_path):
+    config = fine_tuned(initial, tmp_path, init_from="/nonexistent")
+    assert_rejected(config, tmp_path, "init_from: no checkpoint in /nonexistent")
 
 
 PLAIN = {"block": "plain", "num_layers": 2, "key_dim": 5, "value_dim": 7}
