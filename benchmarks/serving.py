@@ -134,7 +134,7 @@ def save_untrained(
     config: Config, workdir: str | Path, step: int = 1, model_seed: int | None = None
 ) -> TokenizedCorpus:
     """Save a checkpoint of an untrained model in `workdir`; return its corpus."""
-    config, corpus = prepare(config, str(workdir))
+    config, corpus, _ = prepare(config, str(workdir))
     seed = config.train.seed if model_seed is None else model_seed
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
     tokenizer_json = corpus.tokenizer.to_json()

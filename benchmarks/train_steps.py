@@ -166,7 +166,7 @@ def train_on_corpus(config: Config, workdir: str, seed: int = 0) -> Trained:
 
     `workdir` keeps the tokenized corpus, whose split does not depend on `seed`.
     """
-    config, corpus = prepare(config, workdir)
+    config, corpus, _ = prepare(config, workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
     mesh, pad_id = make_mesh(config.mesh), corpus.tokenizer.pad_id
     check_fits(config, mesh)

@@ -31,7 +31,7 @@ class UserError(Exception):
     """Bad input, or a condition of the machine that the user can fix.
 
     The message is one line: where, what is wrong, and what to do. The scripts
-    print it as ``error: MESSAGE`` and exit with code 2 (`exit_codes`).
+    print it as ``error: MESSAGE`` and exit with code 2 (`cli.command_line`).
     """
 
     def __init__(self, message: str) -> None:

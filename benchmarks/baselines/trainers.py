@@ -196,7 +196,7 @@ def train_timed(
       bits/byte; and ``curve``, pairs of seconds of steps (without the first, which compiles, and
       without evaluations) and loss of a part, shifted so that the last equals the whole's.
     """
-    config, corpus = prepare(config, workdir)
+    config, corpus, _ = prepare(config, workdir)
     held_out: Any = corpus.validation
     baseline = None if name == OURS else find_baseline(name, config, rate)
     steps = config.train.steps if baseline is None else baseline.steps

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.checkpoint.folder import CheckpointFolder, find_corruption
 from simplernn_jax.cli.compilation_cache import use_compilation_cache
 
 from ..measure import on_simulated_devices
@@ -135,7 +135,7 @@ def _problem_of_end(workdir: Path, code: int | None, log: str) -> str | None:
         return f"left behind: {', '.join(left)}"
     checkpoints = CheckpointFolder(str(workdir))
     for step in checkpoints.steps():
-        corruption = checkpoints.find_corruption(step)
+        corruption = find_corruption(checkpoints.step_path(step))
         if corruption is not None:
             return f"the checkpoint of step {step} is corrupted: {corruption}"
     return None

@@ -19,9 +19,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from simplernn_jax.checkpoint.checkpointer import read_config
-from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.checkpoint.folder import NEWEST, CheckpointFolder
+from simplernn_jax.checkpoint.folder import (
+    NEWEST,
+    CheckpointFolder,
+    read_arrays,
+    read_config,
+    read_json,
+    saved_leaves,
+)
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT

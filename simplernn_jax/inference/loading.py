@@ -13,8 +13,13 @@ from absl import logging
 from flax import nnx
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.contents import read_texts, read_tree
-from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
+from simplernn_jax.checkpoint.folder import (
+    BEST,
+    CheckpointFolder,
+    choose_checkpoint,
+    read_texts,
+    read_tree,
+)
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -97,7 +102,7 @@ def load_model(
     Args:
       workdir: folder of a training run, or of its export as safetensors or for Hugging Face.
       checkpoint: of a training run: ``best``, the one of lowest validation loss, or the newest if
-        the losses were measured on different tokens; ``newest``; or a step.
+        none was evaluated; ``newest``; or a step.
       plugin: Python file or module that registers the run's mixers.
 
     Returns:
