@@ -8,7 +8,7 @@ k_t v_t^T, y_t = S_t^T q_t`` is ::
     A_tj = sum_K q_t k_j prod_{j<s<=t} g_s
 
 (gated linear attention: Yang et al. 2023, arXiv:2312.06635, section 4.1). The products of gates
-are formed as in `ops/gated_linear_recurrence/intra_chunk.py`, where no factor overflows and nothing
+are formed as in `ops/gated_linear_recurrence/chunkwise.py`, where no factor overflows and nothing
 cancels. Softmax attention has its weights by definition. Memory grows with T^2: map an excerpt of a
 long text, given the state before it.
 
@@ -37,7 +37,7 @@ from simplernn_jax.models.mixers.attention import Attention, KVCache
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.attention import apply_rope, attend
 from simplernn_jax.ops.checks import accumulator_dtype
-from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK, join_blocks
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import BLOCK, join_blocks
 
 MAX_ERROR = 1e-5
 """Largest relative error of an exact map in float32."""

@@ -1,6 +1,7 @@
-"""Compilation of the C functions: their cache, and failing compilers."""
+"""Compilation of the C functions, their cache, failing compilers; and calls that are wrong."""
 
 import functools
+import json
 import os
 import shutil
 import stat
@@ -8,6 +9,7 @@ import stat
 import jax
 import pytest
 from damages import flip_bit, give_away, make_writable, put_odd_file
+from processes import run_python
 from references import needs_compiler
 
 from simplernn_jax.files import cache_folder
@@ -150,3 +152,16 @@ def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch)
 def test_bfloat16_is_fast_with_amx_and_on_amd_with_avx512(monkeypatch, lines, is_fast):
     monkeypatch.setattr(native, "processor_lines", lambda: lines)
     assert native.has_fast_bfloat16.__wrapped__() == is_fast  # not from the cache
+
+
+@pytest.mark.slow
+@pytest.mark.oldest_python
+def test_a_wrong_call_of_a_c_function_is_an_exception():
+    """Hundreds of calls; ten times as many with `WRONG_CALLS=10`."""
+    times = int(os.environ.get("WRONG_CALLS", "1"))
+    number = 500 * times
+    code, text, errors = run_python("tests/helpers/wrong_calls.py", number, timeout=600 * times)
+    assert code == 0, errors[-5000:]
+    counts = json.loads(text)
+    assert counts["calls"] >= number
+    assert number / 4 < counts["rejected"] < number

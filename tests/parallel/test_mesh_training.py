@@ -19,8 +19,8 @@ from benchmarks.train_steps import collectives
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.mesh import variable_specs
 from simplernn_jax.parallel.named_leaves import named_leaves
-from simplernn_jax.parallel.shardings import variable_specs
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.optimizer import make_optimizer

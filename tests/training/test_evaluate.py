@@ -16,7 +16,7 @@ from token_splits import PAD, make_split
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.parallel.shardings import named_shardings, variable_specs
+from simplernn_jax.parallel.mesh import named_shardings, variable_specs
 from simplernn_jax.training import evaluate, losses
 from simplernn_jax.training.evaluate import Evaluator
 

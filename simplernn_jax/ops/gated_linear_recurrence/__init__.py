@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
-from simplernn_jax.ops.gated_linear_recurrence.chunkwise import chunkwise, chunkwise_gradient
-from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import BLOCK, chunkwise, chunkwise_gradient
 from simplernn_jax.ops.gated_linear_recurrence.scan import (
     RecurrenceInputs,
     check_log_gate,
