@@ -92,24 +92,10 @@ def supports_native(dtype: Any) -> bool:
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
 
 
-def use_native(x: jax.Array, native: bool | None) -> bool:
-    """Return whether to call a C function for the array `x`.
-
-    Args:
-      x: the array.
-      native: True or False forces the choice. None decides by size (`MIN_ELEMENTS`), and leaves
-        the array to XLA where it may be sharded.
-
-    Raises:
-      ValueError: `native` is True and the C functions do not support `x` here.
-    """
-    if native and not supports_native(x.dtype):
-        raise ValueError(f"native=True: requires float32 (got {x.dtype}), a CPU and a C compiler")
-    if not is_static(x.shape) or 0 in x.shape:
-        return False
-    if native is not None:
-        return native
-    return x.size >= MIN_ELEMENTS and on_one_device() and supports_native(x.dtype)
+def use_native(x: jax.Array) -> bool:
+    """Return whether to call a C function for `x`: by its size, and only if it is not sharded."""
+    is_large = is_static(x.shape) and x.size >= MIN_ELEMENTS
+    return is_large and on_one_device() and supports_native(x.dtype)
 
 
 def has_native_functions() -> bool:
