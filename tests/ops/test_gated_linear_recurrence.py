@@ -26,6 +26,7 @@ SHAPES = ((1, 13, 7), (3, 5, 11))
 BATCH = 2
 # "auto" is "fused" in float32 on a CPU.
 METHODS = {"auto": {}, "chunkwise": {"chunk_size": 32}}
+CHUNKS = {f"chunks of {size}": {"chunk_size": size} for size in (8, 16, 128)}
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +109,7 @@ CASES = (
         for dtype, method, cases in (
             (jnp.float64, "chunkwise", CASES),
             (jnp.float64, "auto", CASES[-2:]),
+            *((jnp.float64, method, CASES[-2:-1]) for method in CHUNKS),
             (jnp.float32, "auto", CASES),
             (jnp.float32, "chunkwise", [*CASES[4:9], CASES[-2]]),
             *((jnp.bfloat16, method, [*CASES[5:7], CASES[-2]]) for method in METHODS),
@@ -118,15 +120,7 @@ CASES = (
 def test_equals_scan(dtype, method, length, shape, gates, segments):
     inputs, cotangents = draw_inputs(length, shape, gates)
     ids = draw_segments(segments, length)
-    check(inputs, ids, cotangents, dtype, LIMITS[dtype], **METHODS[method])
-
-
-@pytest.mark.fewer_cases
-@pytest.mark.parametrize("chunk_size", [8, 16, 128])
-def test_equals_scan_for_any_chunk_size(chunk_size):
-    inputs, cotangents = draw_inputs(131, SHAPES[0], "mixed", seed=2)
-    segments = draw_segments("inside", 131)
-    check(inputs, segments, cotangents, jnp.float64, {"all": 1e-12}, chunk_size=chunk_size)
+    check(inputs, ids, cotangents, dtype, LIMITS[dtype], **(METHODS | CHUNKS)[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,19 +149,6 @@ def test_second_derivatives_of_strong_gates():
     run = jax.jit(jax.grad(penalty, (1, 2, 3, 4)), static_argnums=0)
     expected = jax.tree.map(jnp.float32, run("scan", *inputs))
     chex.assert_trees_all_close(run("chunkwise", *low), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["scan", "chunkwise"])
-def test_split_sequences_equal_the_whole(method):
-    (q, k, v, log_gate, state), _ = draw_inputs(97, SHAPES[1], "mixed")
-    whole, final = gated_linear_recurrence(q, k, v, log_gate, initial_state=state, method=method)
-    parts = []
-    for start, stop in ((0, 1), (1, 41), (41, 97)):
-        cut = [x[:, start:stop] for x in (q, k, v, log_gate)]
-        part, state = gated_linear_recurrence(*cut, initial_state=state, method=method)
-        parts.append(part)
-    chex.assert_trees_all_close(jnp.concatenate(parts, 1), whole, rtol=1e-11, atol=1e-11)
-    chex.assert_trees_all_close(state, final, rtol=1e-11, atol=1e-11)
 
 
 def test_equals_the_equations_in_numpy():

@@ -139,20 +139,6 @@ def test_inside_shard_map():
 
 
 @needs_compiler
-def test_second_derivatives():
-    inputs, starts = draw(2, 5, 7, 3)
-
-    def products(native):
-        def along(inputs):
-            found = jax.tree.leaves(gradients(inputs, starts, native=native))
-            return sum(jnp.sum(jnp.cos(gradient)) for gradient in found)
-
-        return jax.grad(along)(inputs), jax.jvp(along, (inputs,), (inputs,))[1]
-
-    chex.assert_trees_all_close(products(True), products(False), rtol=1e-4, atol=1e-4)
-
-
-@needs_compiler
 def test_vmap_of_the_convolution():
     (x, weights, recent), starts = draw(6, 5, 7, 3)
     split = [each.reshape(2, 3, *each.shape[1:]) for each in (x, recent, starts)]
