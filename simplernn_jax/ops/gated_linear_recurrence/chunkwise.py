@@ -148,7 +148,9 @@ def _forward(
         chunk_q, chunk_k, chunk_v, chunk_l = take(q), take(k), take(v), take(log_gate)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
         masks = _chunk_masks(groups, reset, index, heads)
-        attention, decayed_q, decayed_k = _masked(levels, masks)
+        attention = _keep(masks.same_segment, levels.attention)
+        decayed_q = _keep(masks.reads_start, levels.decayed_q)
+        decayed_k = _keep(masks.reaches_end, levels.decayed_k)
         added = (decayed_k.mT @ chunk_v).reshape(states)
         total = levels.total.reshape(*states[:3], 1)
         at_starts = []
@@ -159,9 +161,7 @@ def _forward(
         saved = starts if with_starts else None
         if not with_output:
             return (state, output), saved
-        from_start = decayed_q @ starts.reshape(-1, *states[2:])
-        if masks is not None:
-            from_start = jnp.where(masks.reads_start[..., None], from_start, 0)
+        from_start = _keep(masks.reads_start, decayed_q @ starts.reshape(-1, *states[2:]))
         chunk_output = from_start + attention @ chunk_v
         return (state, _store_group(groups, output, chunk_output, index)), saved
 
@@ -200,7 +200,9 @@ def _backward(
         chunk_dy = take(d_output)
         levels = join_blocks(chunk_q, chunk_k, chunk_l)
         masks = _chunk_masks(groups, reset, index, heads)
-        attention, decayed_q, decayed_k = _masked(levels, masks)
+        attention = _keep(masks.same_segment, levels.attention)
+        decayed_q = _keep(masks.reads_start, levels.decayed_q)
+        decayed_k = _keep(masks.reaches_end, levels.decayed_k)
 
         ends = jnp.concatenate([starts[1:], end_state[None]])
         d_state_from_output = (decayed_q.mT @ chunk_dy).reshape(states)
@@ -212,12 +214,12 @@ def _backward(
         d_end = jnp.stack(d_ends[::-1]).reshape(-1, *states[2:])
         state = starts.reshape(-1, *states[2:])
 
-        d_attention = _causal(chunk_dy @ chunk_v.mT, masks)
+        d_attention = chunk_dy @ chunk_v.mT
+        causal = jnp.tri(groups.size, dtype=bool)[None]
+        d_attention = _keep(masks.same_segment, _keep(causal, d_attention))
         chunk_dv = attention.mT @ chunk_dy + decayed_k @ d_end
-        d_decayed_q, d_decayed_k = chunk_dy @ state.mT, chunk_v @ d_end.mT
-        if masks is not None:
-            d_decayed_q = jnp.where(masks.reads_start[..., None], d_decayed_q, 0)
-            d_decayed_k = jnp.where(masks.reaches_end[..., None], d_decayed_k, 0)
+        d_decayed_q = _keep(masks.reads_start, chunk_dy @ state.mT)
+        d_decayed_k = _keep(masks.reaches_end, chunk_v @ d_end.mT)
         chunk_dq, chunk_dk = join_blocks_bwd(
             levels, chunk_q, chunk_k, d_attention, d_decayed_q, d_decayed_k
         )
@@ -225,16 +227,14 @@ def _backward(
         d_b = chunk_q * chunk_dq - chunk_k * chunk_dk
         d_total = jnp.sum(ends.reshape(d_end.shape) * d_end, axis=-1)
         later = jnp.tri(groups.size, dtype=bool).T[None]
-        d_total = d_total[:, None]
-        if masks is not None:
+        if masks.same_segment is not None:
             # Not through later segments, whose terms cancel up to rounding.
             later = later & masks.same_segment
-            d_total = jnp.where(masks.reaches_end[..., None], d_total, 0)
+        d_total = _keep(masks.reaches_end, d_total[:, None])
         # A matmul, since XLA's CPU backend takes longer for a cumulative sum.
         highest = jax.lax.Precision.HIGHEST
         chunk_dl = jnp.matmul(later.astype(dtype), d_b, precision=highest) + d_total
-        if masks is not None:
-            chunk_dl = jnp.where(masks.reset[..., None], 0, chunk_dl)
+        chunk_dl = _keep(masks.continues, chunk_dl)
         store = partial(_store_group, groups, index=index)
         grads = (store(d_q, chunk_dq), store(d_k, chunk_dk), store(d_v, chunk_dv))
         return (d_state, starts[0], *grads, store(d_l, chunk_dl)), None
@@ -269,62 +269,42 @@ def _store_group(groups: Groups, whole: jax.Array, chunk: jax.Array, index: jax.
 
 
 class Masks(NamedTuple):
-    """Segment masks of a chunk, for each sequence and head."""
+    """Segment masks of a group of chunks, for each sequence and head; None keeps everything."""
 
-    reset: jax.Array  # [N, C] the token starts a segment
-    reads_start: jax.Array  # [N, C] the state at the chunk's start reaches the token
-    reaches_end: jax.Array  # [N, C] the token reaches the state at the chunk's end
-    same_segment: jax.Array  # [N, C, C]
-    keeps_state: jax.Array  # [N, 1] the state at the start reaches the end
+    continues: jax.Array | None = None  # [N, C, 1] the token does not start a segment
+    reads_start: jax.Array | None = None  # [N, C, 1] the state at the chunk's start reaches it
+    reaches_end: jax.Array | None = None  # [N, C, 1] the token reaches the state at the chunk's end
+    same_segment: jax.Array | None = None  # [N, C, C]
+    keeps_state: jax.Array | None = None  # [chunks, B H, 1, 1] the start reaches the end
 
 
-def _chunk_masks(
-    groups: Groups, reset: jax.Array | None, index: jax.Array, heads: int
-) -> Masks | None:
+def _chunk_masks(groups: Groups, reset: jax.Array | None, index: jax.Array, heads: int) -> Masks:
     if reset is None:
-        return None
+        return Masks()
     tokens = groups.size * groups.chunks
     chunk = jax.lax.dynamic_slice_in_dim(reset, index * tokens, tokens, axis=1)
     chunk = chunk.reshape(-1, groups.chunks, groups.size).swapaxes(0, 1).reshape(-1, groups.size)
     chunk = jnp.repeat(chunk, heads, axis=0)
-    segment = jnp.cumsum(chunk.astype(jnp.int32), axis=1)
+    segment = jnp.cumsum(chunk.astype(jnp.int32), axis=1)[..., None]
     last = segment[:, -1:]
     return Masks(
-        reset=chunk,
+        continues=~chunk[..., None],
         reads_start=segment == 0,
         reaches_end=segment == last,
-        same_segment=segment[:, :, None] == segment[:, None, :],
-        keeps_state=last == 0,
+        same_segment=segment == segment.mT,
+        keeps_state=(last == 0).reshape(groups.chunks, -1, 1, 1),
     )
 
 
-def _decayed(state: jax.Array, decays: jax.Array, masks: Masks | None, chunk: int) -> jax.Array:
-    """Decay a state ``[B H, K, V]`` by a chunk of a group, or reset it, even from infinity."""
-    decayed = decays[chunk] * state
-    if masks is None:
-        return decayed
-    keeps = masks.keeps_state.reshape(len(decays), -1, 1, 1)
-    return jnp.where(keeps[chunk], decayed, 0)
+def _keep(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Zero `x` where `mask` is False, even from infinity: not a multiplication by zero."""
+    return x if mask is None else jnp.where(mask, x, 0)
 
 
-def _causal(matrix: jax.Array, masks: Masks | None) -> jax.Array:
-    size = matrix.shape[-1]
-    allowed = jnp.tri(size, dtype=bool)[None]
-    if masks is not None:
-        allowed = allowed & masks.same_segment
-    # `where`, not a multiplication by zero: masked entries may be infinite.
-    return jnp.where(allowed, matrix, 0)
-
-
-def _masked(levels: Levels, masks: Masks | None) -> tuple[jax.Array, ...]:
-    """Apply the segment masks to A, decayed q and decayed k."""
-    if masks is None:
-        return levels.attention, levels.decayed_q, levels.decayed_k
-    return (
-        jnp.where(masks.same_segment, levels.attention, 0),
-        jnp.where(masks.reads_start[..., None], levels.decayed_q, 0),
-        jnp.where(masks.reaches_end[..., None], levels.decayed_k, 0),
-    )
+def _decayed(state: jax.Array, decays: jax.Array, masks: Masks, chunk: int) -> jax.Array:
+    """Decay a state ``[B H, K, V]`` by a chunk of a group, or reset it."""
+    keeps = None if masks.keeps_state is None else masks.keeps_state[chunk]
+    return _keep(keeps, decays[chunk] * state)
 
 
 def join_blocks(q: jax.Array, k: jax.Array, log_gate: jax.Array) -> Levels:
