@@ -138,10 +138,10 @@ def _load(command: list[str]) -> ctypes.CDLL:
         check_owner(os.stat(folder), folder)
         for cached in folder.glob(f"{name}-*.so"):
             if _is_intact(cached):
-                return _open(cached)
+                return ctypes.CDLL(str(cached))
         with tempfile.TemporaryDirectory(dir=folder) as work:
             compiled = _compile(command, Path(work))
-            library = _open(compiled)
+            library = ctypes.CDLL(str(compiled))
             compiled.chmod(0o700)  # independent of the umask
             os.replace(compiled, folder / f"{name}-{sha256_hex(read_file(compiled))}.so")
             return library
@@ -149,7 +149,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
         logging.info("compiled code is not cached: %s", error)
     # A loaded library does not need its file.
     with tempfile.TemporaryDirectory() as work:
-        return _open(_compile(command, Path(work)))
+        return ctypes.CDLL(str(_compile(command, Path(work))))
 
 
 def _is_intact(file: Path) -> bool:
@@ -158,14 +158,6 @@ def _is_intact(file: Path) -> bool:
         return file.stem.endswith(sha256_hex(read_file(file, only_own=True)))
     except OSError:
         return False
-
-
-def _open(file: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(file))
-    for name in FUNCTIONS:
-        if not hasattr(library, name):
-            raise OSError(f"{file}: a library without {name}")
-    return library
 
 
 def _compile(command: list[str], folder: Path) -> Path:

@@ -45,12 +45,6 @@ typedef int32_t FourInts __attribute__((vector_size(16)));
 #define pick(x, y, i, j, k, l) __builtin_shuffle(x, y, (FourInts){i, j, k, l})
 #endif
 
-typedef struct {
-  const XLA_FFI_Buffer *const *from;
-  XLA_FFI_Buffer *const *to;
-  int64_t count;
-} Matrices;
-
 /* Entries of an operand that are consecutive along the contracted axis: two of bfloat16, or one of
    float32. */
 typedef uint32_t __attribute__((may_alias)) Group;
@@ -366,12 +360,14 @@ static int64_t matrices_in(const XLA_FFI_Buffer *x) {
 }
 
 static void run(const void *task, int64_t item, void *scratch) {
-  const Matrices *matrices = task;
+  const XLA_FFI_CallFrame *frame = task;
+  const XLA_FFI_Buffer *const *matrices = (const XLA_FFI_Buffer *const *)frame->args.args;
   int64_t i = 0;
-  for (; item >= matrices_in(matrices->from[i]); i++) item -= matrices_in(matrices->from[i]);
-  const int64_t m = num_rows(matrices->from[i]), n = num_columns(matrices->from[i]);
-  const float *from = (const float *)matrices->from[i]->data + item * m * n;
-  float *to = (float *)matrices->to[i]->data + item * m * n, *x = scratch;
+  for (; item >= matrices_in(matrices[i]); i++) item -= matrices_in(matrices[i]);
+  const int64_t m = num_rows(matrices[i]), n = num_columns(matrices[i]);
+  const float *from = (const float *)matrices[i]->data + item * m * n;
+  const XLA_FFI_Buffer *result = frame->rets.rets[i];
+  float *to = (float *)result->data + item * m * n, *x = scratch;
   const int64_t r = least(m, n), c = m + n - r;
   double sum = 0;
   for (int64_t j = 0; j < m * n; j++) sum += (double)from[j] * from[j];
@@ -416,9 +412,7 @@ XLA_FFI_Error *simplernn_newton_schulz(XLA_FFI_CallFrame *frame) {
     if (needed > scratch) scratch = needed;
     size += entries_of(x);
   }
-  const Matrices matrices = {(const XLA_FFI_Buffer *const *)frame->args.args,
-                             (XLA_FFI_Buffer *const *)frame->rets.rets, count};
-  const Work work = {.task = &matrices, .run = run, .items = items,
+  const Work work = {.task = frame, .run = run, .items = items,
                      .threads = 1 + size / ENTRIES_PER_THREAD,
                      .scratch_bytes = scratch_for(scratch, sizeof(float))};
   return share(&call, &work);
