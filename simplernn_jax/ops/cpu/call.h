@@ -140,6 +140,7 @@ static inline int64_t axis_of(Call *call, int is_result, int64_t i, int64_t axis
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* Reject a call whose smallest size is not positive: loops and divisions rely on it. */
 static inline void reject_empty(Call *call, int64_t smallest) {
   if (smallest < 1) reject(call, "%s: empty axes", call->function);
 }
