@@ -19,15 +19,16 @@ from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.memory_estimate import evaluation_sequences
 from simplernn_jax.parallel.collectives import psum
-from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids
-from simplernn_jax.parallel.shardings import (
+from simplernn_jax.parallel.mesh import (
+    BATCH_AXES,
+    TOKEN_AXES,
     axes_specs,
     global_arrays_from_local,
     is_distributed,
     named_shardings,
     variable_specs,
 )
+from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids
 from simplernn_jax.training.losses import chunked_cross_entropy
 from simplernn_jax.training.train_step import abstract_train_model, batch_specs
 

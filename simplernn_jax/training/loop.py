@@ -27,10 +27,9 @@ from simplernn_jax.files import write_file
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
-from simplernn_jax.parallel.mesh import describe
+from simplernn_jax.parallel.mesh import describe, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.parallel.pipeline import describe_stages
-from simplernn_jax.parallel.shardings import local_copy
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator

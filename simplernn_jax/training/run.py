@@ -21,14 +21,16 @@ from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.models.language_model import check_mesh
 from simplernn_jax.parallel.distributed import broadcast_from_coordinator
-from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
-from simplernn_jax.parallel.named_leaves import in_layout_of
-from simplernn_jax.parallel.shardings import (
+from simplernn_jax.parallel.mesh import (
+    BATCH_AXES,
+    check_fits,
     global_arrays_from_local,
+    make_mesh,
     named_shardings,
     process_slice,
     shard_further,
 )
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.preparation import prepare, total_steps
