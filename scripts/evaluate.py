@@ -20,7 +20,7 @@ from absl import flags
 
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.data.batches import document_ends
-from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
+from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.data.token_split import MixedSplit, TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
@@ -51,7 +51,6 @@ def main() -> None:
     windows = None
     if _WINDOW.value:
         windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
-        check_contexts(windows)
     for flag in (_SPLIT, *_CORPUS.holders):
         if _SOURCE.value is not None and flag.present:
             raise UserError(f"--source and --{flag.name} are mutually exclusive")

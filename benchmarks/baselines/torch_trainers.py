@@ -124,7 +124,7 @@ class TorchTrainer(Trainer):
             return super().evaluate(limit_tokens)
         contexts = Contexts(self._baseline.length, max(1, self._baseline.length // STRIDES))
         sizes = BATCH_TOKENS, MAX_BATCH_SIZE, self._pad_id, limit_tokens
-        return self.mean_loss(context_batches(self._held_out, contexts, *sizes)[0])
+        return self.mean_loss(context_batches(self._held_out, contexts, *sizes))
 
     @torch.no_grad()
     def mean_loss(self, batches: Iterable[Batch]) -> float:

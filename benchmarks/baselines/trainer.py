@@ -57,7 +57,7 @@ class Trainer(abc.ABC):
         """
         sizes = BATCH_TOKENS, MAX_BATCH_SIZE
         return self.mean_loss(
-            evaluation_batches(self._held_out, *sizes, self._pad_id, limit_tokens)[0]
+            evaluation_batches(self._held_out, *sizes, self._pad_id, limit_tokens)
         )
 
     def mean_loss(self, batches: Iterable[Batch]) -> float:

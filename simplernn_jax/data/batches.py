@@ -121,7 +121,8 @@ class BatchSource:
         self._pad_id = pad_id
         self._sequences = sequences
         self._split = split
-        self._tokens, self._targets = split.tokens, split.targets
+        self._tokens = np.asarray(split.tokens)
+        self._targets = None if split.targets is None else np.asarray(split.targets)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         if self._mode == "document":
             per_document = _pieces_per_document(split, self._length)

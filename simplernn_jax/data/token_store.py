@@ -39,11 +39,9 @@ from simplernn_jax.files import read_sealed, sha256_hex, take_lock, write_sealed
 
 __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
 
-_FORMAT = 2
+_FORMAT = 3
 """Incremented when the tokens or the split change, so that old stores are left to old runs."""
-_STORE_NAME = re.compile("[0-9a-f]{32}")
-_MIXTURE = ".mixture-"
-"""Prefix of a file, next to the stores, that names the stores of a mixture."""
+_STORE_NAME, _CONTENT_HASH = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
 _FEW_TOKENS = 10_000
 """Validation tokens below which the loss is noisy: its standard error is some hundredths."""
 
@@ -195,21 +193,24 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       CorruptStore: it is corrupted.
       UserError: it cannot be read.
     """
+    if not _CONTENT_HASH.fullmatch(content_hash):  # it is a checkpoint's, and becomes a file name
+        return None
     cache = Path(cache_dir).expanduser()
-    corrupt = None
-    for path in sorted(cache.glob("*")):
-        try:
-            if path.name.startswith(_MIXTURE):
-                if mixture := _open_mixture(path, content_hash, tokenizer):
-                    return mixture
-            elif not _STORE_NAME.fullmatch(path.name):
+    try:
+        mixture = _mixture_path(cache, content_hash)
+        if os.path.lexists(mixture):
+            return _open_mixture(mixture, content_hash, tokenizer)
+        corrupt = None
+        for path in sorted(cache.glob("*")):
+            if not _STORE_NAME.fullmatch(path.name):
                 continue
-            elif _hash_splits(tokenizer, content_hashes(path)) == content_hash:
-                return TokenizedCorpus.from_splits(tokenizer, open_store(path))
-        except CorruptStore as error:  # perhaps another one
-            corrupt = error
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; make it readable") from error
+            try:
+                if _hash_splits(tokenizer, content_hashes(path)) == content_hash:
+                    return TokenizedCorpus.from_splits(tokenizer, open_store(path))
+            except CorruptStore as error:  # perhaps another one
+                corrupt = error
+    except OSError as error:
+        raise UserError(f"{cache}: {error.strerror}; make it readable") from error
     if corrupt is not None:
         raise corrupt
     return None
@@ -239,10 +240,8 @@ def _open_or_write(
             try:
                 return folder.name, open_store(folder)  # which another process has just written
             except CorruptStore as error:
-                what = f"the tokenized corpus is corrupted ({error}); the text is re-tokenized"
-                logging.warning("%s: %s", folder, what)
-                is_folder = folder.is_dir() and not folder.is_symlink()
-                shutil.rmtree(folder) if is_folder else folder.unlink()
+                logging.warning("%s (corrupted); the text is re-tokenized", error)
+                shutil.rmtree(folder)
         with new_store(folder) as (temporary, result):
             tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
             if not tokens.num_documents:
@@ -258,11 +257,7 @@ def _open_or_write(
             else:
                 plans = split_by_document(tokens, config.validation_fraction, seed)
             write_store(result, folder.name, plans, tokens)
-    try:
-        return folder.name, open_store(folder)
-    except CorruptStore as error:
-        problem = f"{error} right after it was written; check this disk"
-        raise UserError(f"{folder}: {problem}") from error
+    return folder.name, open_store(folder)
 
 
 @contextlib.contextmanager
@@ -294,6 +289,11 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
 
 
+def _mixture_path(cache: Path, content_hash: str) -> Path:
+    """File that names the stores of a mixture; hidden, unlike them."""
+    return cache / f".mixture-{content_hash[:32]}.json"
+
+
 def _mix(
     cache: Path, sources: list[tuple[str, float]], stores: list[str], corpora: list[TokenizedCorpus]
 ) -> TokenizedCorpus:
@@ -303,40 +303,29 @@ def _mix(
     for (source, weight), corpus in zip(sources, corpora, strict=True):
         size = counted(len(corpus.train.tokens), "training token")
         logging.info("%s: probability %.4g, %s", source, weight, size)
-    record = {
-        "content_hash": mixed.content_hash,
-        "sources": list(names),
-        "weights": list(weights),
-        "stores": stores,
-    }
-    body = json.dumps(record, indent=2) + "\n"
-    path = cache / f"{_MIXTURE}{mixed.content_hash[:32]}.json"
-    if read_sealed(path) != body:
-        write_sealed(path, body)
+    path, body = _mixture_path(cache, mixed.content_hash), json.dumps([stores, names, weights])
+    if read_sealed(path) != f"{body}\n":
+        write_sealed(path, f"{body}\n")
     return mixed
 
 
-def _open_mixture(path: Path, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
-    """Open a mixture by the file that `_mix` wrote; None if it has another content hash.
+def _open_mixture(path: Path, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Open a mixture by the file that `_mix` wrote.
 
     Raises:
       CorruptStore: the file or a store is corrupted.
     """
     body = read_sealed(path)
-    if body is None:
-        raise CorruptStore(f"{path.name} was changed")
-    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        record = json.loads(body)
-        if record["content_hash"] != content_hash:
-            return None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        stores, names, weights = json.loads(body or "")
         # The folder may be a stranger's: no path leads out of it.
-        if all(map(_STORE_NAME.fullmatch, record["stores"])):
-            stores = [open_store(path.parent / name) for name in record["stores"]]
-            corpora = [TokenizedCorpus.from_splits(tokenizer, splits) for splits in stores]
-            mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
+        if all(map(_STORE_NAME.fullmatch, stores)):
+            splits = [open_store(path.parent / name) for name in stores]
+            corpora = [TokenizedCorpus.from_splits(tokenizer, one) for one in splits]
+            mixed = TokenizedCorpus.from_mixture(corpora, names, weights)
             if mixed.content_hash == content_hash:
                 return mixed
-    raise CorruptStore(f"{path.name} belongs to other stores")
+    raise CorruptStore(f"{path}: was changed, or belongs to other stores")
 
 
 @contextlib.contextmanager

@@ -143,30 +143,29 @@ def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> S
       UserError: the corpus cannot be read, the tokenizer cannot encode it, or a process died.
       OSError: the disk is full or not writable.
     """
-    # A process takes as long to start as several parts take as bytes or characters.
-    is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
-    num_parts = corpus.total_bytes // PART_CHARACTERS
-    num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
     tables = [np.empty(0, _PIECES)]
-    with contextlib.ExitStack() as stack:
-        progress = _reading_progress(f"tokenizing {source}", corpus.total_bytes)
-        parts = _parts(corpus, tokenizer, stack.enter_context(progress), num_workers)
-        stack.enter_context(contextlib.closing(parts))
-        file = stack.enter_context(open(path, "wb"))
+    with (
+        _reading_progress(f"tokenizing {source}", corpus.total_bytes) as show_progress,
+        contextlib.closing(_parts(corpus, tokenizer)) as parts,
+        open(path, "wb") as file,
+    ):
         for tokens, pieces, malformed in parts:
             for problem in malformed:
                 corpus.skip(problem)
             file.write(tokens)
             tables.append(pieces)
+            show_progress(corpus.bytes_read)
     corpus.warn_of_skipped()
     return SourceTokens(path, token_dtype(tokenizer.vocab_size), np.concatenate(tables))
 
 
-def _parts(
-    corpus: Corpus, tokenizer: Tokenizer, on_progress: Callable[[int], None], num_workers: int
-) -> Generator[Part, None, None]:
+def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Generator[Part, None, None]:
     """Tokenize the parts of a corpus in this process or in others; yield them in order."""
-    texts = _cut(corpus, on_progress)
+    # A process takes as long to start as several parts take as bytes or characters.
+    is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
+    num_parts = corpus.total_bytes // PART_CHARACTERS
+    num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
+    texts = _cut(corpus)
     if num_workers < 2:
         yield from (_tokenized(corpus, tokenizer, records) for records in texts)
         return
@@ -190,14 +189,13 @@ def _parts(
             pool.shutdown(cancel_futures=True)
 
 
-def _cut(corpus: Corpus, on_progress: Callable[[int], None]) -> Iterator[list[Record]]:
+def _cut(corpus: Corpus) -> Iterator[list[Record]]:
     """Cut a corpus into lists of its `Corpus.records`."""
     part: list[Record] = []
     size = 0
     for record, characters in corpus.records():
         part.append(record)
         size += characters + _RECORD_CHARACTERS
-        on_progress(corpus.bytes_read)
         if size >= PART_CHARACTERS:
             yield part
             part, size = [], 0
@@ -264,15 +262,19 @@ def _run(records: list[Record]) -> Part:
 
 @contextlib.contextmanager
 def _reading_progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the bytes read so far."""
-    yield from (_bar if sys.stderr.isatty() else _lines)(task, total_bytes)
+    """Yield a function that shows the bytes read so far: in a bar on a terminal, else in lines."""
+    if sys.stderr.isatty():
+        from rich import markup, progress
+        from rich.console import Console
 
-
-def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        with progress.Progress(console=Console(stderr=True)) as bar:
+            handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
+            yield lambda bytes_read: bar.update(handle, completed=bytes_read)
+        return
     start = latest = time.monotonic()
     logging.info("%s: %s ...", task, format_bytes(total_bytes))
 
-    def update(bytes_read: int) -> None:
+    def show(bytes_read: int) -> None:
         nonlocal latest
         now = time.monotonic()
         if now - latest >= SECONDS_PER_LINE:
@@ -281,24 +283,5 @@ def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
             left = (now - start) * (1 - done) / max(done, 1e-9)
             logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
 
-    yield update
+    yield show
     logging.info("%s: done in %.1f s", task, time.monotonic() - start)
-
-
-def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    from rich import markup, progress
-    from rich.console import Console
-
-    with progress.Progress(console=Console(stderr=True)) as bar:
-        handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
-        shown = 0
-
-        def update(bytes_read: int) -> None:
-            nonlocal shown
-            # An update costs more than a small document.
-            if bytes_read - shown > total_bytes // 1000:
-                shown = bytes_read
-                bar.update(handle, completed=bytes_read)
-
-        yield update
-        bar.update(handle, completed=total_bytes)

@@ -243,8 +243,8 @@ def test_targets_are_stored_and_predicted_once(tmp_path):
     steps = -(-sum(-(-(document_ends(split) - split.document_starts - 1) // 5)) // 2)
     for found in (
         [source[index] for index in range(steps)],
-        list(evaluation_batches(split, 16, 2, tokenizer.pad_id)[0]),
-        list(context_batches(split, Contexts(6, 4), 12, 2, tokenizer.pad_id)[0]),
+        list(evaluation_batches(split, 16, 2, tokenizer.pad_id)),
+        list(context_batches(split, Contexts(6, 4), 12, 2, tokenizer.pad_id)),
     ):
         assert sorted(np.concatenate([b.targets[b.loss_mask] for b in found])) == expected
     for mode in ("window", "stream"):

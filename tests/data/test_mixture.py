@@ -127,11 +127,12 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
         assert prepare(other).content_hash != corpus.content_hash
 
 
-@pytest.mark.parametrize(("name", "value"), [("weights", [1.0]), ("stores", ["..", "."])])
-def test_a_mixture_is_found_by_its_content(folder, name, value):
+@pytest.mark.parametrize(("place", "value"), [(2, [1.0]), (0, ["..", "."])])
+def test_a_mixture_is_found_by_its_content(folder, place, value):
     corpus = prepare("a:3,b.jsonl:1")
     (path,) = (folder / "cache").glob(".mixture-*")
     prepare("a:1,b.jsonl:1")
+    assert find_corpus("cache", "../" + corpus.content_hash, corpus.tokenizer) is None
 
     def find():
         return find_corpus("cache", corpus.content_hash, corpus.tokenizer)
@@ -144,7 +145,8 @@ def test_a_mixture_is_found_by_its_content(folder, name, value):
     path.write_text(path.read_text().replace("a", "c"))
     with pytest.raises(CorruptStore, match="was changed"):
         find()
-    write_sealed(path, json.dumps(record | {name: value}) + "\n")
+    record[place] = value
+    write_sealed(path, json.dumps(record) + "\n")
     with pytest.raises(CorruptStore, match="belongs to other stores"):
         find()
     assert prepare("a:3,b.jsonl:1").content_hash == find().content_hash

@@ -1,4 +1,4 @@
-"""Tokenization by several processes, and stores of several shards."""
+"""Tokenization by several processes, and stores of several blocks."""
 
 import csv
 import itertools
@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import signal
 
-import chex
 import numpy as np
 import pytest
 from damages import flip_bit
@@ -14,15 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
 from small_tokenizers import byte_level, pretrained, word_level
-from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import prepare_corpus
-from simplernn_jax.data.batches import BatchSource
-from simplernn_jax.data.evaluation_batches import evaluation_batches
-from simplernn_jax.data.token_split import ShardedArray
+from simplernn_jax.data.token_split import ConcatenatedArray
 from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import read_sealed
 
 
 def use_cores(monkeypatch, count):
@@ -31,11 +28,11 @@ def use_cores(monkeypatch, count):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """JSONL of 31 records, which make several parts and shards, tokenized by this process."""
+    """JSONL of 31 records, which make several parts and blocks, tokenized by this process."""
     use_cores(monkeypatch, 1)
     monkeypatch.setattr("simplernn_jax.data.tokenization.PART_CHARACTERS", 500)
-    monkeypatch.setattr("simplernn_jax.data.store_files.SHARD_BYTES", 256)
-    monkeypatch.setattr("simplernn_jax.data.store_files.BUFFER_BYTES", 64)
+    monkeypatch.setattr("simplernn_jax.data.store_files.BLOCK_BYTES", 256)
+    monkeypatch.setattr("simplernn_jax.data.store_files._READ_BYTES", 64)
     path = tmp_path / "in.jsonl"
     texts = [f"Text {i} — {'ä' * (i % 5)} " * (i % 7) for i in range(31)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
@@ -70,8 +67,7 @@ def texts_of(source):
 def test_the_store_is_the_same_for_every_number_of_processes(
     source, tokenizer, tmp_path, monkeypatch
 ):
-    corpus = prepare(source, tmp_path / "one", tokenizer)
-    assert len(corpus.train.tokens.shards) > 3
+    prepare(source, tmp_path / "one", tokenizer)
     use_cores(monkeypatch, 3)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "encode", None)  # not in this process
@@ -150,7 +146,7 @@ def test_conversations_are_rendered_by_other_processes(tmp_path, source, tokeniz
         use_cores(monkeypatch, cores)
         prepare(source, tmp_path / str(cores), tokenizer, **settings)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert "train.00001.targets" in contents(tmp_path / "1")
+    assert "train.targets" in contents(tmp_path / "1")
 
 
 def test_processes_end_together(source, tokenizer, tmp_path, monkeypatch):
@@ -201,46 +197,25 @@ def test_a_script_without_a_guard_runs_once_and_its_processes_end_with_it(tokeni
     assert "Error" not in done.errors
 
 
-def test_damage_to_a_shard_is_found(source, tokenizer, tmp_path, caplog):
+def test_damage_to_any_block_is_found(source, tokenizer, tmp_path, caplog):
     first = prepare(source, tmp_path / "cache", tokenizer)
-    flip_bit(stores(tmp_path / "cache")[0] / "train.00001.tokens")
+    (store,) = stores(tmp_path / "cache")
+    digests = json.loads(read_sealed(store / "meta.json"))["splits"]["train"]["sha256"]["tokens"]
+    assert len(digests) > 3
+    flip_bit(store / "train.tokens")
     again = prepare(source, tmp_path / "cache", tokenizer)
-    assert "corrupted (train.00001.tokens was changed)" in caplog.text
+    assert "train.tokens: was changed (corrupted)" in caplog.text
     assert again.content_hash == first.content_hash
 
 
 @given(st.data())
-def test_shards_are_read_as_one_array(data):
+def test_concatenated_arrays_are_read_as_one(data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=5))
     whole = np.arange(sum(lengths), dtype=np.uint16)
-    array = ShardedArray(np.split(whole, np.cumsum(lengths)[:-1]))
+    array = ConcatenatedArray(np.split(whole, np.cumsum(lengths)[:-1]))
     start, stop = (data.draw(st.integers(-2 * len(whole), 2 * len(whole))) for _ in range(2))
     np.testing.assert_array_equal(array[start:stop], whole[start:stop])
     inside = st.integers(0, len(whole) - 1)
     positions = np.array(data.draw(st.lists(inside, min_size=6, max_size=6))).reshape(2, 3)
     np.testing.assert_array_equal(array[positions], whole[positions])
-    far = positions * 3 - 5
-    np.testing.assert_array_equal(array.take(far, mode="wrap"), whole.take(far, mode="wrap"))
-    for index in ([len(whole)], [-1]):
-        with pytest.raises(IndexError):
-            array[index]
-
-
-@pytest.mark.parametrize("mode", ["window", "stream", "document"])
-def test_batches_of_shards_are_those_of_one_array(mode):
-    split = make_split()
-    targets = np.arange(len(split.tokens)) % 3 > 0
-    whole = type(split)(**{**vars(split), "targets": targets})
-    sharded = {
-        name: ShardedArray(np.split(array, [5, 90, 91]))
-        for name, array in [("tokens", split.tokens), ("targets", targets)]
-    }
-    shards = type(split)(**{**vars(whole), **sharded})
-    assert shards.num_predictions == whole.num_predictions
-    config = DataConfig(mode=mode, batch_size=3, sequence_length=11)
-    sources = [BatchSource(one, config, 0, PAD) for one in (whole, shards)]
-    for index in range(20):
-        chex.assert_trees_all_equal(sources[0][index], sources[1][index])
-    ours, theirs = (evaluation_batches(one, 64, 4, PAD)[0] for one in (whole, shards))
-    for left, right in zip(ours, theirs, strict=True):
-        chex.assert_trees_all_equal(left, right)
+    np.testing.assert_array_equal(np.asarray(array), whole)
