@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.data.documents import Piece, cut_text, pieces_of
+from simplernn_jax.data.documents import MalformedRecord, Piece, cut_text, pieces_of
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 
@@ -46,7 +46,7 @@ _MAX_ANSWER, _EXPANSION = 1 << 24, 16
 """Bytes of an answer, and further ones for each byte of the request."""
 
 
-class TemplateError(Exception):
+class TemplateError(MalformedRecord):
     """Reason why messages cannot be rendered."""
 
 

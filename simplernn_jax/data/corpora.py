@@ -16,15 +16,7 @@ from typing import Any
 
 from simplernn_jax.config import DataConfig, PythonSource
 from simplernn_jax.data.chat_template import load_template
-from simplernn_jax.data.documents import (
-    PIECE_SIZE,
-    Corpus,
-    Document,
-    Piece,
-    Record,
-    cut_text,
-    pieces_of,
-)
+from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Piece, Record, cut_text, pieces_of
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
 from simplernn_jax.data.record_files import (
     ConversationFiles,
@@ -42,21 +34,12 @@ class TextFiles(Corpus):
 
     kind = "text"
 
-    def documents(self) -> Iterator[Document]:
-        """See `Corpus.documents`."""
-        self._begin()
-        for file in self._files:
-            yield Document(file.name, self._file_pieces(file))
-
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Piece, int]]:
-        for piece in self._file_pieces(file):
+        for piece in pieces_of((text, True) for text in self._texts(file)):
             yield "", piece, len(piece.text)
 
     def _pieces(self, content: Piece) -> Iterable[Piece]:
         return [content]
-
-    def _file_pieces(self, file: SourceFile) -> Iterator[Piece]:
-        return pieces_of((text, True) for text in self._texts(file))
 
     def _texts(self, file: SourceFile) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._config.encoding_errors)
@@ -114,6 +97,8 @@ class PythonTexts(Corpus):
         return digest.hexdigest()
 
 
+_WEIGHTED = re.compile(r"(.+?):([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf))(?:,|$)", re.I)
+"""A source of a mixture and its weight."""
 _READERS: dict[str, type[JsonFiles] | type[ParquetFiles] | type[TextFiles]] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonFiles),
     **dict.fromkeys((".csv", ".tsv"), CsvFiles),
@@ -169,17 +154,10 @@ def split_mixture(source: str) -> list[tuple[str, str]]:
     """
     if "," not in source or "\0" in source or os.path.lexists(os.path.expanduser(source)):
         return []
-    entries: list[tuple[str, str]] = []
-    pending: list[str] = []
-    for part in source.split(","):
-        name, _, weight = part.rpartition(":")
-        is_end = bool(name) and _is_number(weight)
-        pending.append(name if is_end else part)
-        if is_end:
-            entries.append((",".join(pending), weight))
-            pending = []
-    if entries and (pending or len(entries) < 2):
-        raise _mixture_error(source, f"no weight for {','.join(pending) or source}")
+    entries = [(found[1], found[2]) for found in _WEIGHTED.finditer(source)]
+    rest = _WEIGHTED.sub("", source)
+    if entries and (rest or len(entries) < 2):
+        raise _mixture_error(source, f"no weight for {rest or source}")
     return entries
 
 
@@ -196,14 +174,6 @@ def parse_mixture(source: str) -> list[tuple[str, float]] | None:
     if weights and not 0 < total < math.inf:
         raise _mixture_error(source, f"the sum of the weights is {total}")
     return [(name, weight / total) for name, weight in weights] or None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _mixture_error(source: str, problem: str) -> UserError:
@@ -230,8 +200,6 @@ def absolute_source(source: str) -> str:
 
 def _open_files(config: DataConfig, files: list[SourceFile]) -> Corpus:
     source = config.source
-    if all(os.path.getsize(file.path) == 0 for file in files):
-        raise UserError(f"{source}: empty; put text into it or choose another source")
     suffixes = [suffix_of(file.path) for file in files]
     readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
     if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program

@@ -1,4 +1,4 @@
-"""Documents, which every corpus yields, and whose text comes in pieces."""
+"""Corpora: documents in a fixed order, whose text comes in pieces."""
 
 import contextlib
 import dataclasses
@@ -38,15 +38,6 @@ Record = tuple[SourceFile, str, Any]
 """A file, the place of a record in it, for messages, and its content, not parsed."""
 
 
-class Document(NamedTuple):
-    """One text. A document without text has no pieces."""
-
-    name: str
-    """The source, for messages."""
-    pieces: Iterator[Piece]
-    """The text, cut after a line end where there is one."""
-
-
 class Corpus:
     """Documents in a fixed order, read from files; text that cannot be read is a `UserError`.
 
@@ -58,9 +49,9 @@ class Corpus:
 
     kind: str
 
-    def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
+    def __init__(self, files: Sequence[SourceFile], config: DataConfig, **settings: Any) -> None:
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
-        self._files = {file: _file_status(file.path).st_size for file in files}
+        self._files = {file: os.path.getsize(file.path) for file in files}
         self._config = config
         self._settings = {"kind": self.kind, **settings}
         self.total_bytes = sum(self._files.values())
@@ -94,15 +85,15 @@ class Corpus:
                 found = MalformedRecord(one_line(f"{file.path}{place}: {found}"))
             yield found
 
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents. Read the pieces of one before taking the next one."""
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Yield the pieces of all documents, each with the name of its document for messages."""
         for record, _ in self.records():
-            (found,) = self.parse([record])
-            if isinstance(found, MalformedRecord):
-                self.skip(str(found))
-            else:
-                file, place, _ = record
-                yield Document(f"{file.name}{place}", iter(found))
+            for found in self.parse([record]):
+                if isinstance(found, MalformedRecord):
+                    self.skip(str(found))
+                else:
+                    file, place, _ = record
+                    yield from ((f"{file.name}{place}", piece) for piece in found)
         self.warn_of_skipped()
 
     def skip(self, problem: str) -> None:
@@ -125,7 +116,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the settings and the files' present names, sizes and times."""
-        status = [(file.name, _file_status(file.path)) for file in self._files]
+        status = [(file.name, os.stat(file.path)) for file in self._files]
         files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
         text = json.dumps([self._settings, files], sort_keys=True)
         return sha256_hex(text.encode("utf-8", "surrogateescape"))
@@ -166,13 +157,6 @@ class Corpus:
                 f"{file.path}: it expands to more than {most:,} times its size; if you expect "
                 "that, raise config.data.max_expansion"
             )
-
-
-def _file_status(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
 
 
 def pieces_of(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:

@@ -12,8 +12,8 @@ from typing import Any
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.documents import Record
 from simplernn_jax.data.record_files import RecordFiles, missing_field
-from simplernn_jax.data.source_files import SourceFile, library_errors
-from simplernn_jax.errors import UserError
+from simplernn_jax.data.source_files import SourceFile
+from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import read_file
 
 _INFO = "dataset_info.json"

@@ -18,7 +18,7 @@ from absl import logging
 from simplernn_jax.data.documents import utf8
 from simplernn_jax.data.token_split import MixedSplit, TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import read_file
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "[CLS]")
@@ -100,7 +100,7 @@ class PretrainedTokenizer(Tokenizer):
         """
         import tokenizers
 
-        with _library_errors("be loaded"):
+        with library_errors("the tokenizer cannot be loaded", "use another"):
             parsed = json.loads(tokenizer_json)
             _check_merges(parsed["model"])
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -152,7 +152,7 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode`; raises `UserError` also for a part without a token."""
         utf8(text)
-        with _library_errors("encode this text"):
+        with library_errors("the tokenizer cannot encode this text", "use another"):
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
             ids = np.array(encoding.ids, np.int64)
             if (largest := int(np.max(ids, initial=0))) >= self._vocabulary_end:
@@ -174,7 +174,7 @@ class PretrainedTokenizer(Tokenizer):
         stop = len(kept)
         while stop and kept[stop - 1] in self._bytes_of_id:
             stop -= 1
-        with _library_errors("decode these ids"):
+        with library_errors("the tokenizer cannot decode these ids", "use another"):
             text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
         return text.encode("utf-8") + b"".join(self._bytes_of_id[number] for number in kept[stop:])
 
@@ -184,19 +184,6 @@ class PretrainedTokenizer(Tokenizer):
         return json.dumps(
             {"kind": "pretrained", "tokenizer": self.tokenizer_json, "special_ids": special_ids}
         )
-
-
-@contextlib.contextmanager
-def _library_errors(action: str) -> Iterator[None]:
-    """Turn exceptions of the library, and panics of Rust, into a `UserError`."""
-    try:
-        yield
-    except BaseException as error:
-        # PanicException is not an Exception and cannot be imported.
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"the tokenizer cannot {action} ({problem}); use another") from error
 
 
 def _check_merges(model: dict[str, Any]) -> None:

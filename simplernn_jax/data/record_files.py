@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
+from simplernn_jax.data.chat_template import ChatTemplate, Message, messages_of
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Piece, cut_text, pieces_of
-from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile, library_errors
-from simplernn_jax.errors import UserError
+from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile
+from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import open_file
 
 MAX_RECORD_BYTES = 1 << 26
@@ -183,18 +183,16 @@ class ConversationFiles(JsonFiles):
             some = [self._messages(one) for one in contents[start : start + _RENDERED_TOGETHER]]
             chats = [one for one in some if isinstance(one, list)]
             rendered = iter(self._template.pieces(chats, only_assistant=self._only_assistant))
-            for one in some:
-                pieces = next(rendered) if isinstance(one, list) else one
-                yield pieces if isinstance(pieces, list) else MalformedRecord(str(pieces))
+            yield from (next(rendered) if isinstance(one, list) else one for one in some)
 
     def _messages(self, content: Any) -> list[Message] | MalformedRecord:
         try:
             messages = messages_of(self._record(content), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
-            return messages
-        except (MalformedRecord, TemplateError) as error:
-            return MalformedRecord(str(error))
+        except MalformedRecord as error:
+            return error
+        return messages
 
 
 class ParquetFiles(RecordFiles):

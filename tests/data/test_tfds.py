@@ -172,7 +172,7 @@ def test_a_foreign_feature_class_is_rejected_before_its_module_is_imported(
     folder.mkdir(parents=True)
     write_features(folder, features)
     with pytest.raises(UserError, match=r"features\.json: the feature class '.* is not part of"):
-        list(open_corpus(DataConfig(source=f"tfds:{folder}")).documents())
+        list(open_corpus(DataConfig(source=f"tfds:{folder}")).pieces())
     assert "somebodys_module" not in sys.modules
 
 

@@ -1,5 +1,6 @@
 """Files of a corpus, written and read back by tests."""
 
+import collections
 import json
 
 from simplernn_jax.config import DataConfig
@@ -18,14 +19,16 @@ def records(*values):
 
 
 def read_all(source, **settings):
-    """Texts of all documents by name."""
+    """Texts of all documents with text, by name."""
     corpus = open_corpus(DataConfig(source=str(source), **settings))
-    texts = {
-        document.name: "".join(piece.text for piece in document.pieces)
-        for document in corpus.documents()
-    }
+    pieces = collections.defaultdict(list)
+    for name, piece in corpus.pieces():
+        pieces[name].append(piece)
     assert corpus.bytes_read == corpus.total_bytes
-    return texts
+    for found in pieces.values():
+        ends = [(piece.begins, piece.ends) for piece in found]
+        assert ends == [(n == 0, n == len(found) - 1) for n in range(len(found))]
+    return {name: "".join(piece.text for piece in found) for name, found in pieces.items()}
 
 
 def talk(*pairs, system=None):
