@@ -151,8 +151,8 @@ class BatchSource:
 
     def examples(self, index: int, sequences: slice | np.ndarray) -> Batch:
         """Return these sequences of batch `index` (mode ``window``)."""
-        batch, _ = self._ring_batch(self._example_starts(index)[sequences])
-        return batch._replace(reset=~batch.reset)
+        batch = self._ring_batch(self._example_starts(index)[sequences])
+        return batch._replace(reset=np.ones_like(batch.reset))
 
     def _example_starts(self, index: int) -> np.ndarray:
         num_tokens = len(self._tokens)
@@ -171,15 +171,15 @@ class BatchSource:
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
         starts = np.arange(self._batch_size)[self._sequences] * num_tokens // self._batch_size
         starts = (turn + starts + step * self._length) % num_tokens
-        batch, begins_document = self._ring_batch(starts)
-        reset = begins_document | (step == 0)
+        batch = self._ring_batch(starts)
+        reset = batch.reset | (step == 0)
         if self._reset_probability:
             draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)
             reset |= draws[self._sequences] < self._reset_probability
         return batch._replace(reset=reset)
 
-    def _ring_batch(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """Return the batch from positions `starts` [B], and whether a document begins at each."""
+    def _ring_batch(self, starts: np.ndarray) -> Batch:
+        """Return the batch from positions `starts` [B], reset where a document begins there."""
         positions = starts[:, None] + np.arange(self._length + 1)
         tokens = self._tokens.take(positions, mode="wrap")
         first = np.searchsorted(self._boundaries, starts)
@@ -191,14 +191,13 @@ class BatchSource:
         loss_mask = ~begins[:, 1:]
         if self._targets is not None:
             loss_mask &= self._targets.take(positions[:, 1:], mode="wrap")
-        batch = Batch(
+        return Batch(
             tokens=tokens[:, :-1].astype(np.int32),
             targets=tokens[:, 1:].astype(np.int32),
             loss_mask=loss_mask,
             segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-            reset=np.zeros(len(starts), bool),
+            reset=begins[:, 0],
         )
-        return batch, begins[:, 0]
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return _random_draws(self._seed, _ORDER, epoch).permutation(self._pieces)

@@ -127,20 +127,39 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         raise UserError(f"{source}: no path holds a NUL or half a surrogate pair; correct it")
     if split_mixture(source):
         raise UserError(f"{source}: a mixture, which only training takes; give one source")
-    is_python = isinstance(source, PythonSource)
-    if config.template and (is_python or source == "stdlib" or source.startswith("tfds:")):
-        raise UserError(f"{source}: no conversations (data.template), which come as JSONL")
-    if is_python:
+    try:
+        corpus = _open(config, exclude)
+    except OSError as error:  # such as from a current folder that was deleted
+        raise UserError(f"{source}: {error.strerror or error}; correct the source") from error
+    if config.template and not isinstance(corpus, ConversationFiles):
+        raise UserError(f"{source}: {corpus.kind}; conversations (data.template) come as JSONL")
+    return corpus
+
+
+def _open(config: DataConfig, exclude: Iterable[str]) -> Corpus:
+    source = config.source
+    if isinstance(source, PythonSource):
         return PythonTexts([], config)
     if source == "stdlib":
         # The user cannot correct a file of a distribution.
         return TextFiles(stdlib_files(), dataclasses.replace(config, encoding_errors="replace"))
-    try:
-        if source.startswith("tfds:"):
-            return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
-        return _open_files(config, find_files(source, frozenset(map(os.path.realpath, exclude))))
-    except OSError as error:  # such as from a current folder that was deleted
-        raise UserError(f"{source}: {error.strerror or error}; correct the source") from error
+    if source.startswith("tfds:"):
+        return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
+    files = find_files(source, frozenset(map(os.path.realpath, exclude)))
+    suffixes = [suffix_of(file.path) for file in files]
+    readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
+    if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program
+        others = _READERS.keys() - {".json", ".csv", ".tsv"}
+        readers = [_READERS[suffix] if suffix in others else TextFiles for suffix in suffixes]
+    kinds = {reader.kind: file.name for reader, file in zip(readers, files, strict=True)}
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise UserError(f"{source}: both {found}; specify one kind with a glob such as '*.jsonl'")
+    if readers[0] is JsonFiles and config.template:
+        field = "messages" if config.field == DataConfig.field else config.field
+        template = load_template(config.template)
+        return ConversationFiles(files, dataclasses.replace(config, field=field, template=template))
+    return readers[0](files, config)
 
 
 def split_mixture(source: str) -> list[tuple[str, str]]:
@@ -196,23 +215,3 @@ def absolute_source(source: str) -> str:
     if os.path.exists(path) or not glob.has_magic(path):
         return os.path.abspath(path)
     return os.path.join(glob.escape(os.getcwd()), path)
-
-
-def _open_files(config: DataConfig, files: list[SourceFile]) -> Corpus:
-    source = config.source
-    suffixes = [suffix_of(file.path) for file in files]
-    readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
-    if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program
-        others = _READERS.keys() - {".json", ".csv", ".tsv"}
-        readers = [_READERS[suffix] if suffix in others else TextFiles for suffix in suffixes]
-    kinds = {reader.kind: file.name for reader, file in zip(readers, files, strict=True)}
-    if len(kinds) > 1:
-        found = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
-        raise UserError(f"{source}: both {found}; specify one kind with a glob such as '*.jsonl'")
-    if not config.template:
-        return readers[0](files, config)
-    if readers[0] is not JsonFiles:
-        raise UserError(f"{source}: {readers[0].kind}; conversations (data.template) come as JSONL")
-    field = "messages" if config.field == DataConfig.field else config.field
-    template = load_template(config.template)
-    return ConversationFiles(files, dataclasses.replace(config, field=field, template=template))

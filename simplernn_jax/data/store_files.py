@@ -177,30 +177,18 @@ def open_store(folder: Path) -> list[TokenSplit]:
       CorruptStore: a file is missing, not a regular file, or not what was written.
       OSError: it may not be read, or the machine has no memory or no file descriptor for it.
     """
-    meta = _read_meta(folder)
+    path = folder / META_FILE
+    body = read_sealed(path)
+    if body is None:
+        raise CorruptStore(f"{path}: missing, or was changed")
     try:
+        meta = json.loads(body)
+        if meta["store"] != folder.name or meta["dtype"] not in TOKEN_DTYPES:
+            raise ValueError("another store")
         with ThreadPoolExecutor() as threads:
             return [_open_split(folder, name, meta, threads) for name in meta["splits"]]
-    except (LookupError, TypeError, ValueError) as error:
-        raise CorruptStore(f"{folder / META_FILE}: not the record of a store") from error
-
-
-def content_hashes(folder: Path) -> list[str]:
-    """Read the recorded content hashes of the splits; raises what `open_store` does."""
-    return [split["content_hash"] for split in _read_meta(folder)["splits"].values()]
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    body = read_sealed(folder / META_FILE)
-    if body is None:
-        raise CorruptStore(f"{folder / META_FILE}: missing, or was changed")
-    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        meta: dict[str, Any] = json.loads(body)
-        hashes = [split["content_hash"] for split in meta["splits"].values()]
-        is_store = meta["store"] == folder.name and meta["dtype"] in TOKEN_DTYPES
-        if is_store and all(isinstance(one, str) for one in hashes):
-            return meta
-    raise CorruptStore(f"{folder / META_FILE}: not the record of this store")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CorruptStore(f"{path}: not the record of this store") from error
 
 
 def _open_split(

@@ -24,14 +24,13 @@ from simplernn_jax.data.pretrained_tokenizer import (
 )
 from simplernn_jax.data.store_files import (
     CorruptStore,
-    content_hashes,
     new_store,
     open_store,
     split_by_document,
     split_by_position,
     write_store,
 )
-from simplernn_jax.data.token_split import TokenSplit, union
+from simplernn_jax.data.token_split import MixedSplit, TokenSplit, union
 from simplernn_jax.data.tokenization import tokenize
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
@@ -41,7 +40,8 @@ __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "tr
 
 _FORMAT = 3
 """Incremented when the tokens or the split change, so that old stores are left to old runs."""
-_STORE_NAME, _CONTENT_HASH = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
+_NAME = re.compile("[0-9a-f]{32}")
+"""Name of a store, and the beginning of a hash."""
 _FEW_TOKENS = 10_000
 """Validation tokens below which the loss is noisy: its standard error is some hundredths."""
 
@@ -63,8 +63,10 @@ class TokenizedCorpus:
     def from_splits(cls, tokenizer: Tokenizer, splits: Sequence[TokenSplit]) -> "TokenizedCorpus":
         """Create the corpus of one source from its one or two splits."""
         by_name = {split.name: split for split in splits}
-        whole = _hash_splits(tokenizer, [split.content_hash for split in splits])
-        return cls(tokenizer, by_name["train"], by_name.get("validation"), whole)
+        hashes = [sha256_hex(tokenizer.to_json()), *(split.content_hash for split in splits)]
+        return cls(
+            tokenizer, by_name["train"], by_name.get("validation"), sha256_hex("".join(hashes))
+        )
 
     @classmethod
     def from_mixture(
@@ -83,14 +85,9 @@ class TokenizedCorpus:
     @property
     def summary(self) -> str:
         """``12,345 training tokens in 3 documents; no validation tokens``."""
-        sides = {"training": self.train, "validation": self.validation}
-        return "; ".join(
-            f"no {name} tokens"
-            if split is None
-            else f"{counted(len(split.tokens), f'{name} token')} in "
-            f"{counted(len(split.document_starts), 'document')}"
-            for name, split in sides.items()
-        )
+        held_out = self.validation
+        validation = "no validation tokens" if held_out is None else _size(held_out, "validation")
+        return f"{_size(self.train, 'training')}; {validation}"
 
     def warning(self, validation_fraction: float) -> str:
         """Warn of a validation split that is small, or far larger than asked; empty if neither."""
@@ -104,6 +101,11 @@ class TokenizedCorpus:
         if share > max(2 * validation_fraction, 0.3):
             return f"{share:.0%} of the text is held out; config.data.split=position holds out less"
         return ""
+
+
+def _size(split: TokenSplit, kind: str) -> str:
+    documents = counted(len(split.document_starts), "document")
+    return f"{counted(len(split.tokens), f'{kind} token')} in {documents}"
 
 
 def prepare_corpus(
@@ -149,10 +151,32 @@ def prepare_corpus(
             _open_or_write(cache, one, seed, corpus, tokenizer)
             for one, corpus in zip(configs, corpora, strict=True)
         ]
-        prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
-        if mixture is None:
-            return prepared[0]
-        return _mix(cache, mixture, [name for name, _ in stores], prepared)
+        prepared = _combine(tokenizer, [splits for _, splits in stores], mixture)
+        path = _record_path(cache, prepared.content_hash)
+        body = json.dumps([[name for name, _ in stores], mixture]) + "\n"
+        if read_sealed(path) != body:
+            write_sealed(path, body)
+    if isinstance(prepared.train, MixedSplit):
+        for part, weight in zip(prepared.train.parts, prepared.train.weights, strict=True):
+            logging.info("%s: probability %.4g, %s", part.name, weight, _size(part, "training"))
+    return prepared
+
+
+def _combine(
+    tokenizer: Tokenizer,
+    splits: Sequence[Sequence[TokenSplit]],
+    mixture: Sequence[tuple[str, float]] | None,
+) -> TokenizedCorpus:
+    """Create the corpus of one source, or of a mixture, from the splits of each source."""
+    corpora = [TokenizedCorpus.from_splits(tokenizer, one) for one in splits]
+    if mixture is None:
+        return corpora[0]
+    return TokenizedCorpus.from_mixture(corpora, *zip(*mixture, strict=True))
+
+
+def _record_path(cache: Path, content_hash: str) -> Path:
+    """File that names the stores of a corpus for `find_corpus`; hidden, unlike them."""
+    return cache / f".corpus-{content_hash[:32]}.json"
 
 
 def train_tokenizer(
@@ -193,32 +217,23 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       CorruptStore: it is corrupted.
       UserError: it cannot be read.
     """
-    if not _CONTENT_HASH.fullmatch(content_hash):  # it is a checkpoint's, and becomes a file name
-        return None
     cache = Path(cache_dir).expanduser()
+    path = _record_path(cache, content_hash)
+    # The hash is a checkpoint's, and the folder may be a stranger's: no path leads out of it.
+    if not _NAME.fullmatch(content_hash[:32]) or not os.path.lexists(path):
+        return None
     try:
-        mixture = _mixture_path(cache, content_hash)
-        if os.path.lexists(mixture):
-            return _open_mixture(mixture, content_hash, tokenizer)
-        corrupt = None
-        for path in sorted(cache.glob("*")):
-            if not _STORE_NAME.fullmatch(path.name):
-                continue
-            try:
-                if _hash_splits(tokenizer, content_hashes(path)) == content_hash:
-                    return TokenizedCorpus.from_splits(tokenizer, open_store(path))
-            except CorruptStore as error:  # perhaps another one
-                corrupt = error
+        body = read_sealed(path)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            stores, mixture = json.loads(body or "")
+            if all(map(_NAME.fullmatch, stores)):
+                splits = [open_store(cache / name) for name in stores]
+                corpus = _combine(tokenizer, splits, mixture)
+                if corpus.content_hash == content_hash:
+                    return corpus
     except OSError as error:
         raise UserError(f"{cache}: {error.strerror}; make it readable") from error
-    if corrupt is not None:
-        raise corrupt
-    return None
-
-
-def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
-    """Hash a tokenizer and the content hashes of the splits of one source."""
-    return sha256_hex("".join([sha256_hex(tokenizer.to_json()), *splits]))
+    raise CorruptStore(f"{path}: was changed, or belongs to other stores")
 
 
 def _open_or_write(
@@ -287,45 +302,6 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
         "max_malformed_records": config.max_malformed_records,
     }
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
-
-
-def _mixture_path(cache: Path, content_hash: str) -> Path:
-    """File that names the stores of a mixture; hidden, unlike them."""
-    return cache / f".mixture-{content_hash[:32]}.json"
-
-
-def _mix(
-    cache: Path, sources: list[tuple[str, float]], stores: list[str], corpora: list[TokenizedCorpus]
-) -> TokenizedCorpus:
-    """Create the corpus of a mixture, and record it for `find_corpus`."""
-    names, weights = zip(*sources, strict=True)
-    mixed = TokenizedCorpus.from_mixture(corpora, names, weights)
-    for (source, weight), corpus in zip(sources, corpora, strict=True):
-        size = counted(len(corpus.train.tokens), "training token")
-        logging.info("%s: probability %.4g, %s", source, weight, size)
-    path, body = _mixture_path(cache, mixed.content_hash), json.dumps([stores, names, weights])
-    if read_sealed(path) != f"{body}\n":
-        write_sealed(path, f"{body}\n")
-    return mixed
-
-
-def _open_mixture(path: Path, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Open a mixture by the file that `_mix` wrote.
-
-    Raises:
-      CorruptStore: the file or a store is corrupted.
-    """
-    body = read_sealed(path)
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        stores, names, weights = json.loads(body or "")
-        # The folder may be a stranger's: no path leads out of it.
-        if all(map(_STORE_NAME.fullmatch, stores)):
-            splits = [open_store(path.parent / name) for name in stores]
-            corpora = [TokenizedCorpus.from_splits(tokenizer, one) for one in splits]
-            mixed = TokenizedCorpus.from_mixture(corpora, names, weights)
-            if mixed.content_hash == content_hash:
-                return mixed
-    raise CorruptStore(f"{path}: was changed, or belongs to other stores")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
@@ -44,13 +43,8 @@ SECONDS_PER_LINE = 30
 _MAX_WORKERS = 32
 """More than that wait for the process that reads the text."""
 _BLOCK_TOKENS = 1 << 20
-_ENVIRONMENT = {
-    "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder
-    "RAYON_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-}
-"""Environment variables of the processes."""
-_SPAWNING = threading.Lock()
+# Nothing is imported from the current folder.
+_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 _PIECES = np.dtype(
     [("tokens", "<i4"), ("num_bytes", "<i4"), ("is_target", np.bool_), ("begins", np.bool_)]
 )
@@ -227,18 +221,17 @@ def _spawning() -> Iterator[None]:
 
     A script without ``if __name__ == "__main__"`` would run again in each of them.
     """
-    with _SPAWNING:
-        main, before = sys.modules["__main__"], {x: os.environ.get(x) for x in _ENVIRONMENT}
-        os.environ.update(_ENVIRONMENT)
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+    main, before = sys.modules["__main__"], {x: os.environ.get(x) for x in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class _Process:

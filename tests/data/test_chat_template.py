@@ -216,7 +216,7 @@ def test_conversations_come_as_json(tmp_path):
     whole = read_all(path, template="roles", max_malformed_records=1)
     assert whole == {"a.json[0]": "\x02a\x04\x03b\x04", "a.json[2]": "\x02c\x04\x03d\x04"}
     table = write(tmp_path / "a.csv", "messages")
-    for source in (str(table), "stdlib", "tfds:x"):
+    for source in (str(table), "stdlib"):
         with pytest.raises(UserError, match="come as JSONL"):
             read_all(source, template="roles")
 

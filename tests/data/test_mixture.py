@@ -113,7 +113,7 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
     stores = set((folder / "cache").iterdir())
     corpus = prepare("a:3,b.jsonl:1")
     (record,) = set((folder / "cache").iterdir()) - stores
-    assert record.name.startswith(".mixture-")
+    assert record.name.startswith(".corpus-")
     for name in ("train", "validation"):
         union, parts = getattr(corpus, name), [getattr(one, name) for one in alone]
         assert union.weights == (0.75, 0.25)
@@ -127,10 +127,10 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
         assert prepare(other).content_hash != corpus.content_hash
 
 
-@pytest.mark.parametrize(("place", "value"), [(2, [1.0]), (0, ["..", "."])])
+@pytest.mark.parametrize(("place", "value"), [(1, [["a", 1.0]]), (0, ["..", "."])])
 def test_a_mixture_is_found_by_its_content(folder, place, value):
     corpus = prepare("a:3,b.jsonl:1")
-    (path,) = (folder / "cache").glob(".mixture-*")
+    path = folder / "cache" / f".corpus-{corpus.content_hash[:32]}.json"
     prepare("a:1,b.jsonl:1")
     assert find_corpus("cache", "../" + corpus.content_hash, corpus.tokenizer) is None
 

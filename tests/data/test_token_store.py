@@ -62,8 +62,8 @@ def texts_of(split: TokenSplit) -> list[str]:
 
 
 def stores(cache: Path) -> list[Path]:
-    """All that is in a cache folder, except locks."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock"]
+    """All that is in a cache folder, except locks and records."""
+    return [path for path in cache.iterdir() if path.suffix not in (".lock", ".json")]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

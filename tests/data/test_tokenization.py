@@ -51,8 +51,8 @@ def prepare(source, cache, tokenizer, **settings):
 
 
 def stores(cache):
-    """All that is in a cache folder, except locks."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock"]
+    """All that is in a cache folder, except locks and records."""
+    return [path for path in cache.iterdir() if path.suffix not in (".lock", ".json")]
 
 
 def contents(cache):
@@ -118,7 +118,7 @@ calls = itertools.count()
 def test_texts_from_python_that_cannot_be_used_are_one_line(tokenizer, tmp_path, texts, problem):
     with pytest.raises(UserError, match=problem):
         prepare(texts, tmp_path / "cache", tokenizer)
-    with pytest.raises(UserError, match="no conversations"):
+    with pytest.raises(UserError, match="come as JSONL"):
         prepare(texts, tmp_path / "cache", tokenizer, template="roles")
 
 
