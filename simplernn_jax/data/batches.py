@@ -109,7 +109,7 @@ class BatchSource:
         data_config: DataConfig,
         seed: int,
         pad_id: int,
-        sequences: slice = slice(None),
+        sequences: slice | np.ndarray = slice(None),
     ):
         self._steps_per_epoch = steps_per_epoch(split, data_config)
         self._mode = data_config.mode
@@ -254,8 +254,7 @@ class MixedBatchSource:
             steps_per_epoch(part, config)  # every process rejects a source that is too short
             here = self._local[(self._local >= first) & (self._local < first + count)] - first
             if len(here):
-                own = slice(int(here[0]), int(here[-1]) + 1)
-                self._sources.append(BatchSource(part, config, seed, pad_id, own))
+                self._sources.append(BatchSource(part, config, seed, pad_id, here))
             first += count
 
     def __len__(self) -> int:

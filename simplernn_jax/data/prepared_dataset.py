@@ -40,8 +40,7 @@ def find_prepared(name: str) -> Path:
     data_dir = default_data_dir()
     for root in (Path(os.path.expanduser(name)), data_dir / name.replace(":", "/")):
         found = {info.parent for depth in ("", "*/", "*/*/") for info in root.glob(depth + _INFO)}
-        parents = {folder.parent for folder in found}
-        if len(parents) > 1:
+        if len(parents := {folder.parent for folder in found}) > 1:
             names = ", ".join(str(parent.relative_to(root)) for parent in sorted(parents))
             raise UserError(f"tfds:{name}: several are prepared in {root}; choose one of {names}")
         if found:

@@ -220,14 +220,13 @@ def byte_level_alphabet() -> dict[str, int]:
 
 def bpe_size(spec: str) -> int:
     """Return the vocabulary size of ``bpe:SIZE``, specials included; raises `UserError`."""
-    is_bpe, digits = spec.startswith(BPE_PREFIX), spec.removeprefix(BPE_PREFIX)
-    is_number = is_bpe and digits.isascii() and digits.isdecimal() and len(digits) <= 8
-    if not is_number or not _MIN_BPE_SIZE <= int(digits) <= _MAX_BPE_SIZE:
+    digits = re.fullmatch(BPE_PREFIX + "([0-9]{1,8})", spec)
+    if not digits or not _MIN_BPE_SIZE <= int(digits[1]) <= _MAX_BPE_SIZE:
         raise UserError(
             f"--config.data.tokenizer={spec}: give a vocabulary size from {_MIN_BPE_SIZE} to "
             f"{_MAX_BPE_SIZE:,}, such as {BPE_PREFIX}8192"
         )
-    return int(digits)
+    return int(digits[1])
 
 
 def train_bpe(split: TokenSplit, vocab_size: int) -> str:

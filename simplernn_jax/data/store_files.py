@@ -56,14 +56,13 @@ def split_by_document(tokens: SourceTokens, fraction: float, seed: int) -> list[
     The training documents come in a seeded random order, the held-out ones in source order. There
     must be at least two documents, unless `fraction` is 0.
     """
-    count = tokens.num_documents
+    count = len(tokens.documents)
     # Raw bits of PCG64 are the same in every version of numpy; its permutations need not be.
     order = np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
     held_out = min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
     choices = {"train": order[held_out:], "validation": np.sort(order[:held_out])}
-    ranges, sizes = _document_ranges(tokens), np.diff(tokens.document_bytes)
     return [
-        SplitPlan(name, ranges[chosen], int(sizes[chosen].sum()))
+        SplitPlan(name, tokens.documents[chosen], int(tokens.document_bytes[chosen].sum()))
         for name, chosen in choices.items()
         if len(chosen)
     ]
@@ -73,23 +72,19 @@ def split_by_position(
     tokens: SourceTokens, fraction: float, tokenizer: Tokenizer
 ) -> list[SplitPlan]:
     """Hold out the last ``max(1, round(fraction * tokens))`` tokens of the stream."""
-    total = tokens.num_tokens
+    total = int(tokens.piece_starts[-1])
     held_out = min(max(1, round(fraction * total)), total - 1) if fraction > 0 else 0
     cut = total - held_out
     train_bytes = _bytes_before(tokens, cut, tokenizer)
     sides = {
         "train": (0, cut, train_bytes),
-        "validation": (cut, total, int(tokens.document_bytes[-1]) - train_bytes),
+        "validation": (cut, total, int(tokens.piece_bytes[-1]) - train_bytes),
     }
     plans = []
     for name, (start, stop, num_bytes) in sides.items():
-        ranges = _document_ranges(tokens).clip(start, stop)
+        ranges = tokens.documents.clip(start, stop)
         plans.append(SplitPlan(name, ranges[ranges[:, 0] < ranges[:, 1]], num_bytes))
     return [plan for plan in plans if len(plan.ranges)]
-
-
-def _document_ranges(tokens: SourceTokens) -> np.ndarray:
-    return np.stack([tokens.document_starts[:-1], tokens.document_starts[1:]], axis=1)
 
 
 def _bytes_before(tokens: SourceTokens, cut: int, tokenizer: Tokenizer) -> int:

@@ -85,7 +85,6 @@ class TokenSplit:
 class MixedSplit(TokenSplit):
     """Union of the splits of several sources, whose documents follow one another."""
 
-    sources: tuple[str, ...] = ()
     parts: tuple[TokenSplit, ...] = ()
     """The split of each source, with its source before its name."""
     weights: tuple[float, ...] = ()
@@ -112,7 +111,6 @@ def union(
         sum(split.num_bytes for split in splits),
         sha256_hex("".join(split.content_hash for split in splits)),
         ConcatenatedArray([_targets(split) for split in splits]) if has_targets else None,
-        tuple(sources),
         tuple(
             dataclasses.replace(split, name=f"{source} {split.name}")
             for split, source in zip(splits, sources, strict=True)

@@ -259,12 +259,12 @@ def _open_or_write(
                 shutil.rmtree(folder)
         with new_store(folder) as (temporary, result):
             tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
-            if not tokens.num_documents:
+            if not len(tokens.documents):
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:
                 raise UserError(f"{config.source}: changed while it was being read; run again")
             by_position = config.split == "position"
-            if not by_position and config.validation_fraction and tokens.num_documents == 1:
+            if not by_position and config.validation_fraction and len(tokens.documents) == 1:
                 by_position = True
                 logging.info("%s: a single document, so its end is held out", config.source)
             if by_position:

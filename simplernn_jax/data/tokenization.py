@@ -7,7 +7,6 @@ reads the text and writes the tokens, in order.
 import collections
 import contextlib
 import functools
-import math
 import multiprocessing
 import os
 import signal
@@ -31,7 +30,7 @@ from simplernn_jax.data.tokenizer import (
     Tokenizer,
     tokenizer_from_json,
 )
-from simplernn_jax.devices import core_limits, end_with_parent
+from simplernn_jax.devices import available_cores, end_with_parent
 from simplernn_jax.errors import UserError, format_bytes
 
 PART_CHARACTERS = 1 << 23
@@ -63,13 +62,14 @@ class Part(NamedTuple):
 
 
 class SourceTokens:
-    """Tokens of all documents in source order, in a file.
+    """Tokens of all documents that have text, in source order, in a file.
 
     Attributes:
       dtype: dtype of the token ids.
-      document_starts: [documents + 1] int64, the last one the number of tokens.
-      document_bytes: [documents + 1] int64, UTF-8 bytes of the targets of all documents before.
-      piece_starts: [pieces + 1] int64, position of each piece's first token.
+      documents: [documents, 2] int64, start and stop of each document.
+      document_bytes: [documents] int64, UTF-8 bytes of its targets.
+      piece_starts: [pieces + 1] int64, position of each piece's first token, BOS included; the last
+        one is the number of tokens.
       piece_bytes: [pieces + 1] int64, UTF-8 bytes of all pieces before that are targets.
       piece_targets: [pieces] bool, whether its tokens are targets of the loss.
     """
@@ -80,18 +80,9 @@ class SourceTokens:
         self.piece_bytes = np.append(0, np.cumsum(pieces["num_bytes"], dtype=np.int64))
         self.piece_targets = pieces["is_target"]
         begins = np.append(np.flatnonzero(pieces["begins"]), len(pieces))
-        self.document_starts = self.piece_starts[begins]
-        self.document_bytes = self.piece_bytes[begins]
-
-    @property
-    def num_documents(self) -> int:
-        """Documents that have text."""
-        return len(self.document_starts) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents, BOS and EOS included."""
-        return int(self.document_starts[-1])
+        starts = self.piece_starts[begins]
+        self.documents = np.stack([starts[:-1], starts[1:]], axis=1)
+        self.document_bytes = np.diff(self.piece_bytes[begins])
 
     def blocks(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the tokens of [n, 2] ranges (start, stop), in order, a bounded number at a time.
@@ -117,14 +108,6 @@ def _cut_ranges(ranges: np.ndarray) -> Iterator[tuple[int, int, int]]:
     for first, end in zip(map(int, ranges[:, 0]), map(int, ranges[:, 1]), strict=True):
         for start in range(first, end, _BLOCK_TOKENS):
             yield first, start, min(end, start + _BLOCK_TOKENS)
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use, by its affinity and its control groups."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, math.ceil(min([cores, *core_limits()])))
 
 
 def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> SourceTokens:

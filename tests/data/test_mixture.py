@@ -139,7 +139,8 @@ def test_a_mixture_is_found_by_its_content(folder, place, value):
 
     found = find()
     assert found.content_hash == corpus.content_hash
-    assert (found.train.sources, found.train.weights) == (("a", "b.jsonl"), (0.75, 0.25))
+    assert [part.name for part in found.train.parts] == ["a train", "b.jsonl train"]
+    assert found.train.weights == (0.75, 0.25)
     np.testing.assert_array_equal(found.train.tokens, corpus.train.tokens)
     record = json.loads(read_sealed(path))
     path.write_text(path.read_text().replace("a", "c"))
