@@ -91,15 +91,6 @@ def test_bad_source_is_rejected_and_can_be_fixed(jsonl, data_dir):
     build_tfds(jsonl, "my_books", data_dir)
 
 
-def test_format_that_needs_tensorflow_is_named(jsonl, data_dir):
-    folder = build_tfds(jsonl, "my_books", data_dir)
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info["fileFormat"] = "tfrecord"
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="TFDS cannot read it"):
-        texts_of("tfds:my_books")
-
-
 def test_truncated_files_are_one_line(jsonl, data_dir):
     folder = build_tfds(jsonl, "my_books", data_dir)
     for name in ("my_books-train.array_record-00000-of-00001", "dataset_info.json"):
@@ -143,7 +134,6 @@ def write_features(folder, features):
     "features",
     [
         dictionary(text=TEXT, type=feature(SEQUENCE, sequence={"feature": TEXT}), description=TEXT),
-        {"type": OWN + "text_feature.Text", "content": "{}"},
         feature(OWN + "text_feature.Text", description="{not JSON}", text={}),
     ],
 )
@@ -156,7 +146,6 @@ def test_features_of_tfds_are_accepted(tmp_path, features):
     "features",
     [
         {"python_class_name": FOREIGN},
-        {"type": FOREIGN, "content": {}},
         feature("tensorflow_datasets_of_mine.Feature"),
         dictionary(text=TEXT, other=dictionary(inner=feature(FOREIGN))),
         feature(SEQUENCE, jsonFeature={"json": json.dumps({"a": [{"type": FOREIGN}]})}),

@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+from corpus_files import contents, stores
 from damages import flip_bit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,16 +49,6 @@ def prepare(source, cache, tokenizer, **settings):
     config = DataConfig(validation_fraction=0.2, **settings)
     config.source = source if callable(source) or isinstance(source, list) else str(source)
     return prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
-
-
-def stores(cache):
-    """All that is in a cache folder, except locks and records."""
-    return [path for path in cache.iterdir() if path.suffix not in (".lock", ".json")]
-
-
-def contents(cache):
-    (store,) = stores(cache)
-    return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
 def texts_of(source):

@@ -1,4 +1,4 @@
-"""Files of a corpus, written and read back by tests."""
+"""Files of a corpus and of its tokens, written and read back by tests."""
 
 import collections
 import json
@@ -39,3 +39,14 @@ def talk(*pairs, system=None):
         if answer is not None:
             found.append({"role": "assistant", "content": answer})
     return found
+
+
+def stores(cache):
+    """All that is in a cache folder, except locks and records."""
+    return [path for path in cache.iterdir() if path.suffix not in (".lock", ".json")]
+
+
+def contents(cache):
+    """Files of the one store in a cache folder, by name."""
+    (store,) = stores(cache)
+    return {path.name: path.read_bytes() for path in store.iterdir()}
