@@ -112,11 +112,8 @@ class BatchSource:
         sequences: slice | np.ndarray = slice(None),
     ):
         self._steps_per_epoch = steps_per_epoch(split, data_config)
-        self._mode = data_config.mode
-        self._batch_size = data_config.batch_size
-        self._length = data_config.sequence_length
-        self._stride = data_config.stride
-        self._reset_probability = data_config.reset_probability
+        self._config = data_config
+        self._batch_size, self._length = data_config.batch_size, data_config.sequence_length
         self._seed = seed
         self._pad_id = pad_id
         self._sequences = sequences
@@ -124,15 +121,15 @@ class BatchSource:
         self._tokens = np.asarray(split.tokens)
         self._targets = None if split.targets is None else np.asarray(split.targets)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-        if self._mode == "document":
+        if self._config.mode == "document":
             per_document = _pieces_per_document(split, self._length)
             self._pieces_until = np.cumsum(per_document)
             self._pieces_before = self._pieces_until - per_document
             self._document_ends = document_ends(split)
             self._pieces = int(self._pieces_until[-1])
         else:
-            if self._stride:
-                self._pieces = divide_up(len(self._tokens), self._stride)
+            if self._config.stride:
+                self._pieces = divide_up(len(self._tokens), self._config.stride)
             # A sequence may continue from the end of the ring into its beginning, once.
             starts = split.document_starts
             early = starts[starts <= self._length]
@@ -143,9 +140,9 @@ class BatchSource:
 
     def __getitem__(self, index: Any) -> Batch:
         index = int(index)
-        if self._mode == "document":
+        if self._config.mode == "document":
             return self._document_batch(index)
-        if self._mode == "stream":
+        if self._config.mode == "stream":
             return self._stream_batch(index)
         return self.examples(index, self._sequences)
 
@@ -156,14 +153,14 @@ class BatchSource:
 
     def _example_starts(self, index: int) -> np.ndarray:
         num_tokens = len(self._tokens)
-        if not self._stride:
+        if not self._config.stride:
             draws = _random_draws(self._seed, _EXAMPLES, index)
             return draws.integers(0, num_tokens, self._batch_size)
         epoch, step = divmod(index, self._steps_per_epoch)
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
         places = step * self._batch_size + np.arange(self._batch_size)
         nth = self._order(epoch).take(places, mode="wrap")
-        return (turn + nth * self._stride) % num_tokens
+        return (turn + nth * self._config.stride) % num_tokens
 
     def _stream_batch(self, index: int) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
@@ -173,9 +170,9 @@ class BatchSource:
         starts = (turn + starts + step * self._length) % num_tokens
         batch = self._ring_batch(starts)
         reset = batch.reset | (step == 0)
-        if self._reset_probability:
+        if self._config.reset_probability:
             draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)
-            reset |= draws[self._sequences] < self._reset_probability
+            reset |= draws[self._sequences] < self._config.reset_probability
         return batch._replace(reset=reset)
 
     def _ring_batch(self, starts: np.ndarray) -> Batch:

@@ -129,8 +129,9 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         raise UserError(f"{source}: a mixture, which only training takes; give one source")
     try:
         corpus = _open(config, exclude)
-    except OSError as error:  # such as from a current folder that was deleted
-        raise UserError(f"{source}: {error.strerror or error}; correct the source") from error
+    except OSError as error:  # such as a folder that is not readable
+        problem = f"{error.filename or source}: {error.strerror or error}"
+        raise UserError(f"{problem}; correct it, or select the text with a glob") from error
     if config.template and not isinstance(corpus, ConversationFiles):
         raise UserError(f"{source}: {corpus.kind}; conversations (data.template) come as JSONL")
     return corpus

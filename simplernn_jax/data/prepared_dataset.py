@@ -70,27 +70,22 @@ class PreparedDataset(RecordFiles):
 
     def records(self) -> Iterator[tuple[Record, int]]:
         """See `Corpus.records`."""
+        import tensorflow_datasets as tfds
+
         self._begin()
         file = SourceFile(str(self._folder), str(self._folder))
         with library_errors(f"{self._folder}: TFDS cannot read it", "prepare the dataset again"):
-            source = self._open()
+            check_folder(self._folder)
+            builder = tfds.builder_from_directory(str(self._folder))
+            fields = list(builder.info.features)
+            if self._field not in fields:
+                raise UserError(f"{self._folder}: {missing_field(self._field, fields)}")
+            source = builder.as_data_source("train")
             for index in range(len(source)):
                 value = source[index][self._field]
                 self.bytes_read = self.total_bytes * (index + 1) // len(source)
                 size = len(value) if isinstance(value, str | bytes) else 0
                 yield (file, f": example {index}", value), size
-
-    def _open(self) -> Any:
-        import tensorflow_datasets as tfds
-
-        check_folder(self._folder)
-        builder = tfds.builder_from_directory(str(self._folder))
-        fields = list(builder.info.features)
-        if self._field not in fields:
-            raise UserError(f"{self._folder}: {missing_field(self._field, fields)}")
-        source = builder.as_data_source("train")
-        len(source)  # opens the files
-        return source
 
 
 def check_folder(folder: Path) -> None:

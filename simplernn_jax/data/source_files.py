@@ -53,7 +53,8 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
       exclude: real paths of folders that are left out below a folder or a glob's folder.
 
     Raises:
-      UserError: nothing there, a folder in it cannot be read, or `source` is an excluded folder.
+      UserError: nothing there, or `source` is an excluded folder.
+      OSError: a folder in it cannot be read.
     """
     path = os.path.expanduser(source)
     if os.path.isfile(path):
@@ -97,8 +98,7 @@ def _glob_files(source: str, pattern: str, exclude: frozenset[str]) -> list[Sour
                 "; nothing is downloaded: fetch a file yourself, or a dataset of the Hugging Face "
                 "hub with hf download --repo-type dataset USER/NAME --local-dir FOLDER"
             )
-        shown = one_line(source, 200)  # so that what is wrong with it is not left out
-        raise UserError(f"{shown}: {what} (looked from {os.getcwd()}){advice}")
+        raise UserError(f"{source}: {what} (looked from {os.getcwd()}){advice}")
     root = os.path.commonpath(found) if len(found) > 1 else os.path.dirname(found[0])
     return [SourceFile(os.path.relpath(match, root or "."), match) for match in found]
 
@@ -133,7 +133,7 @@ def _matching_files(top: Path, pattern: str, exclude: frozenset[str]) -> Iterato
 def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     left_out: list[str] = []
-    for folder, subfolders, names in os.walk(root, onerror=_reject_unreadable):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
         if folder != root and (is_workdir or {"meta.json", "train.tokens"} <= {*names}):
             logging.info("%s: left out, %s of a run", folder, "workdir" if is_workdir else "tokens")
@@ -159,11 +159,8 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     return sorted(files)
 
 
-def _reject_unreadable(error: OSError) -> None:
-    raise UserError(
-        f"{error.filename}: {error.strerror}; make this folder readable, or select the text with "
-        "a glob"
-    ) from error
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_binary(path: str) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simplernn_jax.data.token_split import TOKEN_DTYPES, TokenSplit
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenization import SourceTokens
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
@@ -178,7 +178,7 @@ def open_store(folder: Path) -> list[TokenSplit]:
         raise CorruptStore(f"{path}: missing, or was changed")
     try:
         meta = json.loads(body)
-        if meta["store"] != folder.name or meta["dtype"] not in TOKEN_DTYPES:
+        if meta["store"] != folder.name or np.dtype(meta["dtype"]).kind != "u":
             raise ValueError("another store")
         with ThreadPoolExecutor() as threads:
             return [_open_split(folder, name, meta, threads) for name in meta["splits"]]

@@ -9,16 +9,6 @@ import numpy as np
 
 from simplernn_jax.files import sha256_hex
 
-TOKEN_DTYPES = ("|u1", "<u2", "<u4")
-"""Dtypes of stored token ids, narrowest first."""
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Smallest unsigned dtype that holds every id."""
-    return next(
-        dtype for dtype in map(np.dtype, TOKEN_DTYPES) if vocab_size <= np.iinfo(dtype).max + 1
-    )
-
 
 class ConcatenatedArray:
     """One-dimensional arrays, one after another, read as one; what is read is copied."""

@@ -23,7 +23,6 @@ import numpy as np
 from absl import logging
 
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Record
-from simplernn_jax.data.token_split import token_dtype
 from simplernn_jax.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -133,7 +132,7 @@ def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> S
             tables.append(pieces)
             show_progress(corpus.bytes_read)
     corpus.warn_of_skipped()
-    return SourceTokens(path, token_dtype(tokenizer.vocab_size), np.concatenate(tables))
+    return SourceTokens(path, _token_dtype(tokenizer), np.concatenate(tables))
 
 
 def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Generator[Part, None, None]:
@@ -180,10 +179,15 @@ def _cut(corpus: Corpus) -> Iterator[list[Record]]:
         yield part
 
 
+def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Smallest unsigned dtype that holds every id."""
+    return np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
+
+
 def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> Part:
     """Tokenize the `Corpus.records` of a part."""
     tokens, rows, malformed = [], [], []
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = _token_dtype(tokenizer)
     bos, eos = (np.array([x], dtype).tobytes() for x in (tokenizer.bos_id, tokenizer.eos_id))
     for pieces in corpus.parse(records):
         if isinstance(pieces, MalformedRecord):
