@@ -1,19 +1,20 @@
-"""A prepared TFDS dataset as a corpus, read without TensorFlow.
+"""Prepared TFDS datasets, read as a corpus and built from another one, without TensorFlow.
 
 Its folder is checked before TFDS reads it, because what TFDS reads can run code.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.documents import Record
+from simplernn_jax.data.documents import Corpus, Record
 from simplernn_jax.data.record_files import RecordFiles, missing_field
 from simplernn_jax.data.source_files import SourceFile
-from simplernn_jax.errors import UserError, library_errors
+from simplernn_jax.errors import UserError, library_errors, one_line
 from simplernn_jax.files import read_file
 
 _INFO = "dataset_info.json"
@@ -127,3 +128,54 @@ def _class_names(value: Any) -> Iterator[str]:
         except ValueError:
             return
         yield from _class_names(inner)
+
+
+def build_tfds(corpus: Corpus, source: str, name: str, data_dir: str) -> Path:
+    """Prepare ``data_dir/name/1.0.0``, which the source ``tfds:name`` or that path then names.
+
+    Its split ``train`` has the documents of a corpus in source order, as the ``text`` of examples.
+    Each of them is held in memory while it is written, unlike a document of a text file.
+
+    Raises:
+      UserError: the name is invalid, the dataset exists, or the corpus is unusable or has no text.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_builders.adhoc_builder import AdhocBuilder
+
+    class Builder(AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+        """A builder that does not import TensorFlow for the type of its splits."""
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return dict(self._split_datasets)
+
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(
+            f"dataset name {name!r}: use a lower-case letter, then such letters, digits and _"
+        )
+    builder = Builder(
+        name=name,
+        version="1.0.0",
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+        split_datasets={"train": _examples(corpus, source)},
+        data_dir=data_dir,
+        description=one_line(f"Text of {source}."),
+        file_format="array_record",
+        disable_shuffling=True,
+    )
+    folder = Path(builder.data_dir)
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another --name or remove it")
+    tfds.disable_progress_bar()
+    builder.download_and_prepare()
+    return folder
+
+
+def _examples(corpus: Corpus, source: str) -> Iterator[tuple[int, dict[str, str]]]:
+    index, texts = 0, list[str]()
+    for _, piece in corpus.pieces():
+        texts.append(piece.text)
+        if piece.ends:
+            yield index, {"text": "".join(texts)}
+            index, texts = index + 1, []
+    if not index:
+        raise UserError(f"{source}: no text in it; choose another source")

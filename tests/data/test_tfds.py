@@ -13,8 +13,7 @@ from processes import run_scripts
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
-from simplernn_jax.data.prepared_dataset import check_folder
-from simplernn_jax.data.tfds_builder import build_tfds
+from simplernn_jax.data.prepared_dataset import build_tfds, check_folder
 from simplernn_jax.errors import UserError
 
 TEXTS = ["first — ä\n", "", "second", "third\n\n"]
@@ -34,12 +33,17 @@ def data_dir(tmp_path, monkeypatch):
     return str(folder)
 
 
+def build(config, name, data_dir):
+    corpus = open_corpus(config, exclude=[data_dir])
+    return build_tfds(corpus, config.source, name, data_dir)
+
+
 def texts_of(source: str, **settings) -> list[str]:
     return [*read_all(source, **settings).values()]
 
 
 def test_documents_come_back_in_order_by_name_version_and_folder(jsonl, data_dir, tmp_path):
-    folder = build_tfds(jsonl, "my_books", data_dir)
+    folder = build(jsonl, "my_books", data_dir)
     assert folder == Path(data_dir) / "my_books" / "1.0.0"
     for name in ("my_books", "my_books:1.0.0", str(folder), str(folder.parent)):
         assert texts_of(f"tfds:{name}") == WRITTEN
@@ -51,7 +55,7 @@ def test_documents_come_back_in_order_by_name_version_and_folder(jsonl, data_dir
 
 
 def test_newest_version_is_read_and_several_configurations_are_asked_about(jsonl, data_dir):
-    folder = build_tfds(jsonl, "my_books", data_dir)
+    folder = build(jsonl, "my_books", data_dir)
     fingerprint = open_corpus(DataConfig(source="tfds:my_books")).fingerprint()
     shutil.copytree(folder, folder.with_name("1.0.10"))
     shutil.copytree(folder, folder.with_name("1.0.9"))
@@ -67,16 +71,14 @@ def test_newest_version_is_read_and_several_configurations_are_asked_about(jsonl
 
 def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir, tmp_path):
     with pytest.raises(UserError, match="dataset name 'My Books'"):
-        build_tfds(jsonl, "My Books", data_dir)
+        build(jsonl, "My Books", data_dir)
     write(tmp_path / "in" / "a.txt", "a")
     source = DataConfig(source=str(tmp_path / "in"))
     for name in ("first", "second"):  # other datasets are no text
-        folder = build_tfds(source, name, str(tmp_path / "in" / "sets"))
+        folder = build(source, name, str(tmp_path / "in" / "sets"))
         assert texts_of(f"tfds:{folder}") == ["a"]
     with pytest.raises(UserError, match="exists already"):
-        build_tfds(source, "first", str(tmp_path / "in" / "sets"))
-    with pytest.raises(UserError, match="writes into this folder; write into another one, or"):
-        build_tfds(source, "third", str(tmp_path / "in"))
+        build(source, "first", str(tmp_path / "in" / "sets"))
 
 
 def test_bad_source_is_rejected_and_can_be_fixed(jsonl, data_dir):
@@ -84,15 +86,15 @@ def test_bad_source_is_rejected_and_can_be_fixed(jsonl, data_dir):
     good = path.read_text(encoding="utf-8")
     path.write_text(good + "no record\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"in\.jsonl:5: not JSON"):
-        build_tfds(jsonl, "my_books", data_dir)
+        build(jsonl, "my_books", data_dir)
     with pytest.raises(UserError, match="not prepared"):
         texts_of("tfds:my_books")
     path.write_text(good, encoding="utf-8")
-    build_tfds(jsonl, "my_books", data_dir)
+    build(jsonl, "my_books", data_dir)
 
 
 def test_truncated_files_are_one_line(jsonl, data_dir):
-    folder = build_tfds(jsonl, "my_books", data_dir)
+    folder = build(jsonl, "my_books", data_dir)
     for name in ("my_books-train.array_record-00000-of-00001", "dataset_info.json"):
         os.truncate(folder / name, 100)
         with pytest.raises(UserError, match=r"my_books/1\.0\.0.*: TFDS cannot read it \("):
