@@ -116,7 +116,11 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the settings and the files' present names, sizes and times."""
-        status = [(file.name, os.stat(file.path)) for file in self._files]
+        try:
+            status = [(file.name, os.stat(file.path)) for file in self._files]
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}"
+            raise UserError(f"{problem}; put it back and run again") from error
         files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
         text = json.dumps([self._settings, files], sort_keys=True)
         return sha256_hex(text.encode("utf-8", "surrogateescape"))

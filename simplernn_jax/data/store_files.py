@@ -11,12 +11,10 @@ Documents are stored in a seeded random order, which is known when all of them a
 tokens are first written to a temporary file in source order (`tokenization`), then to the store.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,35 +97,23 @@ def _bytes_before(tokens: SourceTokens, cut: int, tokenizer: Tokenizer) -> int:
     return int(whole + min(part, end - whole))
 
 
-@contextlib.contextmanager
-def new_store(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a folder for temporary files and one in it that becomes `folder` at the end.
-
-    The caller has the lock of `folder`: what a writer that was killed has left is removed.
+def write_store(
+    folder: Path, unfinished: Path, plans: list[SplitPlan], tokens: SourceTokens
+) -> None:
+    """Write a store into the new folder `unfinished`, which then becomes `folder`.
 
     Raises:
       OSError: the disk is full or not writable.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    result = temporary / "store"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        result.mkdir(parents=True)
-        yield temporary, result
-        for path in [*result.iterdir(), result]:
-            sync(path)
-        os.rename(result, folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_store(folder: Path, name: str, plans: list[SplitPlan], tokens: SourceTokens) -> None:
-    """Write the files of the store `name` into a folder."""
+    unfinished.mkdir()
     with ThreadPoolExecutor() as threads:
-        splits = {plan.name: _write_split(folder, plan, tokens, threads) for plan in plans}
-    meta = {"store": name, "dtype": tokens.dtype.str, "splits": splits}
-    write_sealed(folder / META_FILE, json.dumps(meta, indent=2) + "\n")
+        splits = {plan.name: _write_split(unfinished, plan, tokens, threads) for plan in plans}
+    meta = {"store": folder.name, "dtype": tokens.dtype.str, "splits": splits}
+    write_sealed(unfinished / META_FILE, json.dumps(meta, indent=2) + "\n")
+    for path in [*unfinished.iterdir(), unfinished]:
+        sync(path)
+    os.rename(unfinished, folder)
+    sync(folder.parent)
 
 
 def _write_split(

@@ -24,7 +24,6 @@ from simplernn_jax.data.pretrained_tokenizer import (
 )
 from simplernn_jax.data.store_files import (
     CorruptStore,
-    new_store,
     open_store,
     split_by_document,
     split_by_position,
@@ -257,7 +256,10 @@ def _open_or_write(
             except CorruptStore as error:
                 logging.warning("%s (corrupted); the text is re-tokenized", error)
                 shutil.rmtree(folder)
-        with new_store(folder) as (temporary, result):
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir()
+        try:
             tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
             if not len(tokens.documents):
                 raise UserError(f"{config.source}: no text in it; choose another source")
@@ -271,7 +273,9 @@ def _open_or_write(
                 plans = split_by_position(tokens, config.validation_fraction, tokenizer)
             else:
                 plans = split_by_document(tokens, config.validation_fraction, seed)
-            write_store(result, folder.name, plans, tokens)
+            write_store(folder, temporary / "store", plans, tokens)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder.name, open_store(folder)
 
 

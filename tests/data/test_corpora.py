@@ -298,17 +298,6 @@ def test_json_and_csv_beside_text_are_text(tmp_path):
         read_all(tmp_path, field="name")
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("a.ndjson", "c.txt"), ("b.json", "c.csv"), ("a.txt.gz", "e.JSONL.gz")]
-)
-def test_several_formats_in_a_folder_are_rejected(tmp_path, first, second):
-    for name in (first, second):
-        text = records({"text": "a"}).encode()
-        write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)
-    with pytest.raises(UserError, match=rf"both .*{first}.*{second}|both .*{second}.*{first}"):
-        read_all(tmp_path)
-
-
 def test_an_endless_line_row_or_array_is_rejected_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("simplernn_jax.data.record_files.MAX_RECORD_BYTES", 1 << 20)
     array = json.dumps([{"text": "a\n"}] * (1 << 16), indent=2)
