@@ -109,7 +109,7 @@ class BatchSource:
         data_config: DataConfig,
         seed: int,
         pad_id: int,
-        sequences: slice | np.ndarray = slice(None),
+        sequences: slice = slice(None),
     ):
         self._steps_per_epoch = steps_per_epoch(split, data_config)
         self._config = data_config
@@ -139,15 +139,14 @@ class BatchSource:
         return _ENDLESS
 
     def __getitem__(self, index: Any) -> Batch:
-        index = int(index)
-        if self._config.mode == "document":
-            return self._document_batch(index)
-        if self._config.mode == "stream":
-            return self._stream_batch(index)
-        return self.examples(index, self._sequences)
+        return self.take(int(index), self._sequences)
 
-    def examples(self, index: int, sequences: slice | np.ndarray) -> Batch:
-        """Return these sequences of batch `index` (mode ``window``)."""
+    def take(self, index: int, sequences: slice | np.ndarray) -> Batch:
+        """Return these sequences of batch `index`."""
+        if self._config.mode == "document":
+            return self._document_batch(index, sequences)
+        if self._config.mode == "stream":
+            return self._stream_batch(index, sequences)
         batch = self._ring_batch(self._example_starts(index)[sequences])
         return batch._replace(reset=np.ones_like(batch.reset))
 
@@ -162,17 +161,17 @@ class BatchSource:
         nth = self._order(epoch).take(places, mode="wrap")
         return (turn + nth * self._config.stride) % num_tokens
 
-    def _stream_batch(self, index: int) -> Batch:
+    def _stream_batch(self, index: int, sequences: slice | np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         num_tokens = len(self._tokens)
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
-        starts = np.arange(self._batch_size)[self._sequences] * num_tokens // self._batch_size
+        starts = np.arange(self._batch_size)[sequences] * num_tokens // self._batch_size
         starts = (turn + starts + step * self._length) % num_tokens
         batch = self._ring_batch(starts)
         reset = batch.reset | (step == 0)
         if self._config.reset_probability:
             draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)
-            reset |= draws[self._sequences] < self._config.reset_probability
+            reset |= draws[sequences] < self._config.reset_probability
         return batch._replace(reset=reset)
 
     def _ring_batch(self, starts: np.ndarray) -> Batch:
@@ -199,7 +198,7 @@ class BatchSource:
     def _draw_order(self, epoch: int) -> np.ndarray:
         return _random_draws(self._seed, _ORDER, epoch).permutation(self._pieces)
 
-    def _document_batch(self, index: int) -> Batch:
+    def _document_batch(self, index: int, sequences: slice | np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         pieces = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
         document = np.searchsorted(self._pieces_until, pieces, side="right")
@@ -207,8 +206,8 @@ class BatchSource:
         starts = self._split.document_starts[document] + nth * self._length
         counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
         padding = np.zeros(self._batch_size - len(pieces), np.int64)
-        starts = np.append(starts, padding)[self._sequences]
-        counts = np.append(counts, padding)[self._sequences]
+        starts = np.append(starts, padding)[sequences]
+        counts = np.append(counts, padding)[sequences]
         along = np.arange(self._length)
         is_real = along < counts[:, None]
         positions = starts[:, None] + along
@@ -235,48 +234,41 @@ class MixedBatchSource:
         sequences: slice = slice(None),
     ):
         self._seed = seed
-        self._batch_size = data_config.batch_size
-        self._local = np.arange(self._batch_size)[sequences]
-        self._is_drawn = data_config.mode == "window" and not data_config.stride
+        self._local = np.arange(data_config.batch_size)[sequences]
         weighted = zip(split.parts, split.weights, strict=True)
         used = [(part, weight) for part, weight in weighted if weight]
         self._until = np.cumsum([weight for _, weight in used])[:-1]
-        if self._is_drawn:
-            self._sources = [BatchSource(part, data_config, seed, pad_id) for part, _ in used]
-            return
-        self._sources = []
-        first = 0
-        for (part, _), count in zip(used, _shares(used, self._batch_size), strict=True):
-            config = dataclasses.replace(data_config, batch_size=count)
-            steps_per_epoch(part, config)  # every process rejects a source that is too short
-            here = self._local[(self._local >= first) & (self._local < first + count)] - first
-            if len(here):
-                self._sources.append(BatchSource(part, config, seed, pad_id, here))
-            first += count
+        self._batch_size = data_config.batch_size
+        self._is_drawn = data_config.mode == "window" and not data_config.stride
+        counts = np.full(len(used), self._batch_size)
+        self._first = np.zeros_like(counts)
+        """First sequence of each source, unless they are drawn."""
+        if not self._is_drawn:
+            counts = _shares(used, self._batch_size)
+            self._first = np.cumsum(counts) - counts
+        self._sources = [
+            BatchSource(part, dataclasses.replace(data_config, batch_size=int(n)), seed, pad_id)
+            for (part, _), n in zip(used, counts, strict=True)
+        ]
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, index: Any) -> Batch:
-        index = int(index)
-        if not self._is_drawn:
-            return _concatenate([source[index] for source in self._sources])
-        draws = _random_draws(self._seed, _SOURCES, index).random(self._batch_size)[self._local]
-        chosen = np.searchsorted(self._until, draws, side="right")
-        order = np.argsort(chosen, kind="stable")
+        if self._is_drawn:
+            draws = _random_draws(self._seed, _SOURCES, int(index)).random(self._batch_size)
+            chosen = np.searchsorted(self._until, draws[self._local], side="right")
+        else:
+            chosen = np.searchsorted(self._first, self._local, side="right") - 1
         batches = [
-            self._sources[number].examples(index, self._local[chosen == number])
-            for number in np.unique(chosen)
+            self._sources[n].take(int(index), self._local[chosen == n] - self._first[n])
+            for n in np.unique(chosen)
         ]
-        place = np.argsort(order)
-        return Batch(*(array[place] for array in _concatenate(batches)))
+        place = np.argsort(np.argsort(chosen, kind="stable"))
+        return Batch(*(np.concatenate(arrays)[place] for arrays in zip(*batches, strict=True)))
 
 
-def _concatenate(batches: Sequence[Batch]) -> Batch:
-    return Batch(*map(np.concatenate, zip(*batches, strict=True)))
-
-
-def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> list[int]:
+def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> np.ndarray:
     """Divide the sequences of a batch among sources with weights, by the largest remainder."""
     exact = np.array([weight for _, weight in used]) * batch_size
     counts = np.floor(exact).astype(np.int64)
@@ -288,7 +280,7 @@ def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> list[i
                 f"config.data.batch_size={batch_size}: use larger batches, a larger weight, or "
                 "random windows, whose source is drawn"
             )
-    return [int(count) for count in counts]
+    return counts
 
 
 def make_batches(
