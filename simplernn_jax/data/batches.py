@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.token_split import MixedSplit, TokenSplit
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class MixedBatchSource:
 
     def __init__(
         self,
-        split: MixedSplit,
+        split: TokenSplit,
         data_config: DataConfig,
         seed: int,
         pad_id: int,
@@ -300,11 +300,8 @@ def make_batches(
     """
     import grain  # slow
 
-    source: BatchSource | MixedBatchSource
-    if isinstance(split, MixedSplit):
-        source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
-    else:
-        source = BatchSource(split, data_config, seed, pad_id, sequences)
+    kind = MixedBatchSource if split.parts else BatchSource
+    source = kind(split, data_config, seed, pad_id, sequences)
     flags.FLAGS.mark_as_parsed()  # for Grain, which reads its own; scripts have parsed them
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from simplernn_jax.data.documents import utf8
-from simplernn_jax.data.token_split import MixedSplit, TokenSplit
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import read_file
@@ -252,7 +252,8 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    limits = _training_limits(split)
+    weighted = zip(split.parts, split.weights, strict=True) if split.parts else [(split, 1.0)]
+    limits = [(part, int(MAX_TRAINING_BYTES * weight)) for part, weight in weighted]
     num_bytes = sum(min(limit, part.num_bytes) for part, limit in limits)
     logging.info("training a BPE of %s ids on %s bytes", f"{vocab_size:,}", f"{num_bytes:,}")
     texts = itertools.chain.from_iterable(itertools.starmap(training_texts, limits))
@@ -263,14 +264,6 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
     if found < vocab_size:
         logging.warning("this text gives only %s of %s ids", f"{found:,}", f"{vocab_size:,}")
     return json
-
-
-def _training_limits(split: TokenSplit) -> list[tuple[TokenSplit, int]]:
-    """Return each source of a split with the maximum number of its bytes that are used."""
-    if isinstance(split, MixedSplit):
-        pairs = zip(split.parts, split.weights, strict=True)
-        return [(part, int(MAX_TRAINING_BYTES * weight)) for part, weight in pairs]
-    return [(split, MAX_TRAINING_BYTES)]
 
 
 def training_texts(split: TokenSplit, limit: int) -> Iterator[str]:

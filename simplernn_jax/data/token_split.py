@@ -63,48 +63,39 @@ class TokenSplit:
     """[N] memory-mapped bool, whether a token is a target of the loss; None: all that follow
     another in their document."""
 
+    parts: "tuple[TokenSplit, ...]" = ()
+    """Of a mixture: the split of each source, with its source before its name. Their documents
+    follow one another in this split."""
+    weights: tuple[float, ...] = ()
+    """Of a mixture: the probability of each source in training; their sum is 1."""
+
     @functools.cached_property
     def num_predictions(self) -> int:
         """Number of targets: tokens that follow another one in their document."""
+        if self.parts:
+            return sum(part.num_predictions for part in self.parts)
         if self.targets is not None:
             return int(np.count_nonzero(self.targets))
         return len(self.tokens) - len(self.document_starts)
 
 
-@dataclasses.dataclass(frozen=True)
-class MixedSplit(TokenSplit):
-    """Union of the splits of several sources, whose documents follow one another."""
-
-    parts: tuple[TokenSplit, ...] = ()
-    """The split of each source, with its source before its name."""
-    weights: tuple[float, ...] = ()
-    """Probability of each source in training; their sum is 1."""
-
-    @functools.cached_property
-    def num_predictions(self) -> int:
-        """Number of targets in all parts."""
-        return sum(part.num_predictions for part in self.parts)
-
-
 def union(
     name: str, splits: Sequence[TokenSplit], sources: Sequence[str], weights: Sequence[float]
-) -> MixedSplit:
+) -> TokenSplit:
     """Create the split of a mixture from the splits of its sources."""
     sizes = np.array([len(split.tokens) for split in splits])
     offsets = np.cumsum(sizes) - sizes
     starts = [split.document_starts + at for split, at in zip(splits, offsets, strict=True)]
     has_targets = any(split.targets is not None for split in splits)
-    return MixedSplit(
+    named = zip(splits, sources, strict=True)
+    return TokenSplit(
         name,
         ConcatenatedArray([np.asarray(split.tokens) for split in splits]),
         np.concatenate(starts),
         sum(split.num_bytes for split in splits),
         sha256_hex("".join(split.content_hash for split in splits)),
         ConcatenatedArray([_targets(split) for split in splits]) if has_targets else None,
-        tuple(
-            dataclasses.replace(split, name=f"{source} {split.name}")
-            for split, source in zip(splits, sources, strict=True)
-        ),
+        tuple(dataclasses.replace(part, name=f"{source} {part.name}") for part, source in named),
         tuple(weights),
     )
 

@@ -29,7 +29,7 @@ from simplernn_jax.data.store_files import (
     split_by_position,
     write_store,
 )
-from simplernn_jax.data.token_split import MixedSplit, TokenSplit, union
+from simplernn_jax.data.token_split import TokenSplit, union
 from simplernn_jax.data.tokenization import tokenize
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
@@ -155,9 +155,8 @@ def prepare_corpus(
         body = json.dumps([[name for name, _ in stores], mixture]) + "\n"
         if read_sealed(path) != body:
             write_sealed(path, body)
-    if isinstance(prepared.train, MixedSplit):
-        for part, weight in zip(prepared.train.parts, prepared.train.weights, strict=True):
-            logging.info("%s: probability %.4g, %s", part.name, weight, _size(part, "training"))
+    for part, weight in zip(prepared.train.parts, prepared.train.weights, strict=True):
+        logging.info("%s: probability %.4g, %s", part.name, weight, _size(part, "training"))
     return prepared
 
 

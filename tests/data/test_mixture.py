@@ -15,7 +15,6 @@ from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.store_files import CorruptStore
-from simplernn_jax.data.token_split import MixedSplit
 from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
@@ -102,7 +101,7 @@ def test_bad_weights_are_rejected(source, problem):
 def test_a_path_that_exists_is_that_path(folder):
     (folder / "a:0.7,b.jsonl:0.3").write_text("one document\n" * 9)
     corpus = prepare("a:0.7,b.jsonl:0.3")
-    assert not isinstance(corpus.train, MixedSplit)
+    assert not corpus.train.parts
     assert corpus.tokenizer.decode(corpus.train.tokens).startswith("one document")
     with pytest.raises(UserError, match="a mixture, which only training takes; give one source"):
         open_corpus(DataConfig(source="a:1,b.jsonl:1"))
