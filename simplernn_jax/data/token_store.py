@@ -59,26 +59,25 @@ class TokenizedCorpus:
     """SHA-256 over the tokenizer and both splits: equal hashes, equal data."""
 
     @classmethod
-    def from_splits(cls, tokenizer: Tokenizer, splits: Sequence[TokenSplit]) -> "TokenizedCorpus":
-        """Create the corpus of one source from its one or two splits."""
-        by_name = {split.name: split for split in splits}
-        hashes = [sha256_hex(tokenizer.to_json()), *(split.content_hash for split in splits)]
-        return cls(
-            tokenizer, by_name["train"], by_name.get("validation"), sha256_hex("".join(hashes))
-        )
-
-    @classmethod
-    def from_mixture(
-        cls, corpora: "Sequence[TokenizedCorpus]", sources: Sequence[str], weights: Sequence[float]
+    def from_splits(
+        cls,
+        tokenizer: Tokenizer,
+        splits: Sequence[Sequence[TokenSplit]],
+        mixture: Sequence[tuple[str, float]] | None,
     ) -> "TokenizedCorpus":
-        """Create the corpus of a mixture from the corpora of its sources, all of one tokenizer."""
-        held_out = [one.validation for one in corpora if one.validation is not None]
-        parts = [[corpus.content_hash for corpus in corpora], list(weights)]
+        """Create the corpus of one source, or of a mixture, from the splits of each source."""
+        start = sha256_hex(tokenizer.to_json())
+        hashes = [sha256_hex(start + "".join(x.content_hash for x in one)) for one in splits]
+        train = [x for one in splits for x in one if x.name == "train"]
+        held_out = [x for one in splits for x in one if x.name == "validation"]
+        if mixture is None:
+            return cls(tokenizer, train[0], held_out[0] if held_out else None, hashes[0])
+        sources, weights = zip(*mixture, strict=True)
         return cls(
-            corpora[0].tokenizer,
-            union("train", [corpus.train for corpus in corpora], sources, weights),
+            tokenizer,
+            union("train", train, sources, weights),
             union("validation", held_out, sources, weights) if held_out else None,
-            sha256_hex(json.dumps(parts)),
+            sha256_hex(json.dumps([hashes, weights])),
         )
 
     @property
@@ -150,7 +149,7 @@ def prepare_corpus(
             _open_or_write(cache, one, seed, corpus, tokenizer)
             for one, corpus in zip(configs, corpora, strict=True)
         ]
-        prepared = _combine(tokenizer, [splits for _, splits in stores], mixture)
+        prepared = TokenizedCorpus.from_splits(tokenizer, [splits for _, splits in stores], mixture)
         path = _record_path(cache, prepared.content_hash)
         body = json.dumps([[name for name, _ in stores], mixture]) + "\n"
         if read_sealed(path) != body:
@@ -158,18 +157,6 @@ def prepare_corpus(
     for part, weight in zip(prepared.train.parts, prepared.train.weights, strict=True):
         logging.info("%s: probability %.4g, %s", part.name, weight, _size(part, "training"))
     return prepared
-
-
-def _combine(
-    tokenizer: Tokenizer,
-    splits: Sequence[Sequence[TokenSplit]],
-    mixture: Sequence[tuple[str, float]] | None,
-) -> TokenizedCorpus:
-    """Create the corpus of one source, or of a mixture, from the splits of each source."""
-    corpora = [TokenizedCorpus.from_splits(tokenizer, one) for one in splits]
-    if mixture is None:
-        return corpora[0]
-    return TokenizedCorpus.from_mixture(corpora, *zip(*mixture, strict=True))
 
 
 def _record_path(cache: Path, content_hash: str) -> Path:
@@ -222,11 +209,11 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
         return None
     try:
         body = read_sealed(path)
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             stores, mixture = json.loads(body or "")
             if all(map(_NAME.fullmatch, stores)):
                 splits = [open_store(cache / name) for name in stores]
-                corpus = _combine(tokenizer, splits, mixture)
+                corpus = TokenizedCorpus.from_splits(tokenizer, splits, mixture)
                 if corpus.content_hash == content_hash:
                     return corpus
     except OSError as error:

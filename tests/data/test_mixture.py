@@ -1,5 +1,6 @@
 """Mixtures of sources, from their names to batches and a resumed run."""
 
+import dataclasses
 import json
 import re
 
@@ -15,7 +16,8 @@ from simplernn_jax.data import open_corpus, prepare_corpus
 from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.store_files import CorruptStore
-from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
+from simplernn_jax.data.token_split import union
+from simplernn_jax.data.token_store import find_corpus, train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
 from simplernn_jax.files import read_sealed, write_sealed
@@ -48,13 +50,12 @@ def prepare(source, **settings):
 
 def mixed(weights, lengths=((31, 7, 101), (12, 43), (61,))):
     """A mixture of splits whose tokens tell their source: 0 to 9, 10 to 19, ..."""
-    corpora = []
+    splits = []
     for number, _ in enumerate(weights):
         split = make_split(lengths[number])
         tokens = np.where(split.tokens < 200, split.tokens % 10 + 10 * number, split.tokens)
-        split = type(split)(**{**vars(split), "tokens": tokens, "content_hash": f"{number}"})
-        corpora.append(TokenizedCorpus(None, split, None, f"{number}"))
-    return TokenizedCorpus.from_mixture(corpora, "abc"[: len(weights)], weights).train
+        splits.append(dataclasses.replace(split, tokens=tokens))
+    return union("train", splits, "abc"[: len(weights)], weights)
 
 
 def sources_of(batch):
@@ -159,7 +160,7 @@ def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
         prepare("chat.jsonl", template="roles", loss_mask=loss_mask, validation_fraction=0.0)
         for loss_mask in ("assistant", "all")
     )
-    split = TokenizedCorpus.from_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
+    split = union("train", [answers.train, whole.train], ("answers", "whole"), (0.5, 0.5))
     expected = np.concatenate([answers.train.tokens[answers.train.targets], whole.train.tokens[1:]])
     np.testing.assert_array_equal(np.array(split.tokens)[np.array(split.targets)], expected)
     assert split.num_predictions == len(expected)
