@@ -37,6 +37,8 @@ class RecordFiles(Corpus):
     def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
         super().__init__(files, config, field=config.field, **settings)
         self._field = config.field
+        # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
+        self._decode_errors = config.encoding_errors.replace("strict", "surrogateescape")
 
     def _field_of(self, content: Any) -> Any:
         """Return the field of a record, or raise `MalformedRecord`."""
@@ -45,11 +47,7 @@ class RecordFiles(Corpus):
     def _pieces(self, content: Any) -> Iterator[Piece]:
         text = self._field_of(content)
         if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8", self._config.encoding_errors)
-            except UnicodeDecodeError as error:
-                where = f"at byte {error.start} of field {self._field!r}"
-                raise MalformedRecord(f"invalid UTF-8 {where}") from error
+            text = text.decode("utf-8", self._decode_errors)
         if not isinstance(text, str):
             found = type(text).__name__
             hint = _CHAT_ADVICE if self._field in _CHAT_FIELDS else ""
@@ -112,9 +110,7 @@ class JsonFiles(RecordFiles):
 
     def _parsed(self, content: bytes) -> Any:
         try:
-            return json.loads(content.decode("utf-8", self._config.encoding_errors))
-        except UnicodeDecodeError as error:
-            raise MalformedRecord(f"invalid UTF-8 at byte {error.start}") from error
+            return json.loads(content.decode("utf-8", self._decode_errors))
         except (ValueError, RecursionError) as error:
             raise MalformedRecord(f"not JSON ({error})") from error
 
@@ -129,8 +125,6 @@ class CsvFiles(JsonFiles):
     kind = "csv"
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
-        errors = self._config.encoding_errors.replace("strict", "surrogateescape")
         csv.field_size_limit(MAX_RECORD_BYTES)
         is_tsv = suffix_of(file.path) == ".tsv"
         size = 0
@@ -141,7 +135,7 @@ class CsvFiles(JsonFiles):
                 size += len(line)
                 if size > MAX_RECORD_BYTES:
                     raise _too_long(f"{file.path}: a row")
-                yield line.decode("utf-8", errors)
+                yield line.decode("utf-8", self._decode_errors)
 
         with self._opened(file) as stream:
             lines = decoded(stream)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -50,14 +49,9 @@ _PIECES = np.dtype(
 whether it is a target and begins a document."""
 
 
-class Part(NamedTuple):
-    """Consecutive pieces of text that were tokenized."""
-
-    tokens: bytes
-    pieces: np.ndarray
-    """[pieces] of the dtype `_PIECES`."""
-    malformed: list[str]
-    """Problems of the malformed records."""
+Part = tuple[bytes, np.ndarray, list[str]]
+"""Tokens of consecutive pieces of text; the pieces, [n] of the dtype `_PIECES`; and the problems of
+the malformed records between them."""
 
 
 class SourceTokens:
@@ -199,7 +193,7 @@ def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> P
             size = len(text) if text.isascii() else len(text.encode("utf-8"))
             rows.append((len(data) // dtype.itemsize, size if is_target else 0, is_target, begins))
             tokens.append(data)
-    return Part(b"".join(tokens), np.array(rows, _PIECES), malformed)
+    return b"".join(tokens), np.array(rows, _PIECES), malformed
 
 
 @contextlib.contextmanager

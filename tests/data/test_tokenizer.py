@@ -19,7 +19,6 @@ from simplernn_jax.config import DataConfig
 from simplernn_jax.data import load_tokenizer, open_corpus, prepare_corpus, tokenizer_from_json
 from simplernn_jax.data.token_store import train_tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import SMALL_FILE
 
 
 def byte_fallback_json() -> str:
@@ -311,14 +310,6 @@ def test_the_script_writes_the_same_in_another_process(source, tmp_path):
     assert wrong.code == 2
     assert "a.json: its folder does not exist; create it" in wrong.errors
     assert "training" not in wrong.errors
-
-
-def test_a_tokenizer_may_be_larger_than_most_files(source, tmp_path):
-    """One of a million ids of Chinese text is."""
-    tokenizer = train_tokenizer(config_of(source), 3, str(tmp_path / "cache"))
-    path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.tokenizer_json + " " * SMALL_FILE)
-    assert load_tokenizer(str(path)).vocab_size == tokenizer.vocab_size
 
 
 @pytest.mark.parametrize("character", ["ä", "-", "\n"])
