@@ -1,7 +1,6 @@
 """Text to token ids and back: bytes, characters, or a Hugging Face ``tokenizer.json``."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -209,7 +208,8 @@ def check_round_trip(tokenizer: Tokenizer, spec: str, corpus: Corpus) -> None:
 
 
 def _difference(text: str, found: str) -> str:
-    at = len(os.path.commonprefix([text, found]))
+    pairs = enumerate(zip(text, found, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(found)))
     start = max(0, at - _QUOTED)
     before, after = (one[start : at + _QUOTED] for one in (text, found))
     return f"{before!r} comes back as {after!r} at character {at}"
