@@ -60,7 +60,7 @@ class Corpus:
 
     def _begin(self) -> None:
         """Begin an iteration."""
-        self.bytes_read = 0
+        self.bytes_read = self._bytes_before = 0  # in all, and of the files before the present one
         self._num_malformed, self._first_problem = 0, ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,9 +73,11 @@ class Corpus:
         A record is a document, or a piece of one that may be larger than memory.
         """
         self._begin()
-        for file in self._files:
+        for file, num_bytes in self._files.items():
             for place, content, size in self._read(file):
                 yield (file, place, content), size
+            self._bytes_before += num_bytes
+            self.bytes_read = self._bytes_before
 
     def parse(self, records: Sequence[Record]) -> Iterator[Iterable[Piece] | MalformedRecord]:
         """Yield the pieces of each record, in another process perhaps, or what is to `skip`."""
@@ -143,15 +145,13 @@ class Corpus:
     @contextlib.contextmanager
     def _opened(self, file: SourceFile) -> Iterator[IO[bytes]]:
         """Open a file, decompressed; count what is read of it, and check its expansion."""
-        before = self.bytes_read
 
         def on_read(position: int, num_bytes: int) -> None:
-            self.bytes_read = before + position
+            self.bytes_read = self._bytes_before + position
             self._check_expansion(file, num_bytes)
 
         with open_source(file.path, self._config.encoding_errors, on_read) as stream:
             yield stream
-        self.bytes_read = before + self._files[file]
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
         """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""

@@ -209,44 +209,39 @@ class ParquetFiles(RecordFiles):
             )
         super().__init__(files, config)
 
-    def _read(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        number = num_bytes = 0
         with (
             library_errors(f"{file.path}: not a whole Parquet file", "use an intact copy"),
             open_file(file.path) as raw,
         ):
-            yield from self._rows(file, raw)
-
-    def _rows(self, file: SourceFile, raw: Any) -> Iterator[tuple[str, Any, int]]:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        before = self.bytes_read
-        # Without a pre-buffer, a column is read page by page.
-        table = parquet.ParquetFile(
-            raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
-        )
-        metadata, names = table.metadata, table.schema_arrow.names
-        if self._field not in names:
-            raise UserError(f"{file.path}: {missing_field(self._field, names)}")
-        groups = map(metadata.row_group, range(metadata.num_row_groups))
-        self._check_expansion(file, sum(group.total_byte_size for group in groups))
-        number = num_bytes = 0
-        for batch in table.iter_batches(_ROWS, columns=[self._field], use_threads=False):
-            column = batch.column(0)
-            kind = getattr(column.type, "value_type", column.type)  # of a dictionary
-            if str(kind) in ("string", "large_string", "string_view"):
-                column = column.cast(pa.large_binary())  # it may be invalid UTF-8
-            for value in column.to_pylist():
-                length = len(value) if isinstance(value, str | bytes) else 0
-                if length > MAX_RECORD_BYTES:
-                    raise _too_long(f"{file.path}: row {number}: a text")
-                num_bytes += length
-                self._check_expansion(file, num_bytes)
-                number += 1
-                share = number / max(metadata.num_rows, number)
-                self.bytes_read = before + int(self._files[file] * share)
-                yield f": row {number - 1}", value, length
-        self.bytes_read = before + self._files[file]
+            # Without a pre-buffer, a column is read page by page.
+            table = parquet.ParquetFile(
+                raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
+            )
+            metadata, names = table.metadata, table.schema_arrow.names
+            if self._field not in names:
+                raise UserError(f"{file.path}: {missing_field(self._field, names)}")
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            self._check_expansion(file, sum(group.total_byte_size for group in groups))
+            for batch in table.iter_batches(_ROWS, columns=[self._field], use_threads=False):
+                column = batch.column(0)
+                kind = getattr(column.type, "value_type", column.type)  # of a dictionary
+                if str(kind) in ("string", "large_string", "string_view"):
+                    column = column.cast(pa.large_binary())  # it may be invalid UTF-8
+                for value in column.to_pylist():
+                    length = len(value) if isinstance(value, str | bytes) else 0
+                    if length > MAX_RECORD_BYTES:
+                        raise _too_long(f"{file.path}: row {number}: a text")
+                    num_bytes += length
+                    self._check_expansion(file, num_bytes)
+                    yield f": row {number}", value, length
+                    number += 1
+                share = number / max(metadata.num_rows, number, 1)
+                self.bytes_read = self._bytes_before + int(self._files[file] * share)
 
 
 def suffix_of(path: str) -> str:
