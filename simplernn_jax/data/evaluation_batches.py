@@ -80,9 +80,32 @@ def evaluation_batches(
     batch_size = round_up(batch_size, divisible_by[0])
     sequence_of, loads = _assign(counts, batch_size)
     order = np.argsort(sequence_of, kind="stable")
+    starts, counts = starts[order], counts[order]
     length = min(max(1, batch_tokens // batch_size), int(loads.max()))
     length = round_up(length, divisible_by[1])
-    return _lay_out(split, starts[order], counts[order], loads, length, pad_id, reset_every)
+    # All predictions are on one line, document after document and sequence after sequence. An EOS
+    # predicts nothing and has no place on it.
+    document_from = np.cumsum(counts) - counts
+    sequence_from = np.cumsum(loads) - loads
+
+    def lay_out() -> Iterator[Batch]:
+        for step in range(divide_up(int(loads.max()), length)):
+            along = np.arange(step * length, (step + 1) * length)
+            is_real = along < loads[:, None]
+            line = np.where(is_real, sequence_from[:, None] + along, 0)
+            document = np.searchsorted(document_from, line, side="right") - 1
+            within = line - document_from[document]
+            batch = gather(split, starts[document] + within, is_real, pad_id)
+            segments = document
+            if reset_every:
+                within = within % reset_every
+                segments = line - within
+            yield batch._replace(
+                segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
+                reset=(within[:, 0] == 0) | (step == 0),
+            )
+
+    return lay_out()
 
 
 def context_batches(
@@ -190,36 +213,3 @@ def _assign(counts: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray
         loads[sequence] += counts[document]
         heapq.heapreplace(heap, (int(loads[sequence]), sequence))
     return sequence_of, loads
-
-
-def _lay_out(
-    split: TokenSplit,
-    starts: np.ndarray,
-    counts: np.ndarray,
-    loads: np.ndarray,
-    length: int,
-    pad_id: int,
-    reset_every: int,
-) -> Iterator[Batch]:
-    """Yield the batches of documents, which are given in the order of their sequences.
-
-    All predictions are on one line, document after document and sequence after sequence. An EOS
-    predicts nothing and has no place on it.
-    """
-    document_from = np.cumsum(counts) - counts
-    sequence_from = np.cumsum(loads) - loads
-    for step in range(divide_up(int(loads.max()), length)):
-        along = np.arange(step * length, (step + 1) * length)
-        is_real = along < loads[:, None]
-        line = np.where(is_real, sequence_from[:, None] + along, 0)
-        document = np.searchsorted(document_from, line, side="right") - 1
-        within = line - document_from[document]
-        batch = gather(split, starts[document] + within, is_real, pad_id)
-        segments = document
-        if reset_every:
-            within = within % reset_every
-            segments = line - within
-        yield batch._replace(
-            segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
-            reset=(within[:, 0] == 0) | (step == 0),
-        )
