@@ -90,17 +90,13 @@ class PreparedDataset(RecordFiles):
 
 
 def check_folder(folder: Path) -> None:
-    """Check that reading a prepared dataset cannot block and runs no foreign code.
+    """Check that reading a prepared dataset runs no foreign code.
 
     TFDS imports the module of every feature class that ``features.json`` names.
 
     Raises:
-      UserError: a feature class is not one of TFDS's own, ``features.json`` is corrupted, or the
-        folder holds anything but regular files and folders.
+      UserError: a feature class is not one of TFDS's own, or ``features.json`` is corrupted.
     """
-    for path in sorted(folder.iterdir()):
-        if not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: not a regular file; remove it or prepare the dataset again")
     path = folder / _FEATURES
     with library_errors(f"{path}: cannot be read", "prepare the dataset again"):
         for name in _class_names(json.loads(read_file(path).decode())):

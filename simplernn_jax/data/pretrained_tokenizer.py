@@ -161,14 +161,11 @@ class PretrainedTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """See `Tokenizer.decode_bytes`."""
-        specials = (self.bos_id, self.eos_id, self.pad_id)
-        kept = [
-            number
-            for number in np.asarray(ids, np.int64).tolist()
-            if 0 <= number < self._vocabulary_end and number not in specials
-        ]
+        numbers = np.asarray(ids, np.int64).tolist()
         if self._byte_level:
-            return b"".join(self._bytes_of_id.get(number, b"") for number in kept)
+            return b"".join(self._bytes_of_id.get(number, b"") for number in numbers)
+        specials, end = (self.bos_id, self.eos_id, self.pad_id), self._vocabulary_end
+        kept = [number for number in numbers if 0 <= number < end and number not in specials]
         # Byte tokens at the end may be an unfinished character, which the library would replace;
         # as bytes they can be completed later.
         stop = len(kept)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from corpus_files import read_all, records, write
-from damages import put_odd_file
 from processes import run_scripts
 
 from simplernn_jax.config import DataConfig
@@ -170,12 +169,4 @@ def test_a_foreign_feature_class_is_rejected_before_its_module_is_imported(
 def test_damaged_features_are_one_line(tmp_path):
     (tmp_path / "features.json").write_bytes(b"[" * 100_000)
     with pytest.raises(UserError, match=r"features\.json: cannot be read"):
-        check_folder(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["features.json", "x.array_record-0-of-1"])
-def test_endless_files_are_not_read(tmp_path, name):
-    write_features(tmp_path, TEXT)
-    put_odd_file("endless", tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: not a regular file"):
         check_folder(tmp_path)
