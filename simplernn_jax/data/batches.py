@@ -96,11 +96,15 @@ class BatchSource:
     each epoch and each from a zero state, padded with `pad_id`; sequences of padding fill the last
     batch. Every prediction is made exactly once an epoch.
 
+    Of a mixture, the source of each random window is drawn with the probabilities of the mixture.
+    Otherwise each source has a fixed share of the sequences (by the largest remainder), which pass
+    through it as if it were alone, in separate epochs.
+
     With `sequences`, an item has these sequences of the batch only, bit for bit, and no other is
     read: each of several processes makes its own part.
 
     Raises:
-      UserError: the split is too short (`steps_per_epoch`).
+      UserError: a source is too short (`steps_per_epoch`), or has a weight but no sequence.
     """
 
     def __init__(
@@ -111,12 +115,52 @@ class BatchSource:
         pad_id: int,
         sequences: slice = slice(None),
     ):
+        self._seed = seed
+        self._batch_size = data_config.batch_size
+        self._local = np.arange(self._batch_size)[sequences]
+        weighted = zip(split.parts or (split,), split.weights or (1.0,), strict=True)
+        used = [(part, weight) for part, weight in weighted if weight]
+        self._until = np.cumsum([weight for _, weight in used])[:-1]
+        self._is_drawn = data_config.mode == "window" and not data_config.stride
+        counts = np.full(len(used), self._batch_size)
+        self._first = np.zeros_like(counts)
+        """First sequence of each source, unless they are drawn."""
+        if not self._is_drawn:
+            counts = _shares(used, self._batch_size)
+            self._first = np.cumsum(counts) - counts
+        self._sources = [
+            _SourceBatches(part, dataclasses.replace(data_config, batch_size=int(n)), seed, pad_id)
+            for (part, _), n in zip(used, counts, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: Any) -> Batch:
+        if len(self._sources) == 1:
+            return self._sources[0].take(int(index), self._local)
+        if self._is_drawn:
+            draws = _random_draws(self._seed, _SOURCES, int(index)).random(self._batch_size)
+            chosen = np.searchsorted(self._until, draws[self._local], side="right")
+        else:
+            chosen = np.searchsorted(self._first, self._local, side="right") - 1
+        batches = [
+            self._sources[n].take(int(index), self._local[chosen == n] - self._first[n])
+            for n in np.unique(chosen)
+        ]
+        place = np.argsort(np.argsort(chosen, kind="stable"))
+        return Batch(*(np.concatenate(arrays)[place] for arrays in zip(*batches, strict=True)))
+
+
+class _SourceBatches:
+    """Sequences of one source in each batch, by `BatchSource`."""
+
+    def __init__(self, split: TokenSplit, data_config: DataConfig, seed: int, pad_id: int) -> None:
         self._steps_per_epoch = steps_per_epoch(split, data_config)
         self._config = data_config
         self._batch_size, self._length = data_config.batch_size, data_config.sequence_length
         self._seed = seed
         self._pad_id = pad_id
-        self._sequences = sequences
         self._split = split
         self._tokens = np.asarray(split.tokens)
         self._targets = None if split.targets is None else np.asarray(split.targets)
@@ -135,13 +179,7 @@ class BatchSource:
             early = starts[starts <= self._length]
             self._boundaries = np.concatenate([starts, early + len(self._tokens)])
 
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: Any) -> Batch:
-        return self.take(int(index), self._sequences)
-
-    def take(self, index: int, sequences: slice | np.ndarray) -> Batch:
+    def take(self, index: int, sequences: np.ndarray) -> Batch:
         """Return these sequences of batch `index`."""
         if self._config.mode == "document":
             return self._document_batch(index, sequences)
@@ -161,7 +199,7 @@ class BatchSource:
         nth = self._order(epoch).take(places, mode="wrap")
         return (turn + nth * self._config.stride) % num_tokens
 
-    def _stream_batch(self, index: int, sequences: slice | np.ndarray) -> Batch:
+    def _stream_batch(self, index: int, sequences: np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         num_tokens = len(self._tokens)
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
@@ -198,7 +236,7 @@ class BatchSource:
     def _draw_order(self, epoch: int) -> np.ndarray:
         return _random_draws(self._seed, _ORDER, epoch).permutation(self._pieces)
 
-    def _document_batch(self, index: int, sequences: slice | np.ndarray) -> Batch:
+    def _document_batch(self, index: int, sequences: np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         pieces = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
         document = np.searchsorted(self._pieces_until, pieces, side="right")
@@ -212,60 +250,6 @@ class BatchSource:
         is_real = along < counts[:, None]
         positions = starts[:, None] + along
         return gather(self._split, positions, is_real, self._pad_id)
-
-
-class MixedBatchSource:
-    """Random-access source whose item ``i`` is batch ``i`` of a mixture, a function of seed and i.
-
-    Random windows: the source of each sequence is drawn with the probabilities of the mixture, and
-    its window as `BatchSource` does. Otherwise each source has a fixed share of the sequences (by
-    the largest remainder), which pass through it as if it were alone, in separate epochs.
-
-    Raises:
-      UserError: a source is too short, or has a weight but no sequence.
-    """
-
-    def __init__(
-        self,
-        split: TokenSplit,
-        data_config: DataConfig,
-        seed: int,
-        pad_id: int,
-        sequences: slice = slice(None),
-    ):
-        self._seed = seed
-        self._local = np.arange(data_config.batch_size)[sequences]
-        weighted = zip(split.parts, split.weights, strict=True)
-        used = [(part, weight) for part, weight in weighted if weight]
-        self._until = np.cumsum([weight for _, weight in used])[:-1]
-        self._batch_size = data_config.batch_size
-        self._is_drawn = data_config.mode == "window" and not data_config.stride
-        counts = np.full(len(used), self._batch_size)
-        self._first = np.zeros_like(counts)
-        """First sequence of each source, unless they are drawn."""
-        if not self._is_drawn:
-            counts = _shares(used, self._batch_size)
-            self._first = np.cumsum(counts) - counts
-        self._sources = [
-            BatchSource(part, dataclasses.replace(data_config, batch_size=int(n)), seed, pad_id)
-            for (part, _), n in zip(used, counts, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: Any) -> Batch:
-        if self._is_drawn:
-            draws = _random_draws(self._seed, _SOURCES, int(index)).random(self._batch_size)
-            chosen = np.searchsorted(self._until, draws[self._local], side="right")
-        else:
-            chosen = np.searchsorted(self._first, self._local, side="right") - 1
-        batches = [
-            self._sources[n].take(int(index), self._local[chosen == n] - self._first[n])
-            for n in np.unique(chosen)
-        ]
-        place = np.argsort(np.argsort(chosen, kind="stable"))
-        return Batch(*(np.concatenate(arrays)[place] for arrays in zip(*batches, strict=True)))
 
 
 def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> np.ndarray:
@@ -300,8 +284,7 @@ def make_batches(
     """
     import grain  # slow
 
-    kind = MixedBatchSource if split.parts else BatchSource
-    source = kind(split, data_config, seed, pad_id, sequences)
+    source = BatchSource(split, data_config, seed, pad_id, sequences)
     flags.FLAGS.mark_as_parsed()  # for Grain, which reads its own; scripts have parsed them
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.

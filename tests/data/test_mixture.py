@@ -13,7 +13,7 @@ from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
-from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
+from simplernn_jax.data.batches import BatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_split import union
@@ -187,13 +187,13 @@ def test_a_bpe_takes_from_each_source_by_its_weight(folder, monkeypatch):
 
 def test_sequences_are_drawn_with_the_probabilities(folder):
     split = mixed((0.625, 0.125, 0.25))
-    source = MixedBatchSource(split, config_of(), 0, PAD)
+    source = BatchSource(split, config_of(), 0, PAD)
     found = np.concatenate([sources_of(source[index]) for index in range(500)])
     shares = np.bincount(found) / len(found)
     # Four standard errors of the share of 4,000 draws.
     np.testing.assert_allclose(shares, split.weights, atol=4 * np.sqrt(0.25 / 4000))
-    chex.assert_trees_all_equal(source[7], MixedBatchSource(split, config_of(), 0, PAD)[7])
-    other = MixedBatchSource(split, config_of(), 1, PAD)[7]
+    chex.assert_trees_all_equal(source[7], BatchSource(split, config_of(), 0, PAD)[7])
+    other = BatchSource(split, config_of(), 1, PAD)[7]
     assert (other.tokens != source[7].tokens).any()
     tokens = sum(len(part.tokens) for part in split.parts)  # of an epoch
     assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
@@ -203,7 +203,7 @@ def test_sequences_are_drawn_with_the_probabilities(folder):
 def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
     split = mixed((0.6, 0.4))
     config = config_of(5, **fields)
-    source = MixedBatchSource(split, config, 0, PAD)
+    source = BatchSource(split, config, 0, PAD)
     alone = [
         BatchSource(part, config_of(count, **fields), 0, PAD)
         for part, count in zip(split.parts, (3, 2), strict=True)
@@ -219,8 +219,8 @@ def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
 def test_each_process_makes_its_own_sequences(fields):
     split = mixed((0.4, 0.2, 0.4))
     config = config_of(8, **fields)
-    whole = MixedBatchSource(split, config, 0, PAD)
-    parts = [MixedBatchSource(split, config, 0, PAD, part) for part in (slice(0, 3), slice(3, 8))]
+    whole = BatchSource(split, config, 0, PAD)
+    parts = [BatchSource(split, config, 0, PAD, part) for part in (slice(0, 3), slice(3, 8))]
     for index in range(9):
         own = [part[index] for part in parts]
         together = [np.concatenate(pair) for pair in zip(*own, strict=True)]
