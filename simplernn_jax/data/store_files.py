@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
+from simplernn_jax.config import DataConfig
 from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenization import SourceTokens
 from simplernn_jax.data.tokenizer import Tokenizer
@@ -48,40 +50,42 @@ class SplitPlan(NamedTuple):
     """UTF-8 bytes of its targets."""
 
 
-def split_by_document(tokens: SourceTokens, fraction: float, seed: int) -> list[SplitPlan]:
-    """Hold out a seeded choice of ``max(1, round(fraction * documents))`` documents.
-
-    The training documents come in a seeded random order, the held-out ones in source order. There
-    must be at least two documents, unless `fraction` is 0.
-    """
-    count = len(tokens.documents)
-    # Raw bits of PCG64 are the same in every version of numpy; its permutations need not be.
-    order = np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
-    held_out = min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
-    choices = {"train": order[held_out:], "validation": np.sort(order[:held_out])}
-    return [
-        SplitPlan(name, tokens.documents[chosen], int(tokens.document_bytes[chosen].sum()))
-        for name, chosen in choices.items()
-        if len(chosen)
-    ]
-
-
-def split_by_position(
-    tokens: SourceTokens, fraction: float, tokenizer: Tokenizer
+def plan_splits(
+    tokens: SourceTokens, config: DataConfig, seed: int, tokenizer: Tokenizer
 ) -> list[SplitPlan]:
-    """Hold out the last ``max(1, round(fraction * tokens))`` tokens of the stream."""
+    """Divide documents into training and validation, as ``config.split`` says.
+
+    ``document`` holds out a seeded choice of ``max(1, round(fraction * documents))`` documents. The
+    training documents come in a seeded random order, the held-out ones in source order.
+    ``position`` holds out the last ``max(1, round(fraction * tokens))`` tokens of the stream; so
+    does ``document`` if there is a single one.
+    """
+    fraction, documents = config.validation_fraction, tokens.documents
+    by_position = config.split == "position"
+    if not by_position and fraction and len(documents) == 1:
+        by_position = True
+        logging.info("%s: a single document, so its end is held out", config.source)
     total = int(tokens.piece_starts[-1])
-    held_out = min(max(1, round(fraction * total)), total - 1) if fraction > 0 else 0
-    cut = total - held_out
-    train_bytes = _bytes_before(tokens, cut, tokenizer)
-    sides = {
-        "train": (0, cut, train_bytes),
-        "validation": (cut, total, int(tokens.piece_bytes[-1]) - train_bytes),
-    }
-    plans = []
-    for name, (start, stop, num_bytes) in sides.items():
-        ranges = tokens.documents.clip(start, stop)
-        plans.append(SplitPlan(name, ranges[ranges[:, 0] < ranges[:, 1]], num_bytes))
+    count = total if by_position else len(documents)
+    held_out = min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
+    if by_position:
+        cut = total - held_out
+        train_bytes = _bytes_before(tokens, cut, tokenizer)
+        sides = [
+            (documents.clip(0, cut), train_bytes),
+            (documents.clip(cut, total), int(tokens.piece_bytes[-1]) - train_bytes),
+        ]
+    else:
+        # Raw bits of PCG64 are the same in every version of numpy; its permutations need not be.
+        order = np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+        sides = [
+            (documents[chosen], int(tokens.document_bytes[chosen].sum()))
+            for chosen in (order[held_out:], np.sort(order[:held_out]))
+        ]
+    plans = [
+        SplitPlan(name, ranges[ranges[:, 0] < ranges[:, 1]], num_bytes)
+        for name, (ranges, num_bytes) in zip(("train", "validation"), sides, strict=True)
+    ]
     return [plan for plan in plans if len(plan.ranges)]
 
 

@@ -22,13 +22,7 @@ from simplernn_jax.data.pretrained_tokenizer import (
     bpe_size,
     train_bpe,
 )
-from simplernn_jax.data.store_files import (
-    CorruptStore,
-    open_store,
-    split_by_document,
-    split_by_position,
-    write_store,
-)
+from simplernn_jax.data.store_files import CorruptStore, open_store, plan_splits, write_store
 from simplernn_jax.data.token_split import TokenSplit, union
 from simplernn_jax.data.tokenization import tokenize
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
@@ -251,14 +245,7 @@ def _open_or_write(
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:
                 raise UserError(f"{config.source}: changed while it was being read; run again")
-            by_position = config.split == "position"
-            if not by_position and config.validation_fraction and len(tokens.documents) == 1:
-                by_position = True
-                logging.info("%s: a single document, so its end is held out", config.source)
-            if by_position:
-                plans = split_by_position(tokens, config.validation_fraction, tokenizer)
-            else:
-                plans = split_by_document(tokens, config.validation_fraction, seed)
+            plans = plan_splits(tokens, config, seed, tokenizer)
             write_store(folder, temporary / "store", plans, tokens)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
