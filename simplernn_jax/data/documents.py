@@ -1,10 +1,10 @@
 """Corpora: documents in a fixed order, whose text comes in pieces."""
 
-import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import IO, Any, NamedTuple
 
 from absl import logging
@@ -142,16 +142,14 @@ class Corpus:
         """Return the text of a record; raises `MalformedRecord`."""
         raise NotImplementedError
 
-    @contextlib.contextmanager
-    def _opened(self, file: SourceFile) -> Iterator[IO[bytes]]:
+    def _opened(self, file: SourceFile) -> AbstractContextManager[IO[bytes]]:
         """Open a file, decompressed; count what is read of it, and check its expansion."""
 
         def on_read(position: int, num_bytes: int) -> None:
             self.bytes_read = self._bytes_before + position
             self._check_expansion(file, num_bytes)
 
-        with open_source(file.path, self._config.encoding_errors, on_read) as stream:
-            yield stream
+        return open_source(file.path, self._config.encoding_errors, on_read)
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
         """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""
