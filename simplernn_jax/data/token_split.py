@@ -26,16 +26,9 @@ class ConcatenatedArray:
         return np.concatenate(self._arrays, dtype=dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Read a slice without a step, or the elements at an array of positions from 0."""
+        """Read a slice, or the elements at an array of positions from 0."""
         if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            begins = self._starts[:-1].tolist()
-            return np.concatenate(
-                [
-                    array[max(start - begin, 0) : max(stop - begin, 0)]
-                    for array, begin in zip(self._arrays, begins, strict=True)
-                ]
-            )
+            index = np.arange(*index.indices(len(self)))
         found = np.empty(index.shape, self._arrays[0].dtype)
         chosen = np.searchsorted(self._starts, index, side="right") - 1
         for number, array in enumerate(self._arrays):
