@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import simplernn_jax
 from simplernn_jax import project
-from simplernn_jax.data.tokenization import available_cores
+from simplernn_jax.devices import available_cores
 from simplernn_jax.errors import UserError
 
 PACKAGES = Path(simplernn_jax.__file__).resolve().parents[1]

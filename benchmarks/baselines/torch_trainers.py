@@ -125,9 +125,9 @@ class TorchTrainer(Trainer):
         sizes = BATCH_TOKENS, MAX_BATCH_SIZE, self._pad_id, limit_tokens
         if self._baseline.model == "gpt":
             contexts = Contexts(self._baseline.length, max(1, self._baseline.length // STRIDES))
-            batches, _ = context_batches(self._held_out, contexts, *sizes)
+            batches = context_batches(self._held_out, contexts, *sizes)
         else:
-            batches, _ = evaluation_batches(self._held_out, *sizes)
+            batches = evaluation_batches(self._held_out, *sizes)
         self._model.eval()
         total, count, carry = 0.0, 0, None
         for batch in batches:

@@ -151,11 +151,11 @@ class Evaluator:
         """
         sizes = BATCH_TOKENS, evaluation_sequences(self._model, MAX_BATCH_SIZE)
         if contexts is None:
-            batches, _ = evaluation_batches(
+            batches = evaluation_batches(
                 split, *sizes, self._pad_id, limit_tokens, reset_every, self._shard_multiple
             )
         else:
-            batches, _ = context_batches(
+            batches = context_batches(
                 split, contexts, *sizes, self._pad_id, limit_tokens, self._shard_multiple
             )
         carried = None

@@ -126,18 +126,17 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
         raise UserError(f"{path}: has no content hash of its text; use another checkpoint")
     tokenizer = tokenizer_from_json(tokenizer_json)
     folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
-    problem = "not found"
+    problem = f"tokenized text in {folder}: not found"
     try:
         corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
     except CorruptStore as error:
-        problem = f"corrupted ({error})"
+        problem = f"the tokenized text is corrupted: {error}"
     if not source:
         raise UserError(
-            f"tokenized text in {folder}: {problem}; pass --cache_dir, originally "
-            f"{config.data.cache_dir or folder}, or --corpus_source, originally "
-            f"{config.data.source}"
+            f"{problem}; pass --cache_dir, originally {config.data.cache_dir or folder}, or "
+            f"--corpus_source, originally {config.data.source}"
         )
     corpus = _tokenize_again(config, source, folder, tokenizer, exclude=(workdir,))
     if corpus.content_hash != wanted:

@@ -1,5 +1,6 @@
 """Small corpora, tokenizers and token splits, shared by tests."""
 
+import collections
 import dataclasses
 import json
 
@@ -27,14 +28,16 @@ def records(*values):
 
 
 def read_all(source, **settings):
-    """Texts of all documents by name."""
+    """Texts of all documents with text, by name."""
     corpus = open_corpus(DataConfig(source=str(source), **settings))
-    texts = {
-        document.name: "".join(piece.text for piece in document.pieces)
-        for document in corpus.documents()
-    }
+    pieces = collections.defaultdict(list)
+    for name, piece in corpus.pieces():
+        pieces[name].append(piece)
     assert corpus.bytes_read == corpus.total_bytes
-    return texts
+    for found in pieces.values():
+        ends = [(piece.begins, piece.ends) for piece in found]
+        assert ends == [(n == 0, n == len(found) - 1) for n in range(len(found))]
+    return {name: "".join(piece.text for piece in found) for name, found in pieces.items()}
 
 
 def talk(*pairs, system=None):
@@ -45,6 +48,17 @@ def talk(*pairs, system=None):
         if answer is not None:
             found.append({"role": "assistant", "content": answer})
     return found
+
+
+def stores(cache):
+    """All that is in a cache folder, except locks and records."""
+    return [path for path in cache.iterdir() if path.suffix not in (".lock", ".json")]
+
+
+def contents(cache):
+    """Files of the one store in a cache folder, by name."""
+    (store,) = stores(cache)
+    return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
 def pretrained(tokenizer):
