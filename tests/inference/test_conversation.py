@@ -66,8 +66,10 @@ def test_undo_and_fork(loaded):
         conversation.ask("\x01", max_new_tokens=9)
 
 
-def test_states_that_cannot_be_continued(loaded):
+def test_what_cannot_be_a_conversation(loaded):
     model, tokenizer, _ = loaded
+    with pytest.raises(UserError, match="this model has no chat template"):
+        Conversation(model, tokenizer, None)
     two = generate_text(model, tokenizer, ["a", "b"], max_new_tokens=0).state
     with pytest.raises(UserError, match="state: 2 sequences"):
         Conversation(*loaded, state=two)
