@@ -39,7 +39,7 @@ def main() -> None:
     fields = differences(runs)
     if fields:
         print(_table("configuration", names, fields))
-    elif sum(run.config is not None for run in runs) > 1:
+    else:
         print("configuration: no differences")
     print("\n" + _table("metrics", names, final_metrics(runs)))
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from simplernn_jax.parallel.mesh import describe, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
-from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
+from simplernn_jax.training.display import Display, StepTimer, align, format_duration
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
@@ -90,7 +90,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
-        display = stack.enter_context(open_display(run.step, run.total_steps))
+        display = Display(run.total_steps)
         trainer = Trainer(run, metrics, display)
         with deferred_signals() as poll_signal:
             if is_coordinator() and not (run.has_ended and run.first_step):
@@ -208,7 +208,6 @@ class Trainer:
                 seconds=timer.total_seconds,
                 tokens_per_second=timer.tokens_per_second,
                 skipped_updates=metrics.skipped_updates,
-                recompilations=self._recompilations,
             )
         if is_skipped:
             self._display.print_line(f"step {step}: loss or gradient not finite, update skipped")
@@ -304,7 +303,6 @@ class Trainer:
             "steps": f"{run.step:,}",
             "training time": format_duration(timer.total_seconds),
             "skipped updates": f"{int(run.state.skipped_updates)}",
-            "recompilations": f"{self._recompilations}",
         }
         if run.step > run.first_step:
             lines["training time"] += f", of which {timer.first:.1f} s for the first step"
@@ -324,11 +322,6 @@ class Trainer:
         command = name_commands(f"python scripts/{script}.py")
         lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
         return lines
-
-    @property
-    def _recompilations(self) -> int:
-        """Compilations of the train step after the first: shapes and dtypes should be constant."""
-        return max(self._train_step._cache_size() - 1, 0)
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self._metrics is not None:
