@@ -376,7 +376,7 @@ def _help() -> str:
 
 
 class _StderrHandler(logging.Handler):
-    """Write to the current ``sys.stderr``."""
+    """Write to the current ``sys.stderr``, so that lines appear above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""

@@ -106,8 +106,10 @@ def _stop(resumes: bool, number: int, _: object) -> None:
     """End the process with the code for SIGINT or SIGTERM, and one line on stderr."""
     with contextlib.suppress(Exception):  # such as a write that the signal has interrupted
         sys.stdout.flush()
+    # A progress bar hides the cursor.
+    has_cursor = os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
     what = "stopped; run the same command to resume" if resumes else "stopped"
     line = f"{signal.Signals(number).name}: {what}\n"
     with contextlib.suppress(OSError):
-        os.write(2, line.encode())
+        os.write(2, ("\x1b[?25h" * has_cursor + line).encode())
     os._exit(EXIT_INTERRUPTED if resumes else 128 + number)

@@ -236,7 +236,15 @@ def _run(records: list[Record]) -> Part:
 
 @contextlib.contextmanager
 def _reading_progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows the bytes read so far."""
+    """Yield a function that shows the bytes read so far: in a bar on a terminal, else in lines."""
+    if sys.stderr.isatty():
+        from rich import markup, progress
+        from rich.console import Console
+
+        with progress.Progress(console=Console(stderr=True)) as bar:
+            handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
+            yield lambda bytes_read: bar.update(handle, completed=bytes_read)
+        return
     start = latest = time.monotonic()
     logging.info("%s: %s ...", task, format_bytes(total_bytes))
 

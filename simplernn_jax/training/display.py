@@ -1,40 +1,74 @@
-"""What a run prints, and how long its steps take."""
+"""What a run prints: a bar on a terminal, plain lines elsewhere; and how long its steps take."""
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from simplernn_jax.parallel.distributed import is_coordinator
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class Display:
-    """Lines and progress of a run on the standard output of the coordinator."""
+    """Lines and progress of a run on the standard output of the coordinator.
 
-    def __init__(self, total_steps: int) -> None:
+    `progress` is a bar, which replaces the line of progress every 5 seconds.
+    """
+
+    def __init__(self, total_steps: int, progress: "Progress | None" = None) -> None:
         self._total = total_steps
+        self._progress = progress
         self._last_line = -SECONDS_BETWEEN_LINES
         self._losses: list[float] = []
         """Losses of the steps since the last line, which shows their mean."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Show progress every 5 seconds; 0 tokens per second if the speed is not known yet."""
+        """Show progress; 0 tokens per second if the speed is not known yet."""
+        speed = ""
+        if tokens_per_second:
+            speed = f"  {tokens_per_second:,.0f} tokens/s  {format_duration(seconds_left)} left"
+        if self._progress is not None:
+            (task,) = self._progress.task_ids
+            self._progress.update(task, completed=step, status=f"loss {loss:.4f}{speed}")
+            return
         self._losses.append(loss)
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
-            speed = ""
-            if tokens_per_second:
-                speed = f"  {tokens_per_second:,.0f} tokens/s  {format_duration(seconds_left)} left"
             mean = statistics.fmean(self._losses)
             self.print_line(f"step {step}/{self._total}  loss {mean:.4f}{speed}")
             self._last_line, self._losses = now, []
 
     def print_line(self, text: str) -> None:
-        """Print a line at once."""
-        if is_coordinator():
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif is_coordinator():
             print(text, flush=True)
+
+
+@contextlib.contextmanager
+def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
+    """Open the display, with a bar if stdout is a terminal that can draw it."""
+    console = None
+    if is_coordinator() and sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+    if console is None or console.is_dumb_terminal:
+        yield Display(total_steps)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
+    with Progress(TextColumn("step"), *columns, console=console) as progress:
+        progress.add_task("", total=total_steps, completed=first_step, status="")
+        yield Display(total_steps, progress)
 
 
 def format_duration(seconds: float) -> str:

@@ -31,7 +31,7 @@ from simplernn_jax.parallel.mesh import describe, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
-from simplernn_jax.training.display import Display, StepTimer, align, format_duration
+from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
@@ -90,7 +90,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
-        display = Display(run.total_steps)
+        display = stack.enter_context(open_display(run.step, run.total_steps))
         trainer = Trainer(run, metrics, display)
         with deferred_signals() as poll_signal:
             if is_coordinator() and not (run.has_ended and run.first_step):

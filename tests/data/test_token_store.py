@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tracemalloc
 from pathlib import Path
 from unittest import mock
@@ -345,7 +346,9 @@ def test_full_disk_or_no_folder_is_one_line_and_leaves_nothing(
         prepare(source, tmp_path / "file")
 
 
-def test_progress_is_shown_in_lines(tmp_path, caplog, monkeypatch, source):
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    tmp_path, capsys, caplog, monkeypatch, source
+):
     caplog.set_level("INFO")
     monkeypatch.setattr("simplernn_jax.data.tokenization.SECONDS_PER_LINE", 0)
     prepare(source, tmp_path / "a")
@@ -354,6 +357,10 @@ def test_progress_is_shown_in_lines(tmp_path, caplog, monkeypatch, source):
     assert between
     assert all(re.search(r": \d+ %, \d+ s left$", line) for line in between)
     assert re.fullmatch(rf"tokenizing {tmp_path / 'in'}: done in [\d.]+ s", last)
+    caplog.clear()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare(source, tmp_path / "b")
+    assert re.search("/in .*100%", capsys.readouterr().err, re.DOTALL)
 
 
 def test_importing_the_package_loads_no_heavy_library():

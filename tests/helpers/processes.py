@@ -62,7 +62,7 @@ def start_python(
 
 FORKS = """
 import atexit, gc, json, os, runpy, sys, threading, traceback, warnings
-import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker
+import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker, rich.progress
 import tensorboardX.record_writer, tensorboardX.summary
 import simplernn_jax.analysis, simplernn_jax.inference, simplernn_jax.training.loop
 
