@@ -8,8 +8,6 @@ import string
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
 import numpy as np
 
 from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN, byte_level_alphabet
@@ -39,7 +37,10 @@ def write(trained: TrainedModel, folder: Path) -> None:
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
     tokenizer, config = trained.tokenizer, trained.model.config
+    parameters = sum(weight.size for weight in weights.values())
     data = {
+        "name": trained.name,
+        "facts": f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
         "chat": chat_format(trained.config.data.template),
         "config": description(trained),
         "weights": encode(weights, trained.quantize),
@@ -50,30 +51,32 @@ def write(trained: TrainedModel, folder: Path) -> None:
             "banned": sorted(ids_without_text(tokenizer, config.vocab_size)),
         },
     }
-    shared = importlib.resources.files("simplernn_jax.serving") / "page"
-    parameters = sum(weight.size for weight in weights.values())
-    # Not escaped as a whole: most parts are styles, scripts and JSON.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701
-    text = environment.from_string(_source("index.html")).render(
-        is_chat=data["chat"] is not None,
-        title=markupsafe.escape(trained.name),
-        facts=f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
-        css=(shared / "page.css").read_text("utf-8"),
-        model=jinja2.utils.htmlsafe_json_dumps(data),
-        model_js=_source("model.js"),
-        tokens_js=(shared / "tokens.js").read_text("utf-8"),
-        page_js=_source("page.js"),
-    )
+    model = json.dumps(data).replace("<", "\\u003c")
+    (folder / FILE).write_text(_page(model), "utf-8")
+
+
+def _page(model: str) -> str:
+    """Return the page of the server with what it loads inside, and with a model as its source."""
+    page = importlib.resources.files("simplernn_jax.serving") / "page"
+    css, page_js = ((page / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    here = importlib.resources.files(__name__)
+    model_js, source_js = ((here / name).read_text("utf-8") for name in ("model.js", "source.js"))
+    text = (page / "index.html").read_text("utf-8")
+    for reference, content in {
+        '<link rel="stylesheet" href="page.css">': f"<style>\n{css}</style>",
+        '<script src="page.js"></script>': f"<script>\n{page_js}</script>",
+        '<script src="server.js"></script>': (
+            f'<script type="application/json" id="model">{model}</script>\n'
+            f'<script id="forward-pass">\n{model_js}</script>\n<script>\n{source_js}</script>'
+        ),
+    }.items():
+        text = text.replace(reference, content)
     if len(text) > MAX_BYTES:
         raise UserError(
             f"--format=html: the page has {len(text):,} bytes, more than a browser loads "
             f"({MAX_BYTES:,}); use --quantize=int8, or another format"
         )
-    (folder / FILE).write_text(text, "utf-8")
-
-
-def _source(name: str) -> str:
-    return (importlib.resources.files(__name__) / name).read_text("utf-8")
+    return text
 
 
 def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, str]]:

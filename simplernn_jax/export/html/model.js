@@ -295,19 +295,9 @@ const BETWEEN = "\u0100";  // no byte
 const codes = (bytes) => Array.from(bytes, (byte) => byte.charCodeAt(0));
 const utf8 = (text) => unescape(encodeURIComponent(text));  // not every engine has TextEncoder
 
-const BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-
 function fromBase64(text) {
-  const values = new Uint8Array(128);
-  for (let i = 0; i < 64; i++) values[BASE64.charCodeAt(i)] = i;
-  const padding = text.endsWith("==") ? 2 : text.endsWith("=") ? 1 : 0;
-  const bytes = new Uint8Array(text.length / 4 * 3 - padding);
-  for (let i = 0, at = 0; i < text.length; i += 4) {
-    let block = 0;
-    for (let j = 0; j < 4; j++) block = (block << 6) | values[text.charCodeAt(i + j)];
-    for (let shift = 16; shift >= 0 && at < bytes.length; shift -= 8) bytes[at++] = block >> shift;
-  }
-  return bytes;
+  // Older browsers have only atob; V8 without a browser has only the other.
+  return Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (byte) => byte.charCodeAt(0));
 }
 
 // Arrays by name, as float32.
