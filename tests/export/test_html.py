@@ -83,18 +83,18 @@ def split_by(*parts):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "reason"),
+    "tokenizer",
     [
-        (word_level("a"), "its model is WordLevel"),
-        (byte_level(tokenizers.normalizers.NFC()), "its normalizer is NFC"),
-        (byte_level(add_prefix_space=True), "it adds a space"),
-        (split_by(DIGITS, BYTES), "its pre-tokenizer has a part Digits"),
-        (split_by(WORDS, WORDS, BYTES), "its pre-tokenizer splits twice"),
+        word_level("a"),
+        byte_level(tokenizers.normalizers.NFC()),
+        byte_level(add_prefix_space=True),
+        split_by(DIGITS, BYTES),
+        split_by(WORDS, WORDS, BYTES),
     ],
 )
-def test_tokenizers_that_are_not_supported(tokenizer, reason):
+def test_tokenizers_that_are_not_supported(tokenizer):
     tokenizer = pretrained(tokenizer)
-    with pytest.raises(UserError, match=f"is not supported by this format .{reason}"):
+    with pytest.raises(UserError, match="the tokenizer is not supported by this format"):
         tokenizer_data(tokenizer, tokenizer.vocab_size)
 
 
@@ -238,7 +238,7 @@ def test_chat_answers_as_in_the_terminal(chat_page, exported_chat):
 def test_an_end_of_turn_of_several_tokens_is_not_shown(chat_page):
     chat_page.evaluate(
         """() => {
-          const bytes = codes("hel<lo<end>more");
+          const bytes = [..."hel<lo<end>more"].map((c) => c.charCodeAt(0));
           let position = -1;  // after BOS
           model.step = () => {
             const logits = new Float32Array(tokenizer.bytes.length).fill(-9);

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN, byte_level_alphabet
-from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN
+from simplernn_jax.data.tokenizer import CharTokenizer, Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.export.formats import (
     TrainedModel,
@@ -19,6 +19,7 @@ from simplernn_jax.export.formats import (
     check_architecture,
     check_packages,
     description,
+    library_tokenizer,
     stored_weight,
 )
 from simplernn_jax.models.pytorch_weights import named_weights
@@ -96,71 +97,63 @@ def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, str
 
 
 def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Describe a tokenizer for the page: its kind, the bytes of all ids, for BPE merges and words.
+    """Describe a tokenizer as byte-level BPE: the bytes of all ids, merges, and what a word is.
 
-    Bytes are text of as many characters.
+    The bytes of an id are text of as many characters. Characters as tokens are words without
+    merges.
 
     Raises:
-      UserError: a pretrained tokenizer is not byte-level BPE of the known kinds.
+      UserError: a pretrained tokenizer is of another kind.
     """
-    saved = json.loads(tokenizer.to_json())
-    data: dict[str, Any] = {
-        "kind": saved["kind"],
-        "bytes": [tokenizer.decode_bytes([id_]).decode("latin-1") for id_ in range(vocab_size)],
-    }
-    if saved["kind"] == "pretrained":
-        data |= _bpe(json.loads(saved["tokenizer"])) | {"kind": "bpe"}
-    return data
-
-
-def _bpe(content: dict[str, Any]) -> dict[str, Any]:
-    model, normalizer = content["model"], content.get("normalizer") or {}
-    plain = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
+    bytes_of = [tokenizer.decode_bytes([id_]).decode("latin-1") for id_ in range(vocab_size)]
+    if isinstance(tokenizer, CharTokenizer):
+        return {"bytes": bytes_of, "merges": [], "pattern": "[^]", "whole_words": True}
+    content = json.loads(library_tokenizer(tokenizer).to_str())
+    model, pattern = content["model"], _pattern(content["pre_tokenizer"])
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    for reason, found in (
-        ("model is", [] if model.get("type") == "BPE" else [model.get("type")]),
-        ("normalizer is", [normalizer["type"]] if normalizer else []),
-        ("model has", [name for name in odd if model.get(name)]),
-        ("added token is", plain),
+    if (
+        model["type"] != "BPE"
+        or any(model[name] for name in odd)
+        or content["normalizer"]
+        or pattern is None
+        or not all(token["special"] for token in content["added_tokens"])
     ):
-        if found:
-            raise _not_supported(f"its {reason} {found[0]}")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    byte_of = byte_level_alphabet()
-
-    def encoded(token: str) -> str:
-        if not all(character in byte_of for character in token):
-            raise _not_supported("it is not byte-level")
-        return "".join(chr(byte_of[character]) for character in token)
-
+        raise UserError(
+            "--format=html: the tokenizer is not supported by this format, only byte-level BPE "
+            "without a normalizer, added words, a space before a text, and several pre-tokenizers; "
+            "use another format"
+        )
     return {
-        "merges": [[encoded(part) for part in merge] for merge in merges],
-        "pattern": _pattern(content.get("pre_tokenizer")),
-        "whole_words": bool(model.get("ignore_merges")),
+        "bytes": bytes_of,
+        "merges": [[model["vocab"][token] for token in merge] for merge in model["merges"]],
+        "pattern": pattern,
+        "whole_words": model["ignore_merges"],
     }
 
 
-def _pattern(pre_tokenizer: Any) -> str:
-    """Return the words of a pre-tokenizer as a pattern of JavaScript."""
-    parts = [pre_tokenizer]
-    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
-        parts = pre_tokenizer["pretokenizers"]
-    *splits, last = parts
-    if not isinstance(last, dict) or last.get("type") != "ByteLevel":
-        raise _not_supported("it is not byte-level")
-    if last.get("add_prefix_space"):
-        raise _not_supported("it adds a space before a text")
-    patterns = [GPT2_PATTERN] if last.get("use_regex", True) else []
-    for split in splits:
-        is_known = split.get("type") == "Split" and split.get("behavior") == "Isolated"
-        if not is_known or split.get("invert") or "Regex" not in split["pattern"]:
-            raise _not_supported(f"its pre-tokenizer has a part {split.get('type')}")
-        patterns.append(split["pattern"]["Regex"])
-    if len(patterns) > 1:
-        raise _not_supported("its pre-tokenizer splits twice")
-    pattern = _without_modifiers(patterns[0] if patterns else "")
+def _pattern(pre_tokenizer: Any) -> str | None:
+    """Return the words of a pre-tokenizer as a pattern of JavaScript; None for an unknown kind."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": has_pattern}:
+            pattern = GPT2_PATTERN if has_pattern else ""
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "behavior": "Isolated",
+                    "invert": False,
+                    "pattern": {"Regex": split},
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            pattern = split
+        case _:
+            return None
     # JavaScript's own classes differ in two characters.
-    return pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    return _without_modifiers(pattern)
 
 
 def _without_modifiers(pattern: str) -> str:
@@ -171,13 +164,6 @@ def _without_modifiers(pattern: str) -> str:
         return "(?:" + "".join(_CASES.get(c.lower(), c) for c in text) + ")"
 
     return re.sub(r"\(\?i:([^()\[\]\\{}]*)\)", both_cases, pattern)
-
-
-def _not_supported(reason: str) -> UserError:
-    return UserError(
-        f"--format=html: the tokenizer is not supported by this format ({reason}); use another "
-        "format"
-    )
 
 
 class _Loaded:

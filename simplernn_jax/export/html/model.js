@@ -240,21 +240,18 @@ function likeliest(logits, count) {
   return best.map((id) => [id, probabilities[id] / total]);
 }
 
-// Text to ids. Bytes are a string of a character for each; "kind" is byte, char or bpe.
+// Text to ids, by byte-level BPE. Bytes are a string of a character for each.
 class Tokenizer {
-  constructor(description) {
-    this.description = description;
-    this.bytes = description.bytes.map((bytes) => Uint8Array.from(codes(bytes)));
-    this.ids = new Map(description.bytes.map((bytes, id) => [bytes, id]));
-    this.ranks = new Map((description.merges ?? []).map((pair, rank) => [pair.join(BETWEEN), rank]));
-    this.pattern = description.pattern && new RegExp(description.pattern, "gu");
+  constructor({ bytes, merges, pattern, whole_words }) {
+    this.bytes = bytes.map((text) => Uint8Array.from(text, (byte) => byte.charCodeAt(0)));
+    this.ids = new Map(bytes.map((text, id) => [text, id]));
+    this.ranks = new Map(merges.map(([a, b], rank) => [bytes[a] + BETWEEN + bytes[b], rank]));
+    this.pattern = pattern && new RegExp(pattern, "gu");
+    this.hasWholeWords = whole_words;
   }
 
   encode(text) {
-    const { kind } = this.description;
-    if (kind === "byte") return codes(utf8(text));
-    if (kind === "char") return Array.from(text, (character) => this.idOf(utf8(character), character));
-    return this.words(text).flatMap((word) => this.merge(utf8(word)));
+    return this.words(text).flatMap((word) => this.merge(word));
   }
 
   // Matches of the pattern, and what lies between them.
@@ -269,15 +266,10 @@ class Tokenizer {
     return [...words, text.slice(at)].filter((word) => word);
   }
 
-  idOf(bytes, text) {
-    const id = this.ids.get(bytes);
-    if (id === undefined) throw new Error(`${JSON.stringify(text)} is not known to this model`);
-    return id;
-  }
-
-  // Byte-level BPE: join the pair of lowest rank until none is left.
-  merge(bytes) {
-    if (this.description.whole_words && this.ids.has(bytes)) return [this.ids.get(bytes)];
+  // Join the pair of lowest rank until none is left.
+  merge(word) {
+    const bytes = unescape(encodeURIComponent(word));  // not every engine has TextEncoder
+    if (this.hasWholeWords && this.ids.has(bytes)) return [this.ids.get(bytes)];
     const parts = [...bytes];
     for (;;) {
       let best = -1, lowest = Infinity;
@@ -285,15 +277,16 @@ class Tokenizer {
         const rank = this.ranks.get(parts[i] + BETWEEN + parts[i + 1]);
         if (rank < lowest) [best, lowest] = [i, rank];
       }
-      if (best < 0) return parts.map((part) => this.idOf(part, part));
+      if (best < 0) break;
       parts.splice(best, 2, parts[best] + parts[best + 1]);
     }
+    const unknown = parts.some((part) => !this.ids.has(part));
+    if (unknown) throw new Error(`${JSON.stringify(word)} is not known to this model`);
+    return parts.map((part) => this.ids.get(part));
   }
 }
 
 const BETWEEN = "\u0100";  // no byte
-const codes = (bytes) => Array.from(bytes, (byte) => byte.charCodeAt(0));
-const utf8 = (text) => unescape(encodeURIComponent(text));  // not every engine has TextEncoder
 
 function fromBase64(text) {
   // Older browsers have only atob; V8 without a browser has only the other.
