@@ -80,19 +80,13 @@ def _page(model: str) -> str:
     return text
 
 
-def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, str]]:
-    """Encode each array: its type, its little-endian values in base64, and the scales of int8."""
-
-    def base64_of(values: np.ndarray) -> str:
-        values = values.astype(values.dtype.newbyteorder("<"))
-        return base64.b64encode(values.tobytes()).decode()
-
+def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, Any]]:
+    """Encode each array: its type, and in base64 its values and the scales of int8."""
     encoded = {}
     for name, weight in weights.items():
-        values, *scales = stored_weight(weight, kind)
-        encoded[name] = {"type": values.dtype.name, "values": base64_of(values)}
-        if scales:
-            encoded[name]["scales"] = base64_of(scales[0])
+        arrays = stored_weight(weight, kind)
+        parts = [base64.b64encode(array.tobytes()).decode() for array in arrays]
+        encoded[name] = {"type": arrays[0].dtype.name, "arrays": parts}
     return encoded
 
 

@@ -211,19 +211,13 @@ function argmax(values) {
   return best;
 }
 
-// Draw an id from softmax(logits / temperature); 0 is the likeliest one. Ids of `banned` never.
-function sample(logits, temperature, banned, random = Math.random) {
-  const allowed = Float64Array.from(logits);
-  for (const id of banned) allowed[id] = -Infinity;
-  if (!(temperature > 0)) return argmax(allowed);
-  const largest = allowed[argmax(allowed)];
-  for (let i = 0; i < allowed.length; i++) allowed[i] = (allowed[i] - largest) / temperature;
-  let left = random() * softmax(allowed);
-  for (let i = 0; i < allowed.length; i++) {
-    left -= allowed[i];
-    if (left < 0 && allowed[i] > 0) return i;
-  }
-  return argmax(allowed);
+// Draw an id from softmax(logits / temperature), as the argmax with Gumbel noise; 0 is the likeliest
+// one. Never one of `banned`.
+function sample(logits, temperature, banned) {
+  const scores = Float64Array.from(logits, (x) => (
+    temperature > 0 ? x - temperature * Math.log(-Math.log(Math.random())) : x));
+  for (const id of banned) scores[id] = -Infinity;
+  return argmax(scores);
 }
 
 // The likeliest ids and their probabilities.
@@ -296,7 +290,7 @@ function fromBase64(text) {
 // Arrays by name, as float32.
 function decodeWeights(encoded) {
   const weights = {};
-  for (const [name, { type, values, scales }] of Object.entries(encoded)) {
+  for (const [name, { type, arrays: [values, scales] }] of Object.entries(encoded)) {
     const bytes = fromBase64(values).buffer;
     if (type === "float32") weights[name] = new Float32Array(bytes);
     else if (type === "float16") weights[name] = fromHalf(new Uint16Array(bytes));
