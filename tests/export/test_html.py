@@ -226,13 +226,6 @@ def test_chat_answers_as_in_the_terminal(chat_page, exported_chat):
     chat_page.reload()
     chat_page.locator(".message").nth(5).wait_for()
     assert answered(chat_page, "a") == "yes"
-    chat_page.get_by_role("button", name="New conversation").click()
-    assert chat_page.locator(".message").count() == 0
-    assert answered(chat_page, " a ") == "yes"
-    assert answered(chat_page, " ") == "yes"  # nothing is sent
-    assert chat_page.locator(".message").all_text_contents() == ["a", "yes"]
-    chat_page.get_by_label("Message").press("Shift+Enter")
-    assert chat_page.get_by_label("Message").input_value() == " \n"
 
 
 def test_an_end_of_turn_of_several_tokens_is_not_shown(chat_page):

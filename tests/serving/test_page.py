@@ -86,7 +86,9 @@ def test_chat(page):
     page.reload()
     page.locator(".message.assistant").nth(1).wait_for()
     assert page.locator(".message").all_text_contents() == said
-    page.get_by_label("Message").fill("\x01")
+    page.get_by_label("Message").fill(" ")
+    page.get_by_role("button", name="Send").click()  # nothing is sent
+    page.get_by_label("Message").fill(" \x01\n")
     page.get_by_role("button", name="Send").click()
     page.get_by_role("alert").get_by_text("control characters").wait_for()
     assert page.locator(".message").count() == 4

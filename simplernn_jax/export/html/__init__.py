@@ -52,32 +52,30 @@ def write(trained: TrainedModel, folder: Path) -> None:
             "banned": sorted(ids_without_text(tokenizer, config.vocab_size)),
         },
     }
-    model = json.dumps(data).replace("<", "\\u003c")
-    (folder / FILE).write_text(_page(model), "utf-8")
-
-
-def _page(model: str) -> str:
-    """Return the page of the server with what it loads inside, and with a model as its source."""
-    page = importlib.resources.files("simplernn_jax.serving") / "page"
-    css, page_js = ((page / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    here = importlib.resources.files(__name__)
-    model_js, source_js = ((here / name).read_text("utf-8") for name in ("model.js", "source.js"))
-    text = (page / "index.html").read_text("utf-8")
-    for reference, content in {
-        '<link rel="stylesheet" href="page.css">': f"<style>\n{css}</style>",
-        '<script src="page.js"></script>': f"<script>\n{page_js}</script>",
-        '<script src="server.js"></script>': (
-            f'<script type="application/json" id="model">{model}</script>\n'
-            f'<script id="forward-pass">\n{model_js}</script>\n<script>\n{source_js}</script>'
-        ),
-    }.items():
-        text = text.replace(reference, content)
+    text = _page(json.dumps(data).replace("<", "\\u003c"))
     if len(text) > MAX_BYTES:
         raise UserError(
             f"--format=html: the page has {len(text):,} bytes, more than a browser loads "
             f"({MAX_BYTES:,}); use --quantize=int8, or another format"
         )
-    return text
+    (folder / FILE).write_text(text, "utf-8")
+
+
+def _page(model: str) -> str:
+    """Return the page of the server in one file, with a model in place of the server."""
+    page = importlib.resources.files("simplernn_jax.serving") / "page"
+    html, css, page_js = (
+        (page / name).read_text("utf-8") for name in ("index.html", "page.css", "page.js")
+    )
+    here = importlib.resources.files(__name__)
+    model_js, source_js = ((here / name).read_text("utf-8") for name in ("model.js", "source.js"))
+    html = html.replace('<link rel="stylesheet" href="page.css">', f"<style>\n{css}</style>")
+    html = html.replace('<script src="page.js"></script>', f"<script>\n{page_js}</script>")
+    return html.replace(
+        '<script src="server.js"></script>',
+        f'<script type="application/json" id="model">{model}</script>\n'
+        f'<script id="forward-pass">\n{model_js}</script>\n<script>\n{source_js}</script>',
+    )
 
 
 def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, Any]]:
@@ -166,10 +164,11 @@ class _Loaded:
     def __init__(self, folder: Path) -> None:
         import py_mini_racer
 
-        page = (folder / FILE).read_text("utf-8")
+        scripts = re.compile(r'<script[^>]* id="[^"]*">(.*?)</script>', re.DOTALL)
+        model, forward_pass = scripts.findall((folder / FILE).read_text("utf-8"))
         self._context = py_mini_racer.MiniRacer()
-        self._context.eval(_part(page, "forward-pass"))
-        self._context.eval(f"const data = JSON.parse({json.dumps(_part(page, 'model'))});")
+        self._context.eval(forward_pass)
+        self._context.eval(f"const data = JSON.parse({json.dumps(model)});")
         self._context.eval(
             """
             const model = new LanguageModel(data.config, decodeWeights(data.weights));
@@ -188,11 +187,6 @@ class _Loaded:
 
     def encode(self, text: str) -> list[int]:
         return self._call(f"tokenizer.encode({json.dumps(text)})")
-
-
-def _part(page: str, name: str) -> str:
-    start = page.index(">", page.index(f'id="{name}"')) + 1
-    return page[start : page.index("</script>", start)]
 
 
 load = _Loaded

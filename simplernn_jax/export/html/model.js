@@ -220,18 +220,15 @@ function sample(logits, temperature, banned) {
   return argmax(scores);
 }
 
-// The likeliest ids and their probabilities.
+// The likeliest ids and their probabilities; of equal ones the smaller id first.
 function likeliest(logits, count) {
   const probabilities = Float64Array.from(logits);
   const total = softmax(probabilities);
-  const best = [];  // ids, the likeliest first; of equal ones the smaller first
-  for (let id = 0; id < probabilities.length; id++) {
-    let at = best.length;
-    while (at > 0 && probabilities[best[at - 1]] < probabilities[id]) at -= 1;
-    if (at < count) best.splice(at, 0, id);
-    if (best.length > count) best.pop();
-  }
-  return best.map((id) => [id, probabilities[id] / total]);
+  return Array.from({ length: Math.min(count, logits.length) }, () => {
+    const id = argmax(probabilities), probability = probabilities[id] / total;
+    probabilities[id] = -1;
+    return [id, probability];
+  });
 }
 
 // Text to ids, by byte-level BPE. Bytes are a string of a character for each.

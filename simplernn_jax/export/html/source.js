@@ -96,12 +96,10 @@ start({
   async *answer(messages, settings, signal) {
     const numKnown = messages.indexOf(known.question) + 1;
     const state = numKnown ? structuredClone(known.state) : model.initialState();
-    const ids = numKnown ? [] : [special.bos];
-    for (let i = numKnown; i < messages.length; i++) {
-      const { role, content } = messages[i], around = i ? chat.next : chat.first;
-      ids.push(...tokenizer.encode(role === "user" ? around.join(content) : content + chat.end_of_turn));
-    }
-    const logits = await prefill(state, ids, signal);
+    const texts = messages.map(({ role, content }, i) => (
+      role === "user" ? (i ? chat.next : chat.first).join(content) : content + chat.end_of_turn));
+    const ids = texts.slice(numKnown).flatMap((text) => tokenizer.encode(text));
+    const logits = await prefill(state, numKnown ? ids : [special.bos, ...ids], signal);
     known = { question: messages.at(-1), state: structuredClone(state) };
     yield* decode(state, logits, settings, signal, chat.stop);
   },
