@@ -1,13 +1,12 @@
 """The exported page: its tokenizers and decoding in V8, and the page in a browser."""
 
-import contextlib
 import itertools
 import json
-import shutil
 
 import numpy as np
 import pytest
 import tokenizers
+from browser import launched, opened
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run_scripts
@@ -25,7 +24,6 @@ from simplernn_jax.training.loop import train
 
 pytestmark = pytest.mark.oldest_python
 
-CHROMIUM = shutil.which("chromium")
 CHAT = {"steps": 150, "hidden_dim": 32, "sequence_length": 40, "learning_rate": 0.02}
 
 
@@ -145,34 +143,13 @@ def exported_chat(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(exported, exported_chat):
-    """A browser; its loop runs in this thread, where Orbax could then save no model to export."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the PATH")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
-
-
-@contextlib.contextmanager
-def opened(browser, path, **options):
-    """The page at `path`; it must have no errors and load nothing else."""
-    page = browser.new_page(**options)
-    problems, requests = [], []
-    page.on("pageerror", lambda error: problems.append(error))  # noqa: PLW0108 - it sets attributes
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
-    page.get_by_text("parameters").wait_for()
-    yield page
-    assert not problems
-    assert all(url.startswith(("file:", "data:")) for url in requests)
-    page.close()
 
 
 @pytest.fixture
 def page(browser, exported):
-    with opened(browser, exported[2], viewport={"width": 1280, "height": 900}) as page:
+    with opened(browser, exported[2].as_uri()) as page:
         yield page
 
 
@@ -199,7 +176,7 @@ def test_greedy_text_is_that_of_the_model(page, exported):
 
 @pytest.fixture
 def chat_page(browser, exported_chat):
-    with opened(browser, exported_chat[1], viewport={"width": 1280, "height": 900}) as page:
+    with opened(browser, exported_chat[1].as_uri()) as page:
         yield page
 
 

@@ -1,34 +1,21 @@
 """The page of scripts/serve.py in a browser."""
 
 import json
-import shutil
 
 import pytest
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+from browser import launched, opened
 
 
 @pytest.fixture(scope="module")
 def browser(server):
-    """A browser; its loop runs in this thread, where Orbax could then save no model of a server."""
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, server):
-    page = browser.new_page(viewport={"width": 1000, "height": 900})
-    problems = []
-    page.on("pageerror", lambda error: problems.append(error))  # noqa: PLW0108 - it sets attributes
-    page.goto(server.url)
-    page.get_by_role("tab", name="Chat").wait_for()
-    yield page
-    assert not problems
-    page.close()
+    with opened(browser, server.url) as page:
+        yield page
 
 
 def generate(page, prompt, **settings):
@@ -129,10 +116,8 @@ def test_markup_stays_text(page):
 
 
 def test_a_narrow_dark_screen(browser, server):
-    page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme="dark")
-    page.goto(server.url)
-    page.get_by_role("tab", name="Chat").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert back != "rgb(255, 255, 255)"
-    page.close()
+    screen = {"viewport": {"width": 400, "height": 800}, "color_scheme": "dark"}
+    with opened(browser, server.url, **screen) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert back != "rgb(255, 255, 255)"

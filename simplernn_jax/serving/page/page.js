@@ -98,9 +98,8 @@ async function write(node, stream) {
 }
 
 function settings() {
-  const names = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
-  return Object.fromEntries(
-    names.filter((name) => $(name).value !== "").map((name) => [name, Number($(name).value)]));
+  const inputs = [...document.querySelectorAll(".settings [type=number]")].filter(({ value }) => value);
+  return Object.fromEntries(inputs.map(({ id, valueAsNumber }) => [id, valueAsNumber]));
 }
 
 // Keep the conversation for a reload of the page.
