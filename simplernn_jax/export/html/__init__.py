@@ -111,9 +111,8 @@ def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         or not all(token["special"] for token in content["added_tokens"])
     ):
         raise UserError(
-            "--format=html: the tokenizer is not supported by this format, only byte-level BPE "
-            "without a normalizer, added words, a space before a text, and several pre-tokenizers; "
-            "use another format"
+            "--format=html: the tokenizer is not supported by this format; use another format, or "
+            "byte-level BPE without a normalizer, added words, prefix spaces or a second split"
         )
     return {
         "bytes": bytes_of,
