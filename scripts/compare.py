@@ -21,7 +21,7 @@ from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import check_output, write_file
 
-_WORKDIRS = command_line.define_arguments("WORKDIR WORKDIR ...")
+_WORKDIRS = command_line.Arguments("WORKDIR WORKDIR ...")
 _OUT = flags.DEFINE_string("out", ".", "Folder for compare.png; created if missing.")
 
 

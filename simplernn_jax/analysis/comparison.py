@@ -17,10 +17,9 @@ from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.display import format_duration
 from simplernn_jax.training.metrics import Row, comparable, highest_loss, loss_curves, read_metrics
 
-MISSING = "-"
-"""Cell of a value that a run does not have."""
 _MAX_NAME = 80
 _MARKERS = "osD^vPX*"
+_KINDS = ("train", "validation", "held_out")
 
 
 _count, _loss = "{:,.0f}".format, "{:.4f}".format
@@ -60,16 +59,13 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     paths = [os.path.abspath(workdir) for workdir in workdirs]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [one_line(os.path.relpath(path, folder), _MAX_NAME) for path in paths]
-    return [_read(path, name) for path, name in zip(paths, names, strict=True)]
-
-
-def _read(workdir: str, name: str) -> RunRecord:
-    if not os.path.isdir(workdir):
-        raise UserError(f"{workdir}: no such folder; name the workdirs of training runs")
-    rows = [
-        row for row in read_metrics(workdir) if row["kind"] in ("train", "validation", "held_out")
-    ]
-    return RunRecord(name, _read_config(workdir), rows)
+    runs = []
+    for path, name in zip(paths, names, strict=True):
+        if not os.path.isdir(path):
+            raise UserError(f"{path}: no such folder; name the workdirs of training runs")
+        rows = [row for row in read_metrics(path) if row["kind"] in _KINDS]
+        runs.append(RunRecord(name, _read_config(path), rows))
+    return runs
 
 
 def _read_config(workdir: str) -> Config:
@@ -92,7 +88,9 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return parameters, steps, speed and losses of each run, as text by name."""
     last = [_last_rows(run) for run in runs]
-    table = {"parameters": [_parameters(run) for run in runs]}
+    models = [abstract_model(run.config.model)[1] for run in runs]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(model)) for model in models]
+    table = {"parameters": [f"{size:,}" for size in sizes]}
     for label, kind, name, text in _METRICS:
         table[label] = [_cell(rows.get(kind), name, text) for rows in last]
     return table
@@ -109,14 +107,10 @@ def _last_rows(run: RunRecord) -> dict[str, Row]:
     return last
 
 
-def _parameters(run: RunRecord) -> str:
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(abstract_model(run.config.model)[1])):,}"
-
-
 def _cell(row: Row | None, name: str, text: Callable[[float], str]) -> str:
-    """Format a value of a row; one that was not finite is null there."""
+    """Format a value of a row, if there is one; one that was not finite is null there."""
     if row is None or name not in row:
-        return MISSING
+        return "-"
     return "not finite" if row[name] is None else text(row[name])
 
 

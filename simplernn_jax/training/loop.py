@@ -29,7 +29,6 @@ from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
 from simplernn_jax.parallel.mesh import describe, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of
-from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
@@ -278,9 +277,6 @@ class Trainer:
         lines = [f"{self._model}, {on_devices}; {corpus.summary}"]
         if warning := corpus.warning(config.data.validation_fraction):
             lines.append(f"warning: {warning}")
-        if config.mesh.pipeline > 1:
-            length = config.train.bptt_window or config.data.sequence_length
-            lines.append(describe_stages(length, config.mesh.pipeline))
         if run.first_step:
             lines.append(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         elif config.train.init_from:
