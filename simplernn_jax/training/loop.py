@@ -124,6 +124,8 @@ class Trainer:
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{config.model.block} {mixer} model, {size}"
+        self._evaluated: Any = (None, None)
+        """The last evaluation, after its step and its number of predictions."""
 
     def train(self, poll_signal: PollSignal) -> str | None:
         """Take the remaining steps and save; return the name of the signal that ended the run."""
@@ -226,11 +228,14 @@ class Trainer:
         return self._measure("held_out", limit_tokens=0)
 
     def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
-        """Evaluate the current state and write a row."""
+        """Evaluate the current state, unless that was done on the same tokens, and write a row."""
         run, split = self._run, self._run.corpus.validation
         if split is None:
             return None
-        result = self._evaluator(run.state.params, split, limit_tokens)
+        key = run.step, min(limit_tokens or split.num_predictions, split.num_predictions)
+        if self._evaluated[0] != key:
+            self._evaluated = key, self._evaluator(run.state.params, split, limit_tokens)
+        result = self._evaluated[1]
         self._write(
             run.step,
             kind,

@@ -409,3 +409,21 @@ def test_the_second_signal_acts_as_before(usual_handlers):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert poll_signal(3) == "SIGTERM"
+
+
+def test_the_held_out_text_is_scored_once_if_the_last_evaluation_covers_it(tmp_path, monkeypatch):
+    class Counting(loop.Evaluator):
+        def __call__(self, *arguments):
+            scored.append(arguments)
+            return super().__call__(*arguments)
+
+    scored = []
+    monkeypatch.setattr(loop, "Evaluator", Counting)
+    source = write_corpus(tmp_path / "in")
+    train(
+        small_config(source=source, validation_fraction=0.3, steps=2, eval_every=2),
+        tmp_path / "run",
+    )
+    assert len(scored) == 1
+    rows = read_metrics(str(tmp_path / "run"))
+    assert [row["kind"] for row in rows if "bits_per_byte" in row] == ["validation", "held_out"]
