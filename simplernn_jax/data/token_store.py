@@ -255,8 +255,8 @@ def _open_or_write(
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir()
         try:
-            fim = (config.fim_rate, seed) if config.fim_rate else None
-            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source, fim)
+            corpus.fim = (config.fim_rate, seed) if config.fim_rate else None
+            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
             if not len(tokens.documents):
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:
