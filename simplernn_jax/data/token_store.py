@@ -148,10 +148,10 @@ def prepare_corpus(
                 check_round_trip(tokenizer, config.tokenizer, corpus)
         if config.fim_rate:
             tokenizer = InfillingTokenizer(tokenizer, config.fim_order)
-    elif config.fim_rate and tokenizer.fim_ids is None:
+    elif config.fim_rate and getattr(tokenizer, "order", "") != config.fim_order:
         raise UserError(
-            f"config.data.fim_rate={config.fim_rate:g}: the model to start from was trained "
-            "without it and has no ids for it; omit it, or train a new model"
+            f"config.data.fim_rate={config.fim_rate:g}: the model to start from was not trained "
+            f"with it and fim_order={config.fim_order}; omit it, or train a new model"
         )
     with _disk_errors(cache, config.source):
         stores = [
