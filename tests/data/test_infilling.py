@@ -14,6 +14,7 @@ from simplernn_jax.data import load_tokenizer, prepare_corpus, tokenizer_from_js
 from simplernn_jax.data.infilling import infill_ids, present
 from simplernn_jax.data.tokenizer import InfillingTokenizer, ids_without_text
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import sha256_hex
 from simplernn_jax.training.preparation import tokenize_source
 
 TEXT = "".join(f"def f{n}(ä):\n    return {'x' * (n % 50)}\n\n" for n in range(700))
@@ -45,6 +46,8 @@ def test_every_byte_of_the_text_is_presented_once(order):
     tokenizer = InfillingTokenizer(load_tokenizer("byte"), order)
     ids = present(tokenizer, TEXT, 0.5, 0)
     assert ids.tolist() != present(tokenizer, TEXT, 0.5, 1).tolist()
+    if order == "suffix_first":  # if it changes, so must `_FIM_FORMAT`
+        assert sha256_hex(ids.tobytes()).startswith("e4425ccfbf8d95a7")
     text, found = restored(ids)
     assert any(prefix for prefix, *_ in found) == (order == "prefix_first")
     assert text == TEXT
