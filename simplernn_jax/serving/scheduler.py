@@ -119,7 +119,7 @@ class Scheduler:
         """Compile all programs, naming each before it is compiled."""
         yield from self._prefiller.compile()
         yield "insertion"
-        self._insert([(len(self._choices), Prompt(_NO_JOB, self._zero, []), 0)])
+        self._insert([(len(self._choices), self._prefiller.begin(_NO_JOB), 0)])
         yield f"decoding in {len(self._choices)} slots"
         self._dispatch(self._choices, is_first=False)
 
