@@ -69,6 +69,10 @@ class Job:
     """Text of the prompt, if the answer begins with it."""
     stops: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text, which does not contain them."""
+    cached_at: tuple[int, ...] | None = None
+    """Numbers of tokens of the prompt after which its state is cached, where a C function decodes
+    the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,
+    states have fixed positions in the prompt."""
     keeps_state: bool = False
     is_streamed: bool = False
     is_cancelled: bool = False

@@ -1,14 +1,15 @@
 """Prefill of prompts: several at a time, chunk by chunk, from the longest cached prefix.
 
-Where a C function decodes the model, no result depends on how a prompt is cut into chunks.
-Elsewhere, chunks and the program that prefills each depend on the positions in the prompt alone. So
-a state is bit-identical regardless of batching and of what is cached.
+Where a C function decodes the model, no result depends on how a prompt is cut into chunks, and
+states are cached at any position. Elsewhere, chunks and the program that prefills each depend on
+the positions in the prompt alone, and states are cached at multiples of `GRID`. So a state is
+bit-identical regardless of batching and of what is cached.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,7 @@ from simplernn_jax.inference.sampling import TokenLogprobs, token_logprobs
 from simplernn_jax.serving.jobs import Job, Prefilled
 
 GRID = 64
-"""Tokens between the states of a prompt that are cached."""
+"""Maximum number of tokens between the states of a prompt that are cached."""
 MAX_JOBS = 8
 """Jobs prefilled at a time; where a C function decodes the model, by one call."""
 LANES = 2
@@ -41,8 +42,11 @@ class Prompt:
 
     job: Job
     state: PrefixState
-    keys: list[bytes]
-    """Of its prefixes, in the cache."""
+    keys: "PrefixKeys"
+    cached_at: tuple[int, ...] = ()
+    """Numbers of tokens after which the state is cached, in addition to multiples of `GRID`."""
+    caches_new_tokens: bool = False
+    """True if states after new tokens are cached, too."""
     position: int = 0
     num_cached: int = 0
     """Tokens that were found in the cache."""
@@ -52,8 +56,9 @@ class Prompt:
 
     @property
     def left(self) -> np.ndarray:
-        """Tokens that are not prefilled."""
-        return self.job.tokens[self.position :]
+        """Tokens that are not prefilled, up to the next position where the state is cached."""
+        stops = [self.position // GRID * GRID + GRID, *self.cached_at]
+        return self.job.tokens[self.position : min(at for at in stops if at > self.position)]
 
     def result(self) -> Prefilled:
         """Make the event of the whole prompt."""
@@ -95,12 +100,19 @@ class Prefiller:
 
     def begin(self, job: Job) -> Prompt:
         """Begin with the prompt of a job; it may be found in the cache as a whole."""
-        prefix = job.prefix
-        keys = prefix_keys(b"" if prefix is None else prefix.digest, job.tokens)
-        prompt = Prompt(job, self._zero if prefix is None else prefix.state, keys)
+        prefix, cached_at = job.prefix, job.cached_at
+        root = hashlib.sha256(b"" if prefix is None else prefix.digest).digest()
+        keys = PrefixKeys(root, job.tokens)
+        if not self._engine.is_native:
+            cached_at = ()
+        elif cached_at is None or job.scores_prompt:
+            cached_at = (len(job.tokens),)
+        caches_new = self._engine.is_native and job.cached_at is None and self._cache.max_bytes > 0
+        state = self._zero if prefix is None else prefix.state
+        prompt = Prompt(job, state, keys, cached_at, caches_new)
         if not job.scores_prompt:  # whose log-probabilities no state holds
-            number, found = self._cache.longest(keys)
-            prompt.position = prompt.num_cached = number * GRID
+            prompt.position, found = self._cache.longest(keys)
+            prompt.num_cached = prompt.position
             prompt.state = prompt.state if found is None else found
         elif prefix is not None and len(job.tokens):
             prompt.scores.append(_score(prefix.state.logits, job.tokens[:1]))
@@ -153,29 +165,52 @@ class Prefiller:
             targets[: len(following)] = following
             prompt.scores.append(self._engine.score(hidden, targets))
         prompt.state = state
-        prompt.position = min(prompt.position + length, len(tokens))
-        if prompt.position % GRID == 0:
-            self._cache.add(prompt.keys[prompt.position // GRID - 1], state)
+        prompt.position += min(length, len(prompt.left))
+        if prompt.position % GRID == 0 or prompt.position in prompt.cached_at:
+            self._cache.add(prompt.keys.at(prompt.position), state)
 
 
 _score = jax.jit(token_logprobs)
 
 
-def prefix_keys(digest: bytes, tokens: np.ndarray) -> list[bytes]:
-    """Digest each prefix of GRID, 2 GRID, ... tokens; `digest` identifies what comes before."""
-    keys = []
-    for start in range(0, len(tokens) - GRID + 1, GRID):
-        content = tokens[start : start + GRID].astype("<i4").tobytes()
-        digest = hashlib.sha256(digest + content).digest()
-        keys.append(digest)
-    return keys
+class PrefixKeys:
+    """Keys of the prefixes of `tokens`; `digest`, a SHA-256, identifies what comes before them.
+
+    A key has the digest of all but the last 1 to `GRID` tokens, and the ids of these, so that the
+    prefixes that a cache holds of a text are found without a digest of each.
+    """
+
+    def __init__(self, digest: bytes, tokens: np.ndarray) -> None:
+        self.content = tokens.astype("<i4").tobytes()
+        self.digests = [digest]
+        """Of the first 0, GRID, 2 GRID, ... tokens."""
+        for start in range(0, len(self.content) - _GRID_BYTES, _GRID_BYTES):
+            part = self.content[start : start + _GRID_BYTES]
+            self.digests.append(hashlib.sha256(self.digests[-1] + part).digest())
+
+    def at(self, position: int) -> bytes:
+        """Return the key of the first `position` tokens."""
+        index = max(position - 1, 0) // GRID
+        return self.digests[index] + self.content[index * _GRID_BYTES : 4 * position]
+
+    def followed_by(self, tokens: np.ndarray) -> "PrefixKeys":
+        """Return the keys after the last digest, with `tokens` appended."""
+        tail = self.content[(len(self.digests) - 1) * _GRID_BYTES :]
+        return PrefixKeys(self.digests[-1], np.concatenate([np.frombuffer(tail, "<i4"), tokens]))
+
+    @property
+    def last(self) -> bytes:
+        """The key of all tokens."""
+        return self.at(len(self.content) // 4)
+
+
+_GRID_BYTES = 4 * GRID
 
 
 class PrefixCache:
-    """Recurrent states after prefixes of prompts, bounded in bytes; the least recently used go.
+    """Recurrent states after prefixes of texts, bounded in bytes; the least recently used go.
 
-    States are kept at multiples of `GRID` tokens only. A prompt is always prefilled in chunks that
-    end there, so a state from the cache has the bits of one computed anew.
+    The bits of a state from the cache must be the ones that prefilling its tokens gives.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -183,13 +218,26 @@ class PrefixCache:
         self.num_bytes = 0
         self.num_evicted = 0
         self._entries: OrderedDict[bytes, PrefixState] = OrderedDict()
+        self._num_with = Counter[bytes]()
+        """Entries by the digest in their keys."""
 
-    def longest(self, keys: list[bytes]) -> tuple[int, PrefixState | None]:
-        """Return the longest cached prefix: its number of keys and its state, or (0, None)."""
-        for index in range(len(keys), 0, -1):
-            if keys[index - 1] in self._entries:
-                self._entries.move_to_end(keys[index - 1])
-                return index, self._entries[keys[index - 1]]
+    def entries(self) -> list[tuple[bytes, PrefixState]]:
+        """List keys and states, the least recently used first."""
+        return list(self._entries.items())
+
+    def longest(self, keys: PrefixKeys) -> tuple[int, PrefixState | None]:
+        """Return the longest cached prefix: its number of tokens and its state, or (0, None)."""
+        length = len(keys.content) // 4
+        for index in reversed(range(len(keys.digests))):
+            if not self._num_with[keys.digests[index]]:
+                continue
+            for position in range(min(length, (index + 1) * GRID), index * GRID, -1):
+                if (found := keys.at(position)) in self._entries:
+                    # An edit further up will need what is before it, too.
+                    for key in [*map(keys.at, range(GRID, position, GRID)), found]:
+                        if key in self._entries:
+                            self._entries.move_to_end(key)
+                    return position, self._entries[found]
         return 0, None
 
     def add(self, key: bytes, state: PrefixState) -> None:
@@ -198,11 +246,23 @@ class PrefixCache:
         if key in self._entries or size > self.max_bytes:
             return
         self._entries[key] = state
+        self._num_with[key[:_DIGEST_BYTES]] += 1
         self.num_bytes += size
-        while self.num_bytes > self.max_bytes:
-            _, evicted = self._entries.popitem(last=False)
+        self.evict(self.max_bytes)
+
+    def evict(self, max_bytes: int) -> None:
+        """Evict the least recently used states until the others fit into `max_bytes`."""
+        while self.num_bytes > max_bytes:
+            evicted_key, evicted = self._entries.popitem(last=False)
+            digest = evicted_key[:_DIGEST_BYTES]
+            self._num_with[digest] -= 1
+            if not self._num_with[digest]:
+                del self._num_with[digest]
             self.num_bytes -= _num_bytes(evicted)
             self.num_evicted += 1
+
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def _num_bytes(tree: Any) -> int:

@@ -9,12 +9,13 @@ from flax import nnx
 from references import needs_compiler
 from small_runs import HYBRID, small_model
 
+from benchmarks.stress.edits import edits
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.engine import MAX_BLOCK
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.serving import scheduler as scheduling
 from simplernn_jax.serving.jobs import Job, NewTokens, Prefilled, Prefix
-from simplernn_jax.serving.prefill import GRID, PrefixCache
+from simplernn_jax.serving.prefill import GRID, PrefixCache, PrefixKeys
 from simplernn_jax.serving.scheduler import PREFILL_TOKENS, Scheduler
 
 VOCAB = 31
@@ -253,12 +254,44 @@ def test_a_long_prompt_does_not_stall_streams(scheduler, monkeypatch):
 def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
     cache = PrefixCache(max_bytes=3 * 80)
     states = [np.full(5, i, np.float64) for i in range(4)]
-    keys = [bytes([i]) for i in range(4)]
+    keys = [PrefixKeys(bytes(32), np.array([i], np.int32)) for i in range(4)]
     for key, state in zip(keys[:3], states, strict=False):
-        cache.add(key, (state, state))
-    assert cache.longest(keys[:1])[0] == 1
-    cache.add(keys[3], (states[3], states[3]))
-    assert (cache.longest(keys[1:2])[0], cache.longest(keys[:1])[0]) == (0, 1)
+        cache.add(key.at(1), (state, state))
+    assert cache.longest(keys[0])[0] == 1
+    cache.add(keys[3].at(1), (states[3], states[3]))
+    assert (cache.longest(keys[1])[0], cache.longest(keys[0])[0]) == (0, 1)
     assert (cache.num_bytes, cache.num_evicted) == (240, 1)
     cache.add(b"large", (np.zeros(31), np.zeros(0)))
     assert cache.num_bytes == 240
+
+
+@needs_compiler
+def test_where_a_c_function_decodes_states_are_cached_at_any_position(native_model):
+    scheduler = Scheduler(native_model, num_slots=2, cache_bytes=1 << 24)
+    without_cache = Scheduler(native_model, num_slots=2, cache_bytes=0)
+    text = tokens_of(9, 3 * GRID + 7)
+
+    def num_cached(tokens, **options):
+        def job():
+            return Job(tokens, Sampling(seed=3), max_tokens=9, num_logprobs=2, **options)
+
+        found, cached = run(scheduler, [job()])
+        assert found == run(without_cache, [job()])[0]
+        return cached[3]
+
+    assert num_cached(text[:-2], cached_at=(2 * GRID + 5,)) == 0
+    assert num_cached(text[:-1]) == 3 * GRID  # the end of the first prompt was not wanted
+    assert num_cached(text) == len(text) - 1
+    assert num_cached(text) == len(text)
+    assert num_cached(text[: 2 * GRID + 9]) == 2 * GRID + 5
+    assert num_cached(text[: GRID - 1]) == 0
+    assert num_cached(text[:GRID]) == GRID
+    (prefilled,) = collect(scheduler, Job(text[-3:], Sampling(), keeps_state=True))
+    prefix = Prefix(prefilled.state, b"digest", text[-3:])
+    assert num_cached(text, prefix=prefix) == 0  # the same tokens after something else
+
+
+@needs_compiler
+def test_edited_texts_get_the_bytes_of_a_server_without_a_cache(tmp_path):
+    """`scripts/stress.py edits` checks more of them."""
+    assert [case.problem for case in edits(tmp_path, 60, seed=0)] == [None] * 60
