@@ -16,6 +16,7 @@ from simplernn_jax.errors import UserError, counted, nearest_name
 Scalar = bool | int | float | str
 PRECISIONS = ("float32", "bfloat16")
 ENCODING_ERRORS = ("strict", "replace")
+FIM_ORDERS = ("suffix_first", "prefix_first")
 _MAX_SIZE = 2**20
 _MAX_BETA = 1 - 2**-24
 """The largest float32 below 1."""
@@ -141,6 +142,12 @@ class DataConfig(_Fields):
     tokenizer: str = "byte"
     """``byte``, ``char``, ``bpe:SIZE`` (trained on the training split, SIZE ids), a path to a
     Hugging Face ``tokenizer.json``, or a hub name."""
+    fim_rate: float = _number(0.0, at_most=1)
+    """Fraction of the text whose parts are rearranged so that the model learns to fill in the
+    middle, for completion in an editor; above 0, the tokenizer has three more ids."""
+    fim_order: str = _one_of(FIM_ORDERS, "suffix_first")
+    """Order in which it sees what is around the middle: ``suffix_first``, so that the state after
+    the suffix stays while one types, or ``prefix_first``."""
     split: str = _one_of(("document", "position"), "document")
     """``document``: holds out whole documents, sampled with the seed; ``position``: holds out the
     end of the token stream, as for a single document."""
@@ -386,6 +393,8 @@ def _check_data(data: DataConfig) -> None:
         _reject("data.source", data.source, "stdlib, a path, a glob or tfds:NAME")
     if data.loss_mask == "assistant" and not data.template:
         _reject("data.loss_mask", data.loss_mask, "all without config.data.template")
+    if data.fim_rate and data.template:
+        _reject("data.fim_rate", data.fim_rate, "0 with config.data.template")
 
 
 def _check_run(config: Config) -> None:

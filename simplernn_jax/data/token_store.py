@@ -25,7 +25,12 @@ from simplernn_jax.data.pretrained_tokenizer import (
 from simplernn_jax.data.store_files import CorruptStore, open_store, plan_splits, write_store
 from simplernn_jax.data.token_split import TokenSplit, union
 from simplernn_jax.data.tokenization import tokenize
-from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
+from simplernn_jax.data.tokenizer import (
+    InfillingTokenizer,
+    Tokenizer,
+    check_round_trip,
+    load_tokenizer,
+)
 from simplernn_jax.errors import DISK_ADVICE, UserError, counted
 from simplernn_jax.files import read_sealed, sha256_hex, take_lock, write_sealed
 
@@ -33,6 +38,8 @@ __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "tr
 
 _FORMAT = 3
 """Incremented when the tokens or the split change, so that old stores are left to old runs."""
+_FIM_FORMAT = 1
+"""Incremented when the presentation for infilling changes."""
 _NAME = re.compile("[0-9a-f]{32}")
 """Name of a store, and the beginning of a hash."""
 _FEW_TOKENS = 10_000
@@ -132,12 +139,20 @@ def prepare_corpus(
     sources = mixture or [(config.source, 1.0)]
     configs = [dataclasses.replace(config, source=source) for source, _ in sources]
     corpora = [open_corpus(one, exclude=(str(cache), *exclude)) for one in configs]
-    if tokenizer is None and config.tokenizer.startswith(BPE_PREFIX):
-        tokenizer = train_tokenizer(config, seed, cache_dir, exclude=exclude)
-    elif tokenizer is None:
-        tokenizer = load_tokenizer(config.tokenizer, *corpora)
-        for corpus in corpora:
-            check_round_trip(tokenizer, config.tokenizer, corpus)
+    if tokenizer is None:
+        if config.tokenizer.startswith(BPE_PREFIX):
+            tokenizer = train_tokenizer(config, seed, cache_dir, exclude=exclude)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer, *corpora)
+            for corpus in corpora:
+                check_round_trip(tokenizer, config.tokenizer, corpus)
+        if config.fim_rate:
+            tokenizer = InfillingTokenizer(tokenizer, config.fim_order)
+    elif config.fim_rate and tokenizer.fim_ids is None:
+        raise UserError(
+            f"config.data.fim_rate={config.fim_rate:g}: the model to start from was trained "
+            "without it and has no ids for it; omit it, or train a new model"
+        )
     with _disk_errors(cache, config.source):
         stores = [
             _open_or_write(cache, one, seed, corpus, tokenizer)
@@ -173,7 +188,7 @@ def train_tokenizer(
       UserError: ``config.tokenizer`` is not ``bpe:SIZE``, or as for `prepare_corpus`.
     """
     vocab_size = bpe_size(config.tokenizer)
-    as_bytes = dataclasses.replace(config, tokenizer="byte")
+    as_bytes = dataclasses.replace(config, tokenizer="byte", fim_rate=0.0)
     corpus = prepare_corpus(as_bytes, seed, cache_dir, exclude=exclude)
     cache = Path(cache_dir).expanduser()
     # Hidden, unlike stores. Version 1 had words of any length.
@@ -240,7 +255,8 @@ def _open_or_write(
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir()
         try:
-            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
+            fim = (config.fim_rate, seed) if config.fim_rate else None
+            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source, fim)
             if not len(tokens.documents):
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:
@@ -278,6 +294,8 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
         "encoding_errors": config.encoding_errors,
         "max_malformed_records": config.max_malformed_records,
     }
+    if config.fim_rate:
+        parts["fim"] = [config.fim_rate, seed, _FIM_FORMAT]
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
 
 

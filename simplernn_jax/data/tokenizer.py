@@ -1,4 +1,7 @@
-"""Text to token ids and back: bytes, characters, or a Hugging Face ``tokenizer.json``."""
+"""Text to token ids and back: bytes, characters, or a Hugging Face ``tokenizer.json``.
+
+`InfillingTokenizer` adds to any of them the special ids of filling in the middle.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from simplernn_jax.config import FIM_ORDERS
 from simplernn_jax.data.documents import Corpus, utf8
 from simplernn_jax.errors import UserError, counted
 
@@ -27,6 +31,9 @@ class Tokenizer(Protocol):
     """Last token of a document."""
     pad_id: int
     """Padding."""
+    fim_ids: tuple[int, int, int] | None = None
+    """Ids before the suffix, the prefix and the middle of `infilling`, which stand for no text;
+    None: the model was not trained to fill in."""
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` as [n] int32 ids, without BOS or EOS.
@@ -49,10 +56,11 @@ class Tokenizer(Protocol):
 def ids_without_text(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     """Return the ids below `vocab_size`, the model's, that generation must not choose.
 
-    They are BOS, padding and those the tokenizer lacks, but not EOS: some vocabularies have one id
-    for several purposes.
+    They are BOS, padding, those of infilling and those the tokenizer lacks, but not EOS: some
+    vocabularies have one id for several purposes.
     """
     ids = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
+    ids |= {*(tokenizer.fim_ids or ())}
     return ids - {tokenizer.eos_id}
 
 
@@ -116,6 +124,38 @@ class CharTokenizer(Tokenizer):
         return json.dumps({"kind": "char", "alphabet": self._alphabet})
 
 
+class InfillingTokenizer(Tokenizer):
+    """Another tokenizer, with three more ids after its own; ValueError if it has them.
+
+    Args:
+      base: encodes and decodes the text.
+      order: ``data.fim_order``, in which its model sees prefix and suffix.
+    """
+
+    fim_ids: tuple[int, int, int]
+
+    def __init__(self, base: Tokenizer, order: str) -> None:
+        if base.fim_ids is not None or order not in FIM_ORDERS:
+            raise ValueError(f"infilling {order!r} of a tokenizer with fim_ids={base.fim_ids}")
+        self.base, self.order = base, order
+        self.bos_id, self.eos_id, self.pad_id = base.bos_id, base.eos_id, base.pad_id
+        self.vocab_size = base.vocab_size + 3
+        self.fim_ids = base.vocab_size, base.vocab_size + 1, base.vocab_size + 2
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer.encode`; no text has the ids of infilling."""
+        return self.base.encode(text)
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """See `Tokenizer.decode_bytes`."""
+        ids = np.asarray(ids, np.int64)
+        return self.base.decode_bytes(ids[ids < self.base.vocab_size])
+
+    def to_json(self) -> str:
+        """See `Tokenizer.to_json`."""
+        return json.dumps({"kind": "fim", "order": self.order, "base": self.base.to_json()})
+
+
 def _code_points(text: str) -> np.ndarray:
     try:
         return np.frombuffer(text.encode("utf-32-le"), "<u4")
@@ -164,6 +204,8 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             from simplernn_jax.data.pretrained_tokenizer import PretrainedTokenizer
 
             return PretrainedTokenizer(values["tokenizer"], **values["special_ids"])
+        if kind == "fim":
+            return InfillingTokenizer(tokenizer_from_json(values["base"]), values["order"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"the saved tokenizer is corrupted ({error}); restore it from another checkpoint"

@@ -157,7 +157,7 @@ def tokenize_source(source: str, config: Config, tokenizer: Tokenizer) -> TokenS
     """
     if parse_mixture(source) is not None:
         raise UserError(f"--source={source}: a mixture, which only training takes; score one text")
-    data = dataclasses.replace(config.data, split="position", validation_fraction=0.0)
+    data = dataclasses.replace(config.data, split="position", validation_fraction=0.0, fim_rate=0.0)
     config = dataclasses.replace(config, data=data)
     with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
         corpus = _tokenize_again(config, source, folder, tokenizer)

@@ -1,0 +1,135 @@
+"""Text presented for filling in the middle (Bavarian et al., 2022), as completion needs it.
+
+A document is cut into segments. Some of them are rearranged, with the ids of
+`Tokenizer.fim_ids` before their parts, and others stay::
+
+    BOS text <suffix> s <prefix> p <middle> m EOS text ... EOS
+
+The state is carried from one to the next: earlier text of a document is context, as it is in the
+prompt of a completion, ``BOS older text <suffix> s <prefix> p <middle>``. With the suffix first,
+the prompt grows at its end while one types. The ids themselves are no targets; text, and the EOS
+that ends each middle, are.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from simplernn_jax.data.documents import utf8
+from simplernn_jax.data.tokenizer import InfillingTokenizer, Tokenizer
+from simplernn_jax.errors import UserError
+from simplernn_jax.files import sha256_hex
+
+_SHORTEST, _LONGEST = 64, 2048
+"""Characters of a segment, uniformly distributed."""
+_LINE, _LINES = 0.6, 0.8
+"""Probability that a middle is the rest of the cursor's line, and that it is this or the rest of
+a few lines; else it is between two random places."""
+_MOST_LINES = 4
+_AT_START, _AT_END = 0.05, 0.15
+"""Probability that nothing is before the cursor, and that nothing is after the middle."""
+_GRID = 1024
+_MOST_SUFFIX = 1024
+"""Characters of the suffix in a prompt."""
+
+
+def present(tokenizer: Tokenizer, text: str, rate: float, seed: int) -> np.ndarray:
+    """Encode a piece of a document as [n] int32 ids; all draws follow from `seed` and `text`.
+
+    Args:
+      tokenizer: an `InfillingTokenizer`.
+      text: what is encoded, each character once.
+      rate: probability that a segment is rearranged.
+      seed: of the draws.
+
+    Raises:
+      UserError: as for `Tokenizer.encode`.
+    """
+    # `random.random` is the same in every version of Python; its other draws need not be.
+    draws = random.Random(sha256_hex(b"%d " % seed + utf8(text)))
+    parts = [np.empty(0, np.int32)]
+    for prefix, middle, suffix in _segments(text, rate, draws.random):
+        if middle is None:
+            parts.append(tokenizer.encode(prefix))
+        else:
+            parts += _around(tokenizer, prefix, suffix)
+            parts += tokenizer.encode(middle), np.array([tokenizer.eos_id])
+    return np.concatenate(parts, dtype=np.int32)
+
+
+def _segments(
+    text: str, rate: float, draw: Callable[[], float]
+) -> Iterator[tuple[str, str | None, str]]:
+    """Yield prefix, middle and suffix of consecutive segments; the middle of plain text is None."""
+    start = 0
+    while start < len(text):
+        stop = min(len(text), start + _SHORTEST + int(draw() * (_LONGEST - _SHORTEST)))
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        if draw() >= rate:
+            yield text[start:stop], None, ""
+        else:
+            cursor, end = _middle(text, start, stop, draw)
+            if end > start and draw() < _AT_END:
+                stop = end
+            yield text[start:cursor], text[cursor:end], text[end:stop]
+        start = stop
+
+
+def _middle(text: str, start: int, stop: int, draw: Callable[[], float]) -> tuple[int, int]:
+    """Choose the beginning and the end of a middle in ``text[start:stop]``."""
+    is_first = draw() < _AT_START
+    cursor = end = start if is_first else start + int(draw() * (stop - start + 1))
+    kind = draw()
+    if kind >= _LINES:
+        end = start + int(draw() * (stop - start + 1))
+        return min(cursor, end), max(cursor, end)
+    for n in range(1 if kind < _LINE else 2 + int(draw() * (_MOST_LINES - 1))):
+        end = text.find("\n", end + (n > 0), stop)
+        if end < 0:
+            return cursor, stop
+    return cursor, end
+
+
+def _around(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[np.ndarray]:
+    """Encode what is around a middle, up to the id before it."""
+    if not isinstance(tokenizer, InfillingTokenizer):
+        raise UserError(
+            "this model does not fill in the middle: it was not trained with config.data.fim_rate "
+            "above 0; train one with --config configs/complete.py, or pass no suffix"
+        )
+    before_suffix, before_prefix, before_middle = (np.array([x]) for x in tokenizer.fim_ids)
+    parts = [before_suffix, tokenizer.encode(suffix), before_prefix, tokenizer.encode(prefix)]
+    if tokenizer.order == "prefix_first":
+        parts = parts[2:] + parts[:2]
+    return [*parts, before_middle]
+
+
+def infill_ids(
+    tokenizer: Tokenizer, prefix: str, suffix: str, extra: Sequence[str] = ()
+) -> np.ndarray:
+    """Encode the prompt of a completion between `prefix` and `suffix`, as training presents it.
+
+    One more character of the prefix changes only the end of the prompt, unless the prefix passes a
+    multiple of 1,024 characters: then more of it becomes older text, before the suffix.
+
+    Args:
+      tokenizer: of a model that was trained with ``data.fim_rate``.
+      prefix: the text before the cursor.
+      suffix: the text after it; its first 1,024 characters are used, up to the end of a line.
+      extra: other texts, such as files of the same project, before all of it.
+
+    Returns:
+      [n] int32 ids, with BOS; the completion follows, up to EOS.
+
+    Raises:
+      UserError: the model does not fill in, or a text has no ids.
+    """
+    cut = max(0, len(prefix) // _GRID - 1) * _GRID
+    cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
+    if len(suffix) > _MOST_SUFFIX:
+        suffix = suffix[: suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX]
+    around = _around(tokenizer, prefix[cut:], suffix)
+    older = [tokenizer.encode(text) for text in (*extra, prefix[:cut]) if text]
+    return np.concatenate([[tokenizer.bos_id], *older, *around], dtype=np.int32)
