@@ -131,6 +131,9 @@ class DataConfig(_Fields):
     ``tfds:NAME`` (name or directory of a prepared dataset); or a mixture of them by weight,
     ``a/:0.7,b.jsonl:0.3``. From Python, also a list of texts, or a function that returns an
     iterable of them, the same at every call."""
+    all_files: bool = False
+    """Whether a folder's generated, minified and lock files are read too, and in a git repository
+    those that it does not track."""
     field: str = "text"
     """Field of a JSON record, CSV or Parquet row, or TFDS example that holds the text; with a
     template, the default is ``messages``."""

@@ -110,9 +110,11 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
     """Find the documents of ``config.source``; nothing but file listings is read.
 
     A folder is searched recursively without hidden and binary files and without the workdirs of
-    runs. Files come in sorted order, each a document; with a suffix of `_READERS`, each record or
-    row is one (JSON and CSV next to text are text, too, if the field is the default one). All but
-    Parquet with a further suffix ``.gz`` or ``.zst`` are decompressed while they are read.
+    runs; unless ``all_files`` is set, without generated files, and in a git work tree without those
+    that git does not track. Files come in sorted order, each a document; with a suffix of
+    `_READERS`, each record or row is one (JSON and CSV next to text are text, too, if the field is
+    the default one). All but Parquet with a further suffix ``.gz`` or ``.zst`` are decompressed
+    while they are read.
 
     Args:
       config: the source and the format of its text.
@@ -146,7 +148,7 @@ def _open(config: DataConfig, exclude: Iterable[str]) -> Corpus:
         return TextFiles(stdlib_files(), dataclasses.replace(config, encoding_errors="replace"))
     if source.startswith("tfds:"):
         return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
-    files = find_files(source, frozenset(map(os.path.realpath, exclude)))
+    files = find_files(source, frozenset(map(os.path.realpath, exclude)), config.all_files)
     suffixes = [suffix_of(file.path) for file in files]
     readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
     if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program

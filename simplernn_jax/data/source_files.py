@@ -5,12 +5,15 @@ They are plain, ``.gz`` or ``.zst``, in UTF-8 or UTF-16. Only regular files are 
 
 import codecs
 import contextlib
+import fnmatch
 import functools
 import glob
 import gzip
 import io
 import os
 import re
+import shutil
+import subprocess
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +29,22 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 _STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 _BINARY_PROBE = 8192
 """Leading bytes in which a NUL marks a file as binary, as in git."""
+_GENERATED_NAMES = (
+    *("*.lock", "*-lock.json", "*-lock.yaml", "npm-shrinkwrap.json", "go.sum"),
+    *("*.min.js", "*.min.css", "*.map", "*_pb2.py", "*_pb2_grpc.py", "*.pb.go"),
+)
+"""Names of lock, minified and generated files."""
+_GENERATED_MARKS = b"@generated", b"DO NOT EDIT"
+"""Marks of a generated file, among its first `_MARK_PROBE` bytes."""
+_MARK_PROBE = 500
+_MINIFIED_SUFFIXES = (".js", ".mjs", ".cjs", ".css")
+_MINIFIED_LINE = 5000
+"""Average bytes of a line at the beginning of a minified file."""
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *COMPRESSED_SUFFIXES)
+"""Suffixes of records, whose text says nothing about their file."""
+_GIT_SETTINGS = ("safe.directory=*", "core.fsmonitor=false", "protocol.allow=never")
+"""Settings with which git only reads the index: repositories of others can name programs."""
+_GIT_SECONDS = 60
 _BLOCK_SIZE = 1 << 18
 """Bytes that are read at a time."""
 _ZSTD_BLOCK = 1 << 8
@@ -43,7 +62,7 @@ class SourceFile(NamedTuple):
     path: str
 
 
-def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
+def find_files(source: str, exclude: frozenset[str], all_files: bool) -> list[SourceFile]:
     """Find the files of a path or glob, sorted by name.
 
     Args:
@@ -51,6 +70,8 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
         workdirs of runs and token stores; links to folders are not followed), or a glob, whose
         ``**`` does not follow them either.
       exclude: real paths of folders that are left out below a folder or a glob's folder.
+      all_files: whether a folder's generated files count, and in a git work tree those that git
+        does not track.
 
     Raises:
       UserError: nothing there, or `source` is an excluded folder.
@@ -68,9 +89,10 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
             f"{source}: the run itself writes into this folder; write into another one, or specify "
             "the text with a glob such as '*.txt'"
         )
-    files = _folder_files(path, exclude)
+    files = _folder_files(path, exclude, all_files)
     if not files:
-        raise UserError(f"{source}: no text file in this folder; put some there")
+        advice = "put some there" + ("" if all_files else ", or set config.data.all_files=True")
+        raise UserError(f"{source}: no text file in this folder; {advice}")
     return files
 
 
@@ -130,9 +152,11 @@ def _matching_files(top: Path, pattern: str, exclude: frozenset[str]) -> Iterato
         return
 
 
-def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
+def _folder_files(root: str, exclude: frozenset[str], all_files: bool) -> list[SourceFile]:
+    tracked = None if all_files else _tracked_files(root)
     files: list[SourceFile] = []
     left_out: list[str] = []
+    skipped: list[str] = []
     for folder, subfolders, names in os.walk(root, onerror=_raise):
         is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
         if folder != root and (is_workdir or {"meta.json", "train.tokens"} <= {*names}):
@@ -147,12 +171,24 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
         ]
         left_out += filter(os.path.islink, (os.path.join(folder, name) for name in subfolders))
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            name = os.path.relpath(path, root)
             if not os.path.isfile(path):
                 continue
-            if _is_binary(path):
+            if tracked is not None and name not in tracked:
+                skipped.append(path)
+                continue
+            start = _beginning(path)
+            if b"\0" in start and not path.lower().endswith(".parquet"):
                 left_out.append(path)
+            elif not all_files and _is_generated(path, start):
+                skipped.append(path)
             else:
-                files.append(SourceFile(os.path.relpath(path, root), path))
+                files.append(SourceFile(name, path))
+    if skipped:
+        number = counted(len(skipped), "untracked, generated, minified or lock file")
+        example = one_line(min(skipped))
+        advice = "config.data.all_files=True reads them"
+        logging.info("%s: %s left out, such as %s; %s", root, number, example, advice)
     if left_out:
         number = counted(len(left_out), "binary file or linked folder")
         logging.warning("%s: %s left out, such as %s", root, number, one_line(min(left_out)))
@@ -163,11 +199,49 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_binary(path: str) -> bool:
-    if path.lower().endswith(".parquet"):
-        return False
+def _beginning(path: str) -> bytes:
     with open_source(path) as stream:
-        return b"\0" in stream.read(_BINARY_PROBE)
+        return stream.read(_BINARY_PROBE)
+
+
+def _is_generated(path: str, start: bytes) -> bool:
+    """Whether a file was generated, by its name or the beginning of its text."""
+    name = os.path.basename(path).lower()
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _GENERATED_NAMES):
+        return True
+    if name.endswith(_MINIFIED_SUFFIXES) and len(start) > _MINIFIED_LINE * (1 + start.count(b"\n")):
+        return True
+    is_text = not name.endswith(_DATA_SUFFIXES)
+    return is_text and any(mark in start[:_MARK_PROBE] for mark in _GENERATED_MARKS)
+
+
+def _tracked_files(root: str) -> frozenset[str] | None:
+    """Names below `root` of the files that git tracks; None if it is in no work tree, or all are to
+    be read.
+    """
+    real = Path(root).resolve()
+    if not any(os.path.exists(folder / ".git") for folder in (real, *real.parents)):
+        return None
+    settings = [word for setting in _GIT_SETTINGS for word in ("-c", setting)]
+    git, output, problem = shutil.which("git"), b"", "git is not installed"
+    try:
+        if git is not None:
+            output = subprocess.run(
+                [git, *settings, "-C", real, "ls-files", "-z"],
+                env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_GIT_SECONDS,
+                check=True,
+            ).stdout
+            problem = "git tracks nothing in it"
+    except (OSError, subprocess.SubprocessError) as error:
+        stderr = getattr(error, "stderr", None) or str(error).encode()
+        problem = one_line(stderr.decode("utf-8", "replace"))
+    if not output:
+        logging.info("%s: in a git repository, but all its files are read: %s", root, problem)
+        return None
+    return frozenset(map(os.fsdecode, output.split(b"\0")))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,13 @@ from flax import nnx
 from simplernn_jax.config import Config
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
-from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ids_without_text
+from simplernn_jax.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    InfillingTokenizer,
+    Tokenizer,
+    ids_without_text,
+)
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.export import example
 from simplernn_jax.models import LanguageModel
@@ -136,6 +142,8 @@ def library_tokenizer(tokenizer: Tokenizer) -> Any:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
+    if isinstance(tokenizer, InfillingTokenizer):
+        tokenizer = tokenizer.base
     saved = json.loads(tokenizer.to_json())
     if isinstance(tokenizer, ByteTokenizer):
         # Byte-level BPE without merges: a token for each byte.

@@ -212,7 +212,7 @@ def test_tokenizers(tmp_path, kind):
     library = library_tokenizer(ours)  # of the other formats
     library.encode_special_tokens = True
     for text in (TEXT, "", "a<|eos|>b", "</s>", TEXT[:1] * 300):
-        if kind == "char" and not set(text) <= set(ours.decode(range(ours.vocab_size))):
+        if kind in ("char", "fim") and not set(text) <= set(ours.decode(range(ours.vocab_size))):
             continue
         ids = theirs(text)["input_ids"]
         assert ids == [ours.bos_id, *ours.encode(text).tolist()]
@@ -221,6 +221,8 @@ def test_tokenizers(tmp_path, kind):
         assert library.decode(ids[1:]) == text
     special = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
     assert special == (ours.bos_id, ours.eos_id, ours.pad_id)
+    names = ("<|fim_suffix|>", "<|fim_prefix|>", "<|fim_middle|>") if ours.fim_ids else ()
+    assert theirs.convert_tokens_to_ids(names) == [*(ours.fim_ids or ())]
     assert theirs.padding_side == "left"
     assert len(theirs) == ours.vocab_size
 

@@ -24,6 +24,7 @@ from simplernn_jax.config import (
     TrainConfig,
 )
 from simplernn_jax.data import load_tokenizer
+from simplernn_jax.data.tokenizer import InfillingTokenizer
 from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.parallel.mesh import make_mesh
@@ -175,6 +176,7 @@ TOKENIZERS = {
     "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
     "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
     "trained": lambda: bpe_of(TEXT),
+    "fim": lambda: InfillingTokenizer(TOKENIZERS["char"](), "suffix_first"),
 }
 
 

@@ -98,7 +98,7 @@ def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
       UserError: a pretrained tokenizer is of another kind.
     """
     bytes_of = [tokenizer.decode_bytes([id_]).decode("latin-1") for id_ in range(vocab_size)]
-    if isinstance(tokenizer, CharTokenizer):
+    if isinstance(getattr(tokenizer, "base", tokenizer), CharTokenizer):
         return {"bytes": bytes_of, "merges": [], "pattern": "[^]", "whole_words": True}
     content = json.loads(library_tokenizer(tokenizer).to_str())
     model, pattern = content["model"], _pattern(content["pre_tokenizer"])

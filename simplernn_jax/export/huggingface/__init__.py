@@ -21,7 +21,10 @@ from simplernn_jax.export.formats import (
 from simplernn_jax.export.huggingface.model_card import model_card
 
 CODE = "modeling_simplernn.py"
-NAMES = ("<|bos|>", "<|eos|>", "<|pad|>")
+NAMES = (
+    *("<|bos|>", "<|eos|>", "<|pad|>"),
+    *("<|fim_suffix|>", "<|fim_prefix|>", "<|fim_middle|>"),
+)
 """Names of special tokens that have none."""
 _NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}\n"
 """Begins a template: special tokens are no text, here and in the exported tokenizer."""
@@ -94,13 +97,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
     from tokenizers import processors
 
     result = library_tokenizer(tokenizer)
-    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *(tokenizer.fim_ids or ()))
     names = _name_special_ids(result, ids)
     bos = names[0]
     result.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, ids[0])]
     )
-    return result.to_str(pretty=True) + "\n", names
+    return result.to_str(pretty=True) + "\n", names[:3]
 
 
 def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
@@ -108,7 +111,7 @@ def _name_special_ids(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
     import tokenizers
 
     names: dict[int, str] = {}
-    for number, name in sorted(zip(ids, NAMES, strict=True)):
+    for number, name in sorted(zip(ids, NAMES, strict=False)):
         known = tokenizer.id_to_token(number)
         if known is None:
             tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True)])
