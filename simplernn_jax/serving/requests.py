@@ -241,6 +241,7 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
         super().__post_init__()
         if self.seed == -1:  # random, as in llama.cpp
             self.seed = None
+        self.model = self.model or None  # llama.vim sends an empty name
 
     @property
     def length(self) -> int:

@@ -16,6 +16,7 @@ BEFORE = "abc é\n" * 200
 AFTER = "\n\nbcd é\n"
 LLAMA_VIM = {
     "id_slot": 0,
+    "model": "",
     "input_prefix": BEFORE,
     "input_suffix": AFTER,
     "input_extra": [{"text": "cba\n" * 30, "time": [1, 2], "filename": "a.txt"}],
