@@ -4,6 +4,7 @@
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
+    python scripts/benchmark.py completion --workdirs DIRS [--cursors N] [--lines N]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -17,6 +18,8 @@
                --quick measures small sizes, --only a part of it
     baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
                architecture, an LSTM and a GRU, for --seconds each
+    completion the rest of a line at a cursor by runs of configs/complete.py, and the time of a
+               keystroke
 
 Except in attention and baselines, candidates run in alternating blocks of one process, compiled
 and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
@@ -32,10 +35,11 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import decoding, scaling, serving, training
+from benchmarks import completion, decoding, scaling, serving, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
+from benchmarks.completion import CLIENTS
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
 from simplernn_jax.cli import command_line, config_files, process_start
@@ -59,6 +63,11 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
+_WORKDIRS = flags.DEFINE_list("workdirs", [], "completion: runs, of the same text.")
+_CURSORS = flags.DEFINE_integer("cursors", 500, "completion: number of cursors.", lower_bound=1)
+_LINES = flags.DEFINE_integer(
+    "lines", 100, "completion: number of lines that are typed.", lower_bound=2 * CLIENTS[-1]
+)
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
@@ -74,6 +83,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "baselines": lambda _, results: report.run(
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
+    "completion": lambda *_: completion.run(_WORKDIRS.value, _CURSORS.value, _LINES.value),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 

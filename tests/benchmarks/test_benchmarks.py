@@ -155,6 +155,7 @@ def test_bad_arguments_are_one_line():
         (["opps"], "'opps': no such benchmark; did you mean 'ops'?"),
         (["ops", f"--out={ROOT / 'README.md'}"], "README.md: file exists"),
         (["ops", "--blocks=0"], "blocks"),
+        (["completion"], "--workdirs: names no run"),
         ([*baselines, "--configs=tiny,bas"], "'bas': no such configuration; did you mean 'base'?"),
         ([*baselines, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
         imports="benchmarks.scaling",
