@@ -24,12 +24,7 @@ _PLACE = command_line.Arguments("FILE:LINE:COLUMN")
 _MODEL = command_line.ModelFlags()
 _SAMPLING = command_line.SamplingFlags(max_new_tokens=128, temperature=0.8)
 _NUM = flags.DEFINE_integer(
-    "num",
-    1,
-    "Maximum number of suggestions: the first is the result of greedy decoding, others are "
-    "samples; equal ones are printed once.",
-    lower_bound=1,
-    upper_bound=1024,
+    "num", 1, "Suggestions: the result of greedy decoding, then samples; equal ones once.", 1, 1024
 )
 
 
@@ -39,19 +34,15 @@ def main() -> None:
     model, tokenizer, _ = _MODEL.load()
     from simplernn_jax.inference.infilling import suggest
 
-    texts = suggest(
-        *(model, tokenizer, prefix, suffix),
-        num=_NUM.value,
-        max_new_tokens=_SAMPLING.max_new_tokens,
-        **_SAMPLING.settings,
-    )
+    settings = {"max_new_tokens": _SAMPLING.max_new_tokens, **_SAMPLING.settings}
+    texts = suggest(model, tokenizer, prefix, suffix, _NUM.value, **settings)
     for number, text in enumerate(texts, 1):
         print(text if _NUM.value == 1 else f"--- {number} of {len(texts)} ---\n{text}")
 
 
 def split_text(places: list[str]) -> tuple[str, str]:
-    """Return the text before and after a place FILE:LINE:COLUMN."""
-    found = re.fullmatch("(.+):([0-9]{1,9}):([0-9]{1,9})", places[0], re.DOTALL) if places else None
+    """Return the text before and after a place."""
+    found = re.fullmatch("(.+):([0-9]{1,9}):([0-9]{1,9})", " ".join(places), re.DOTALL)
     if found is None or len(places) > 1:
         raise UserError(f"{' '.join(places)!r}: give one place as FILE:LINE:COLUMN")
     path, line, column = found[1], int(found[2]), int(found[3])

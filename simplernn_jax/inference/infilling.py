@@ -5,7 +5,6 @@ its last token away, and conditions the distribution of the first new token on b
 bytes of the one taken: the new text repeats them before what is new.
 """
 
-import bisect
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
@@ -25,13 +24,8 @@ from simplernn_jax.models import LanguageModel
 IMPOSSIBLE = -1e30
 """Logit of a first token that does not begin with the bytes taken away; its probability is 0."""
 
-
-_WORD = 16
-"""Maximum number of tokens of a word."""
-
-
-def _is_of_word(byte: bytes) -> bool:
-    return byte.isalpha() or byte >= b"\x80"
+_RETOKENIZED = 3
+"""Tokens before the cursor that the next character may change."""
 
 
 class InfillPrompt(NamedTuple):
@@ -62,17 +56,12 @@ class Infilling:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._ids_like = functools.cache(self._find_ids_like)
 
     def prompt(
         self, prefix: str, suffix: str, extra: Sequence[str] = (), banned_ids: Collection[int] = ()
     ) -> InfillPrompt:
-        """Make the prompt of a place in a text.
-
-        Args:
-          prefix: the text before it.
-          suffix: the text after it.
-          extra: other texts that are context.
-          banned_ids: ids that the first new token must not be.
+        """Make the prompt of the place between `prefix` and `suffix`, after `extra` texts.
 
         Raises:
           UserError: the model does not fill in, or a text that the tokenizer cannot encode.
@@ -83,50 +72,30 @@ class Infilling:
         # The prefix is between its mark and the next one, whichever order it has.
         of_prefix = np.flatnonzero(tokens[marks] == self._tokenizer.fim_ids[1])[0]
         start, end = marks[of_prefix : of_prefix + 2].tolist()
-        word = end - 1  # more characters may change all its tokens
-        while word > max(start + 1, end - _WORD) and not self._begins_word(*tokens[word - 1 :][:2]):
-            word -= 1
-        plain = InfillPrompt(tokens, int(marks[0]), (word, end))
+        stable = tuple(range(max(start + 1, end - _RETOKENIZED), end + 1))
+        plain = InfillPrompt(tokens, int(marks[0]), stable)
         last = int(tokens[end - 1])
         first_ids = np.setdiff1d(self._ids_like(last), [*banned_ids])
         if end - start == 1 or len(first_ids) < 2:  # nothing else begins like the last token
             return plain
-        if end < len(tokens) - 1 and self._bytes_of(last)[0] & 0xC0 == 0x80:
+        if end < len(tokens) - 1 and self._bytes_of[last][0] & 0xC0 == 0x80:
             return plain  # the suffix would cut a character
-        typed = TextStream(self._tokenizer, tokens[: end - 1]).feed([last])
-        tokens = np.delete(tokens, end - 1)
-        return InfillPrompt(tokens, int(marks[0]), (word, end - 1), first_ids, len(typed))
+        num_typed = len(TextStream(self._tokenizer, tokens[: end - 1]).feed([last]))
+        healed = np.delete(tokens, end - 1)
+        return InfillPrompt(healed, int(marks[0]), stable[:-1], first_ids, num_typed)
 
-    def _begins_word(self, before: int, token: int) -> bool:
-        """Return whether pieces of words, as vocabularies have them, end between two tokens."""
-        first, last = self._bytes_of(token)[:1], self._bytes_of(before)[-1:]
-        return first.isspace() or _is_of_word(first) != _is_of_word(last)
-
-    def _ids_like(self, token: int) -> np.ndarray:
+    def _find_ids_like(self, token: int) -> np.ndarray:
         """Return the ids whose bytes begin with those of `token`; none if it has no bytes."""
-        contents, ids = self._sorted
-        found = self._bytes_of(token)
-        start = bisect.bisect_left(contents, found)
-        end = start
-        while found and end < len(contents) and contents[end].startswith(found):
-            end += 1
-        return np.array(ids[start:end], np.int64)
-
-    def _bytes_of(self, token: int) -> bytes:
-        """Return the bytes of a token inside a text; some decoders change the first one."""
-        decode, context = self._tokenizer.decode_bytes, self._context
-        return decode([*context, token]).removeprefix(decode(context))
+        found = self._bytes_of[token]
+        is_like = [bool(found) and content.startswith(found) for content in self._bytes_of]
+        return np.flatnonzero(is_like)
 
     @functools.cached_property
-    def _context(self) -> list[int]:
-        ids = range(self._vocab_size)
-        return [next((i for i in ids if self._tokenizer.decode_bytes([i])), 0)]
-
-    @functools.cached_property
-    def _sorted(self) -> tuple[list[bytes], list[int]]:
-        """The bytes of all ids that have some, sorted, and the ids."""
-        pairs = sorted((self._bytes_of(i), i) for i in range(self._vocab_size))
-        return [content for content, _ in pairs], [number for _, number in pairs]
+    def _bytes_of(self) -> list[bytes]:
+        """The bytes of all ids inside a text: some decoders change the first token of one."""
+        decode, ids = self._tokenizer.decode_bytes, range(self._vocab_size)
+        context = next((i for i in ids if decode([i])), 0)
+        return [decode([context, i]).removeprefix(decode([context])) for i in ids]
 
 
 def suggest(
@@ -134,38 +103,22 @@ def suggest(
     tokenizer: Tokenizer,
     prefix: str,
     suffix: str,
-    *,
     num: int = 1,
-    max_new_tokens: int,
-    temperature: float,
     **settings: Any,
 ) -> list[str]:
-    """Suggest texts between a prefix and a suffix, each once: greedy decoding first, then samples.
+    """Suggest what is between a prefix and a suffix: by greedy decoding, and by `num` - 1 samples.
 
-    Args:
-      model: the language model.
-      tokenizer: the one it was trained with.
-      prefix: the text before the cursor.
-      suffix: the text after it.
-      num: maximum number of suggestions.
-      max_new_tokens, temperature: as for `generate`; the first suggestion has temperature 0.
-      **settings: others of `generate`.
+    `settings` are others of `generate_text`. Equal suggestions are given once.
 
     Raises:
-      UserError: a model that does not fill in the middle, or as for `generate`.
+      UserError: a model that does not fill in the middle, or as for `generate_text`.
     """
     vocab_size = model.config.vocab_size
     banned_ids = ids_without_text(tokenizer, vocab_size)
     prompt = Infilling(tokenizer, vocab_size).prompt(prefix, suffix, banned_ids=banned_ids)
     state = generate(model, [prompt.tokens], max_new_tokens=0).state
     state = dataclasses.replace(state, logits=jnp.asarray(prompt.mask(state.logits)))
-    texts: dict[str, None] = {}
-    for count, heat in ((1, 0.0), (num - 1, temperature)):
-        if count:
-            forked, fields = fork_state(state, count), {"temperature": heat, **settings}
-            texts |= dict.fromkeys(
-                generate_text(
-                    model, tokenizer, state=forked, max_new_tokens=max_new_tokens, **fields
-                )
-            )
-    return [text[prompt.num_typed :] for text in texts]
+    found = [*generate_text(model, tokenizer, state=state, **settings | {"temperature": 0.0})]
+    if num > 1:
+        found += generate_text(model, tokenizer, state=fork_state(state, num - 1), **settings)
+    return [text[prompt.num_typed :] for text in dict.fromkeys(found)]

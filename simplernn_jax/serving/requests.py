@@ -14,8 +14,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 CHAT_TOKENS = 1024
 """New tokens of a chat completion, or of an infill, that asks for no number."""
-MAX_EXTRA = 1024
-"""Texts of context of an infill."""
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 StateName = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -208,7 +206,7 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
 
     input_prefix: str = ""
     input_suffix: str = ""
-    input_extra: Annotated[list[ExtraText], Meta(max_length=MAX_EXTRA)] = []
+    input_extra: list[ExtraText] = []
     prompt: str = ""
     """Text of the line before the cursor: the end of the prefix."""
     n_predict: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] = -1

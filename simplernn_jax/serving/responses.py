@@ -131,43 +131,32 @@ class Infill:
 
     def response(self, pieces: list[Piece], answer: Answer) -> Any:
         """Make the body of an answer that is not streamed."""
-        request, usage, (choice,) = self._request, answer.usage, answer.choices
-        stopping_word, num_new = choice.stopping_word, usage["completion_tokens"]
-        num_left = usage["prompt_tokens"] - answer.cached_tokens
-        stop_type = "word" if stopping_word else "limit"
-        if choice.finish_reason == "stop" and stopping_word is None:
-            stop_type = "eos"
+        fields, usage, (choice,) = self._request.response_fields, answer.usage, answer.choices
+        num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
+        is_eos = choice.finish_reason == "stop" and choice.stopping_word is None
         body = {
-            "index": 0,
             "content": "".join(piece.text for piece in pieces),
-            "tokens": [],
-            "id_slot": 0,
             "stop": True,
+            "stop_type": "word" if choice.stopping_word else "eos" if is_eos else "limit",
+            "stopping_word": choice.stopping_word or "",
             "model": self._model_name,
             "tokens_predicted": num_new,
-            "tokens_evaluated": usage["prompt_tokens"],
+            "tokens_evaluated": num_prompt,
             "tokens_cached": answer.cached_tokens,
-            "generation_settings": {
-                "n_predict": request.length,
-                "temperature": request.temperature,
-                "seed": answer.jobs[0].sampling.seed,
-                "stop": request.stops,
-            },
             "truncated": answer.left_out > 0,
-            "stop_type": stop_type,
-            "stopping_word": stopping_word or "",
-            "timings": {"cache_n": answer.cached_tokens}
-            | _timings("prompt", num_left, answer.prefilled - answer.began)
+            "timings": _timings(
+                "prompt", num_prompt - answer.cached_tokens, answer.prefilled - answer.began
+            )
             | _timings("predicted", num_new, answer.ended - answer.prefilled),
         }
-        if request.response_fields is None:
+        if fields is None:
             return body
-        found = {path: _field(body, path) for path in request.response_fields}
+        found = {path: _field(body, path) for path in fields}
         return {path: value for path, value in found.items() if value is not None}
 
     def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
         """Make a frame of a stream."""
-        return {"index": index, "content": piece.text, "tokens": [], "stop": False}
+        return {"content": piece.text, "stop": False}
 
     def last_frames(self, answer: Answer) -> list[Any]:
         """Make the frame after the text."""
