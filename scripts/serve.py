@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import tempfile
+from pathlib import Path
 
 from absl import flags
 
@@ -33,7 +34,9 @@ _MAX_CONNECTIONS = flags.DEFINE_integer(
 )
 _CACHE_MB = flags.DEFINE_integer("cache_mb", 256, "Size of the prefix cache in MB.", 0)
 _STATE_DIR = flags.DEFINE_string(
-    "state_dir", None, "Folder of named states, created if missing; without it they are temporary."
+    "state_dir",
+    None,
+    "Folder of named states and the prefix cache, created if missing; without it both are lost.",
 )
 _STATES_MB = flags.DEFINE_integer("states_mb", 1024, "Size of all named states in MB.", 0)
 _API_KEY_FILE = flags.DEFINE_string(
@@ -97,9 +100,11 @@ def main() -> None:
         server.listen(_HOST.value, _PORT.value) as listener,
         tempfile.TemporaryDirectory() as folder,
     ):
+        cache_folder = None
         if _STATE_DIR.value is not None:
             folder = command_line.expand_path(_STATE_DIR.value, "state_dir")
             os.makedirs(folder, exist_ok=True)
+            cache_folder = Path(folder, ".prefix_cache")
         cache_bytes, states_bytes = _CACHE_MB.value * 10**6, _STATES_MB.value * 10**6
         served = service.Service(
             worker.Worker(model, _SLOTS.value, cache_bytes, _MAX_QUEUE.value),
@@ -113,7 +118,9 @@ def main() -> None:
         )
         only_local = key is None and _HOST.value in http.LOOPBACK
         api = http.protect(app.make_app(served), key, _ALLOW_ORIGIN.value, only_local)
-        server.Server(served, api, _MAX_CONNECTIONS.value, _DRAIN_TIMEOUT.value).answer(listener)
+        server.Server(
+            served, api, _MAX_CONNECTIONS.value, _DRAIN_TIMEOUT.value, cache_folder
+        ).answer(listener)
 
 
 if __name__ == "__main__":

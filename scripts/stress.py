@@ -23,7 +23,16 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import tables
-from benchmarks.stress import Experiment, corruption, faults, fuzz, non_finite, run_experiment, soak
+from benchmarks.stress import (
+    Experiment,
+    corruption,
+    edits,
+    faults,
+    fuzz,
+    non_finite,
+    run_experiment,
+    soak,
+)
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
@@ -35,6 +44,7 @@ EXPERIMENTS = {
     "resume": Experiment(faults.resume, full=18 * 59, quick=2),
     "corruption": Experiment(corruption.corruption, full=5000, quick=24),
     "stores": Experiment(corruption.stores, full=1200, quick=60),
+    "edits": Experiment(edits.edits, full=10_000, quick=101),
     "fuzz": Experiment(fuzz.fuzz, full=10_000, quick=1000),
     "non_finite": Experiment(non_finite.non_finite, full=500, quick=4),
     "soak": Experiment(soak.soak, full=100, quick=1),

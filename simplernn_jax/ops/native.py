@@ -111,7 +111,7 @@ def has_native_functions() -> bool:
 @functools.cache
 def _register_functions() -> bool:
     try:
-        command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+        command = _compiler()
         if shutil.which(command[0]) is None:
             logging.warning(
                 "no C compiler (%s): training on a CPU is about 2x slower; install one "
@@ -130,8 +130,12 @@ def _register_functions() -> bool:
     return True
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+
+
 def _load(command: list[str]) -> ctypes.CDLL:
-    name = _fingerprint(command)
+    name = native_fingerprint()
     try:
         folder = cache_folder("native")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files will be executed
@@ -189,8 +193,9 @@ def _run(arguments: list[str]) -> bytes:
     ).stdout
 
 
-def _fingerprint(command: list[str]) -> str:
-    """Hash all that the compiled code depends on."""
+def native_fingerprint() -> str:
+    """Hash all that the compiled code depends on: sources, compiler and processor."""
+    command = _compiler()
     digest = hashlib.sha256(_run([*command, "--version"]))
     headers = sorted(Path(jax.ffi.include_dir()).rglob("*.h"))
     for file in (*_files("c"), *_files("h"), *headers):

@@ -184,11 +184,12 @@ class Answer:
         """Number of tokens, as the API reports it."""
         prompt = sum(len(job.tokens) for job in self.jobs)
         new = sum(choice.num_tokens for choice in self.choices)
+        cached = self.cached_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": cached, "replayed_tokens": prompt - cached},
         }
 
     @property

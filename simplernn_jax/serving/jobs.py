@@ -77,7 +77,8 @@ class Job:
     """Spaces and tabs without which a line, but not the first one, ends a text before it."""
     cached_at: tuple[int, ...] | None = None
     """Numbers of tokens of the prompt after which its state is cached, where a C function decodes
-    the model; None stands for the whole prompt. Elsewhere, states have fixed positions."""
+    the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,
+    states have fixed positions in the prompt."""
     infill: InfillPrompt | None = None
     """What is to be known of `tokens` if new ones are the text between a prefix and a suffix."""
     prompt_seconds: float | None = None

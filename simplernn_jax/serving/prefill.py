@@ -46,6 +46,8 @@ class Prompt:
     keys: "PrefixKeys"
     cached_at: tuple[int, ...] = ()
     """Numbers of tokens after which the state is cached, in addition to multiples of `GRID`."""
+    caches_new_tokens: bool = False
+    """True if states after new tokens are cached, too."""
     position: int = 0
     num_cached: int = 0
     """Tokens that were found in the cache."""
@@ -104,12 +106,15 @@ class Prefiller:
     def begin(self, job: Job) -> Prompt:
         """Begin with the prompt of a job; it may be found in the cache as a whole."""
         prefix, cached_at = job.prefix, job.cached_at
-        keys = PrefixKeys(b"" if prefix is None else prefix.digest, job.tokens)
+        root = hashlib.sha256(b"" if prefix is None else prefix.digest).digest()
+        keys = PrefixKeys(root, job.tokens)
         if not self._engine.is_native:
             cached_at = ()
         elif cached_at is None or job.scores_prompt:
             cached_at = (len(job.tokens),)
-        prompt = Prompt(job, self._zero if prefix is None else prefix.state, keys, cached_at)
+        caches_new = self._engine.is_native and job.cached_at is None and self._cache.max_bytes > 0
+        state = self._zero if prefix is None else prefix.state
+        prompt = Prompt(job, state, keys, cached_at, caches_new)
         if not job.scores_prompt:  # whose log-probabilities no state holds
             self._look_up(prompt)
         elif prefix is not None and len(job.tokens):
@@ -158,7 +163,7 @@ class Prefiller:
             return
         job.tokens = np.concatenate([job.tokens[:start], job.tokens[end:]])
         prompt.left_out = end - start
-        prompt.keys = PrefixKeys(b"" if job.prefix is None else job.prefix.digest, job.tokens)
+        prompt.keys = PrefixKeys(prompt.keys.digests[0], job.tokens)
         prompt.cached_at = tuple(at - prompt.left_out for at in prompt.cached_at)
         self._look_up(prompt)
 
@@ -198,7 +203,7 @@ _score = jax.jit(token_logprobs)
 
 
 class PrefixKeys:
-    """Keys of the prefixes of `tokens`; `digest` identifies what comes before them.
+    """Keys of the prefixes of `tokens`; `digest`, a SHA-256, identifies what comes before them.
 
     A key has the digest of all but the last 1 to `GRID` tokens, and the ids of these, so that the
     prefixes that a cache holds of a text are found without a digest of each.
@@ -206,16 +211,26 @@ class PrefixKeys:
 
     def __init__(self, digest: bytes, tokens: np.ndarray) -> None:
         self.content = tokens.astype("<i4").tobytes()
-        self.digests = [hashlib.sha256(digest).digest()]
+        self.digests = [digest]
         """Of the first 0, GRID, 2 GRID, ... tokens."""
         for start in range(0, len(self.content) - _GRID_BYTES, _GRID_BYTES):
             part = self.content[start : start + _GRID_BYTES]
             self.digests.append(hashlib.sha256(self.digests[-1] + part).digest())
 
     def at(self, position: int) -> bytes:
-        """Return the key of the first `position` tokens, at least one."""
-        index = (position - 1) // GRID
+        """Return the key of the first `position` tokens."""
+        index = max(position - 1, 0) // GRID
         return self.digests[index] + self.content[index * _GRID_BYTES : 4 * position]
+
+    def followed_by(self, tokens: np.ndarray) -> "PrefixKeys":
+        """Return the keys after the last digest, with `tokens` appended."""
+        tail = self.content[(len(self.digests) - 1) * _GRID_BYTES :]
+        return PrefixKeys(self.digests[-1], np.concatenate([np.frombuffer(tail, "<i4"), tokens]))
+
+    @property
+    def last(self) -> bytes:
+        """The key of all tokens."""
+        return self.at(len(self.content) // 4)
 
 
 _GRID_BYTES = 4 * GRID
@@ -234,6 +249,10 @@ class PrefixCache:
         self._entries: OrderedDict[bytes, PrefixState] = OrderedDict()
         self._num_with = Counter[bytes]()
         """Entries by the digest in their keys."""
+
+    def entries(self) -> list[tuple[bytes, PrefixState]]:
+        """List keys and states, the least recently used first."""
+        return list(self._entries.items())
 
     def longest(self, keys: PrefixKeys) -> tuple[int, PrefixState | None]:
         """Return the longest cached prefix: its number of tokens and its state, or (0, None)."""
@@ -258,7 +277,11 @@ class PrefixCache:
         self._entries[key] = state
         self._num_with[key[:_DIGEST_BYTES]] += 1
         self.num_bytes += size
-        while self.num_bytes > self.max_bytes:
+        self.evict(self.max_bytes)
+
+    def evict(self, max_bytes: int) -> None:
+        """Evict the least recently used states until the others fit into `max_bytes`."""
+        while self.num_bytes > max_bytes:
             evicted_key, evicted = self._entries.popitem(last=False)
             digest = evicted_key[:_DIGEST_BYTES]
             self._num_with[digest] -= 1

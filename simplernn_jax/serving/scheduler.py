@@ -27,7 +27,7 @@ from simplernn_jax.inference.engine import (
 from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, NewTokens
-from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller, PrefixCache, Prompt
+from simplernn_jax.serving.prefill import GRID, MAX_JOBS, Prefiller, PrefixCache, PrefixKeys, Prompt
 
 PREFILL_TOKENS = 512
 """Tokens prefilled between two blocks while slots decode: a long prompt never stalls them."""
@@ -47,6 +47,10 @@ class _Choice:
 
     job: Job
     index: int
+    keys: PrefixKeys | None
+    """Of all tokens so far; None if no state of the new ones is cached."""
+    num_uncached: int = 0
+    """Maximum number of tokens since the last state that is cached."""
     num_tokens: int = 0
     parts: list[tuple[np.ndarray, TokenLogprobs | None]] = dataclasses.field(default_factory=list)
     """Tokens that no event has reported."""
@@ -60,8 +64,9 @@ class _Choice:
         return NewTokens(self.index, tokens, logprobs, reason)
 
 
-_Dispatched = tuple[Block, list[_Choice | None], float]
-"""A block of tokens that the device computes, the choices of its slots, and when it began."""
+_Dispatched = tuple[Block, list[_Choice | None], float, dict[int, PrefixState]]
+"""A block of tokens that the device computes, the choices of its slots, when it began, and states
+after it to cache, by slot."""
 
 
 class Scheduler:
@@ -122,6 +127,7 @@ class Scheduler:
         self._insert([(len(self._choices), self._prefiller.begin(_NO_JOB), 0)])
         yield f"decoding in {len(self._choices)} slots"
         self._dispatch(self._choices, is_first=False)
+        _sequence(self._slots.state, 0)
 
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
@@ -186,7 +192,8 @@ class Scheduler:
             if choice is None and self._ready:
                 prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
-                self._choices[slot] = _Choice(prompt.job, prompt.num_started)
+                keys = prompt.keys if prompt.caches_new_tokens else None
+                self._choices[slot] = _Choice(prompt.job, prompt.num_started, keys)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
                     self._ready.popleft()
@@ -215,14 +222,23 @@ class Scheduler:
         length = round((SHORT_SECONDS if is_short else LONG_SECONDS) / self._token_seconds)
         if is_first and is_streamed:
             length = min(length, FIRST_BLOCK)
-        length = max(1, min(length, MAX_BLOCK))
+        # Where new tokens are cached, no two states are more than GRID tokens apart.
+        most = [GRID - choice.num_uncached for choice in active if choice.keys is not None]
+        length = max(1, min(length, MAX_BLOCK, *most))
         is_active = np.array([choice is not None for choice in choices])
         block, self._slots = self._engine.decode(self._slots, is_active, length)
-        return block, list(choices), time.monotonic()
+        states = {}
+        for slot, choice in enumerate(choices):
+            if choice is not None and choice.keys is not None:
+                choice.num_uncached += length
+                if choice.num_uncached >= GRID // 2:
+                    choice.num_uncached = 0
+                    states[slot] = _sequence(self._slots.state, slot)
+        return block, list(choices), time.monotonic(), states
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
-        block, choices, began = dispatched
+        block, choices, began, states = dispatched
         tokens, counts = jax.device_get((block.tokens, block.counts))
         now = time.monotonic()
         if counts.max():  # else every slot had ended before the block
@@ -244,6 +260,11 @@ class Scheduler:
                 reason = "length"
             if reason is not None:
                 self._choices[slot] = None
+            if choice.keys is not None:
+                choice.keys = choice.keys.followed_by(new[:-1] if reason == "stop" else new)
+                if slot in states or reason is not None:  # whose state no later block changes
+                    state = states.get(slot) or _sequence(self._slots.state, slot)
+                    self.cache.add(choice.keys.last, state)
             of_tokens = None
             if logprobs is not None and job.num_logprobs is not None:
                 of_tokens = TokenLogprobs(*(x[slot, :count] for x in logprobs))
@@ -254,6 +275,12 @@ class Scheduler:
 
 
 _NO_JOB = Job(np.zeros(0, np.int32), Sampling())
+
+
+@jax.jit
+def _sequence(state: PrefixState, index: int) -> PrefixState:
+    """Copy the state of one sequence."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), state)
 
 
 def _empty_state(model: LanguageModel, batch_size: int) -> PrefixState:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -15,10 +16,14 @@ from absl import logging
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
+from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job
+from simplernn_jax.serving.prefill import PrefixCache
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
+from simplernn_jax.serving.snapshots import load_cache, save_cache
 
 MAX_HEADER_BYTES = 1 << 15
 HEADER_SECONDS = 10.0
@@ -73,11 +78,17 @@ class Server(uvicorn.Server):
     """Answers requests to `app`, an application of `service`, until SIGTERM or SIGINT.
 
     The event loop runs in the thread that calls `answer`. Another thread compiles all programs,
-    while ``/health`` tells that the server is starting, and then computes.
+    while ``/health`` tells that the server is starting, and then computes. `cache_folder`, if any,
+    keeps the prefix cache from one process to the next.
     """
 
     def __init__(
-        self, service: Service, app: ASGIApp, max_connections: int, drain_timeout: float
+        self,
+        service: Service,
+        app: ASGIApp,
+        max_connections: int,
+        drain_timeout: float,
+        cache_folder: Path | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -93,7 +104,7 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._worker = service, service.worker
-        self._drain_timeout = drain_timeout
+        self._drain_timeout, self._cache_folder = drain_timeout, cache_folder
 
     def answer(self, listener: socket.socket) -> None:
         """Answer requests until a signal; raises what ended the worker before."""
@@ -132,6 +143,8 @@ class Server(uvicorn.Server):
                 if service.status != "starting":
                     return
                 logging.info("compiling program %d: %s", number, name)
+            if self._cache_folder is not None:
+                load_cache(self._cache_folder, *self._cache_and_owner())
             # All that lives so far lives on: no collection need look at it, for 0.1 s each time.
             gc.collect()
             gc.freeze()
@@ -139,10 +152,16 @@ class Server(uvicorn.Server):
                 service.status = "ready"
             logging.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             self._worker.run(lambda events: self._loop.call_soon_threadsafe(_deliver, events))
+            if self._cache_folder is not None:
+                save_cache(self._cache_folder, *self._cache_and_owner())
         except BaseException:
             service.status = "failed"
             self.should_exit = True
             raise
+
+    def _cache_and_owner(self) -> tuple[PrefixCache, LanguageModel, Tokenizer]:
+        scheduler = self._worker.scheduler
+        return scheduler.cache, scheduler.model, self._service.tokenizer
 
     def _begin_reload(self) -> None:
         self._reloading = self._loop.create_task(self._reload())  # the loop keeps no task alive

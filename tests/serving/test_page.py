@@ -88,6 +88,53 @@ def test_chat(page):
     assert page.get_by_label("Prompt").is_visible()
 
 
+def test_versions_of_messages(page):
+    page.get_by_text("Settings").click()
+    page.get_by_label("New tokens").fill("9")
+    said = page.locator(".message")
+
+    def send(text):
+        page.get_by_label("Message").fill(text)
+        page.get_by_label("Message").press("Enter")
+        page.locator("#generate:enabled").wait_for()
+        return said.all_text_contents()
+
+    send("one")
+    first = send("two")
+    page.get_by_role("button", name="Edit").first.press("Enter")
+    assert page.get_by_label("Message").input_value() == "one"
+    assert said.count() == 0
+    page.get_by_label("Message").press("Escape")
+    assert said.all_text_contents() == first
+    page.get_by_role("button", name="Edit").nth(2).click()
+    second = send("three")
+    assert (second[:3], len(second)) == ([*first[:2], "three"], 4)
+    page.get_by_role("button", name="Regenerate").last.click()
+    page.locator("#generate:enabled").wait_for()
+    assert page.get_by_text("2/2").count() == 2  # of the question and its answer
+    page.get_by_role("button", name="Edit").last.click()
+    assert send("said")[-1] == "said"
+    page.reload()
+    page.get_by_text("3/3").wait_for()
+    page.get_by_role("button", name="Previous version").first.focus()
+    page.keyboard.press("Enter")
+    assert said.all_text_contents() == first
+    page.keyboard.press("Enter")  # of the button that is there now
+    assert said.all_text_contents() == [*second[:3], "said"]
+
+
+def test_versions_of_texts(page):
+    first, second = generate(page, "ab"), generate(page, "ba")
+    assert page.locator("#text").text_content() == "ba" + second
+    page.get_by_role("button", name="Previous version").press("Enter")
+    assert page.locator("#text").text_content() == "ab" + first
+    assert page.get_by_label("Prompt").input_value() == "ab"
+    page.get_by_role("button", name="Edit").click()
+    assert page.get_by_label("Prompt").input_value() == "ab" + first
+    generate(page, "ab" + first[:5])
+    assert page.get_by_text("3/3").is_visible()
+
+
 MARKUP = "<script>document.title = 'bad'</script><img src=x onerror=\"document.title='bad'\">"
 
 

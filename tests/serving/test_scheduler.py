@@ -9,6 +9,7 @@ from flax import nnx
 from references import needs_compiler
 from small_runs import HYBRID, small_model
 
+from benchmarks.stress.edits import edits
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.engine import MAX_BLOCK
 from simplernn_jax.inference.infilling import InfillPrompt
@@ -277,7 +278,7 @@ def test_a_long_prompt_does_not_stall_streams(scheduler, monkeypatch):
 def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
     cache = PrefixCache(max_bytes=3 * 80)
     states = [np.full(5, i, np.float64) for i in range(4)]
-    keys = [PrefixKeys(b"", np.array([i], np.int32)) for i in range(4)]
+    keys = [PrefixKeys(bytes(32), np.array([i], np.int32)) for i in range(4)]
     for key, state in zip(keys[:3], states, strict=False):
         cache.add(key.at(1), (state, state))
     assert cache.longest(keys[0])[0] == 1
@@ -312,3 +313,9 @@ def test_where_a_c_function_decodes_states_are_cached_at_any_position(native_mod
     (prefilled,) = collect(scheduler, Job(text[-3:], Sampling(), keeps_state=True))
     prefix = Prefix(prefilled.state, b"digest", text[-3:])
     assert num_cached(text, prefix=prefix) == 0  # the same tokens after something else
+
+
+@needs_compiler
+def test_edited_texts_get_the_bytes_of_a_server_without_a_cache(tmp_path):
+    """`scripts/stress.py edits` checks more of them."""
+    assert [case.problem for case in edits(tmp_path, 60, seed=0)] == [None] * 60

@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 from flax import nnx
 from processes import assert_each_refused, serving
+from references import needs_compiler
 from small_runs import HYBRID, save_untrained, save_untrained_chat, small_config, untrained_run
 from uvicorn.server import ServerState
 
@@ -377,6 +378,28 @@ def test_key_drain_and_reload(tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
+
+
+@needs_compiler
+def test_an_answer_is_not_prefilled_again_even_after_a_restart(tmp_path):
+    workdir, flags = untrained_run(tmp_path, block="residual"), [f"--state_dir={tmp_path}/states"]
+    settings = {"temperature": 0, "max_tokens": 90, "ignore_eos": True}
+    settings["banned_token_ids"] = [*range(97), *range(123, 256)]
+
+    def replayed(prompt):
+        usage = server.complete(prompt, **settings)["usage"]
+        found = usage["prompt_tokens_details"]
+        assert found["cached_tokens"] + found["replayed_tokens"] == usage["prompt_tokens"]
+        return found["replayed_tokens"]
+
+    with serving(workdir, *flags) as server:
+        assert replayed("ab" * 15) == 31
+        text = "ab" * 15 + server.complete("ab" * 15, **settings)["choices"][0]["text"]
+        assert replayed(text + "c") == 1
+        assert server.stop()[0] == 0
+    with serving(workdir, *flags) as server:
+        assert replayed(text + "cd") == 1
+        assert 1 < replayed(text[:100] + "X") <= 65
 
 
 def test_an_export_is_served_until_its_streams_have_had_their_time(workdir, tmp_path):

@@ -16,8 +16,13 @@ const INSPECTED = 2000;  // newest tokens that have their own elements; a long t
 
 let source;
 let abort = null;  // stops the running stream
-let messages = [];  // the conversation, in chat mode
+let isRunning = false;
 let isChat = false;
+let tree = newTree();  // versions of all messages of the conversation, in chat mode
+let messages = [];  // those that are shown
+let edited = null;  // where the next message becomes another version
+const views = new WeakMap();  // elements of messages
+const texts = [];  // versions in text mode: prompt, and nodes of the text
 
 function start(newSource) {
   source = newSource;
@@ -31,8 +36,8 @@ async function connect() {
   $("modes").hidden = !hasChat;
   if (!hasChat) return;
   setMode(true);
-  messages = history.state ?? [];
-  show(messages);
+  if (history.state?.next) tree = history.state;
+  show();
 }
 
 async function guarded(action) {
@@ -47,41 +52,54 @@ async function guarded(action) {
 
 // Generation
 
-async function generate() {
-  const prompt = isChat ? $("prompt").value.trim() : $("prompt").value;
-  if (isChat && !prompt) return;
+async function run(action) {
   abort = new AbortController();
   showAlternatives(null);
   setRunning(true);
   try {
-    await (isChat ? converse : complete)(prompt, abort.signal);
+    await action(abort.signal);
   } finally {
     setRunning(false);
   }
 }
 
-async function complete(prompt, signal) {
+async function complete(signal) {
+  const prompt = $("prompt").value;
   $("text").replaceChildren(element("span", "prompt", prompt));
-  await write($("text"), source.complete(prompt, settings(), signal));
+  try {
+    await write($("text"), source.complete(prompt, settings(), signal));
+  } finally {
+    const nodes = [...$("text").childNodes];
+    if (nodes.length > 1) texts.chosen = texts.push({ prompt, nodes }) - 1;
+  }
 }
 
-async function converse(content, signal) {
-  const asked = [...messages, { role: "user", content }];
-  const answer = { role: "assistant", content: "" };
-  show([...asked, answer]);
-  const node = $("conversation").lastChild;
+async function converse(signal) {
+  const content = $("prompt").value.trim();
+  if (!content) return;
+  const place = edited;
+  const { before, role } = place ?? { before: messages.at(-1) ?? tree, role: "user" };
+  const message = add(before, role, content);
+  edited = null;
   $("prompt").value = "";
+  if (role === "user") await answer(message, signal).finally(() => {
+    if (message.next.length || !messages.includes(message)) return;
+    drop(before, message);  // nothing was said: the question can be corrected
+    edited = place;
+    $("prompt").value = content;
+  });
+}
+
+// Answer a question once more.
+async function answer(question, signal) {
+  const reply = add(question, "assistant", "");
+  show();
+  const node = viewOf(reply);
   try {
-    await write(node, source.answer(asked, settings(), signal));
+    await write(node, source.answer(messages.slice(0, -1), settings(), signal));
   } finally {
-    answer.content = node.textContent;
-    const isShown = node.isConnected;  // another conversation may have begun
-    if (isShown && answer.content) {
-      keep([...asked, answer]);
-    } else if (isShown) {  // nothing was said: the question can be corrected
-      $("prompt").value = content;
-      show(messages);
-    }
+    reply.content = node.textContent;
+    if (!reply.content) drop(question, reply);
   }
 }
 
@@ -102,16 +120,60 @@ function settings() {
   return Object.fromEntries(inputs.map(({ id, valueAsNumber }) => [id, valueAsNumber]));
 }
 
-// Keep the conversation for a reload of the page.
-function keep(conversation) {
-  messages = conversation;
-  history.replaceState(messages, "");
+// Versions: each node of the tree has the versions of what follows it, one of which is shown
+
+function newTree() {
+  return { next: [], chosen: 0 };
+}
+
+function add(before, role, content) {
+  const node = { role, content, ...newTree() };
+  before.chosen = before.next.push(node) - 1;
+  return node;
+}
+
+function drop(before, node) {
+  before.next = before.next.filter((other) => other !== node);
+  before.chosen = Math.max(0, before.next.length - 1);
+}
+
+function edit(before, { role, content }) {
+  edited = { before, role };
+  $("prompt").value = content;
+  show();
+  $("prompt").focus();
+}
+
+// Buttons below a text; choose(i) shows its version i.
+function tools(versions, chosen, choose, actions) {
+  const box = element("div", "tools", "");
+  const button = (label, text, action) => {
+    const node = element("button", "", text);
+    node.type = "button";
+    node.ariaLabel = label;
+    node.onclick = () => {
+      const place = [...document.querySelectorAll(".tools")].indexOf(box);
+      action();
+      if (edited || box.isConnected) return;
+      const now = document.querySelectorAll(".tools")[place];  // in place of this one
+      now?.querySelector(`[aria-label="${label}"]`)?.focus();
+    };
+    box.append(node);
+  };
+  if (versions > 1) {
+    button("Previous version", "‹", () => choose((chosen + versions - 1) % versions));
+    box.append(`${chosen + 1}/${versions}`);
+    button("Next version", "›", () => choose((chosen + 1) % versions));
+  }
+  for (const [name, action] of Object.entries(actions)) button(name, name, action);
+  return box;
 }
 
 function newConversation() {
   abort?.abort();
-  keep([]);
-  show([]);
+  tree = newTree();
+  edited = null;
+  show();
   $("prompt").focus();
 }
 
@@ -124,11 +186,45 @@ function element(name, kind, text) {
   return node;
 }
 
-function show(conversation) {
+function viewOf(message) {
+  const { role, content } = message;
+  if (!views.has(message)) views.set(message, element("div", "message " + role, content));
+  return views.get(message);
+}
+
+// Show the chosen versions, up to the one that is edited, and keep them for a reload of the page.
+function show() {
+  history.replaceState(tree, "");
+  messages = [];
+  const nodes = [];
+  for (let before = tree; before !== edited?.before && before.next.length; before = messages.at(-1)) {
+    const node = before.next[before.chosen], at = before;
+    messages.push(node);
+    nodes.push(viewOf(node));
+    if (!isRunning) nodes.push(tools(at.next.length, at.chosen, (i) => { at.chosen = i; show(); }, {
+      Edit: () => edit(at, node),
+      ...node.role === "assistant" && { Regenerate: () => guarded(() => run((signal) => answer(at, signal))) },
+    }));
+  }
   const box = $("conversation");
-  box.replaceChildren(
-    ...conversation.map(({ role, content }) => element("div", "message " + role, content)));
+  box.replaceChildren(...nodes);
   box.scrollTop = box.scrollHeight;
+  showVersion(texts.chosen);
+}
+
+function showVersion(i) {
+  $("versions").replaceChildren();
+  if (isRunning || !texts[i]) return;
+  texts.chosen = i;
+  const { nodes } = texts[i];
+  if ($("text").firstChild !== nodes[0]) $("text").replaceChildren(...nodes);
+  $("versions").append(tools(texts.length, i, (other) => {
+    $("prompt").value = texts[other].prompt;
+    showVersion(other);
+  }, { Edit: () => {
+    $("prompt").value = $("text").textContent;
+    $("prompt").focus();
+  } }));
 }
 
 function append(node, pieces) {
@@ -179,9 +275,11 @@ function moveToken(event) {
 
 // The form
 
-function setRunning(isRunning) {
-  $("generate").disabled = isRunning;
-  $("stop").disabled = !isRunning;
+function setRunning(running) {
+  isRunning = running;
+  show();
+  $("generate").disabled = running;
+  $("stop").disabled = !running;
 }
 
 function setMode(chat) {
@@ -192,11 +290,16 @@ function setMode(chat) {
   $("prompt").placeholder = chat ? "Enter sends, Shift+Enter begins a new line" : "";
   $("generate").textContent = chat ? "Send" : "Generate";
   for (const id of ["conversation", "anew"]) $(id).hidden = !chat;
-  $("text").hidden = chat;
+  for (const id of ["text", "versions"]) $(id).hidden = chat;
 }
 
-$("form").onsubmit = (event) => { event.preventDefault(); guarded(generate); };
+$("form").onsubmit = (event) => { event.preventDefault(); guarded(() => run(isChat ? converse : complete)); };
 $("prompt").onkeydown = (event) => {
+  if (event.key === "Escape" && edited) {
+    edited = null;
+    $("prompt").value = "";
+    show();
+  }
   const sends = isChat ? !event.shiftKey : event.ctrlKey || event.metaKey;
   if (event.key !== "Enter" || event.isComposing || !sends) return;
   event.preventDefault();

@@ -57,7 +57,8 @@ start({
   },
 
   async *answer(messages, settings, signal) {
-    const body = { ...settings, messages, logprobs: true };
+    const said = messages.map(({ role, content }) => ({ role, content }));
+    const body = { ...settings, messages: said, logprobs: true };
     for await (const { delta, logprobs } of choices("v1/chat/completions", body, signal)) {
       yield { pieces: [[delta.content ?? ""]], count: logprobs?.content.length ?? 0 };
     }
