@@ -14,8 +14,8 @@ from simplernn_jax.config import Config
 def get_config() -> Config:
     config = Config()
     config.data.fim_rate = 0.7
-    config.data.batch_size = 2
-    config.data.sequence_length = 1024
+    config.data.batch_size = 4
+    config.data.sequence_length = 512
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.6e-2
     config.optimizer.warmup_steps = 100

@@ -3,12 +3,13 @@
 A document is cut into segments. Some of them are rearranged, with the ids of
 `Tokenizer.fim_ids` before their parts, and others stay::
 
-    BOS text <suffix> s <prefix> p <middle> m EOS text ... EOS
+    BOS text <prefix> <suffix> s <middle> p m EOS text ... EOS
 
 The state is carried from one to the next: earlier text of a document is context, as it is in the
-prompt of a completion, ``BOS older text <suffix> s <prefix> p <middle>``. With the suffix first,
-the prompt grows at its end while one types. The ids themselves are no targets; text, and the EOS
-that ends each middle, are.
+prompt of a completion, ``BOS older text <prefix> <suffix> s <middle> p``. In this order, that of
+SPM in the paper, the middle continues the prefix, and a prompt grows at its end while one types;
+``prefix_first`` is ``<prefix> p <suffix> s <middle> m EOS``, PSM. The ids themselves are no
+targets; text, and the EOS that ends each middle, are.
 """
 
 import random
@@ -21,7 +22,7 @@ from simplernn_jax.data.tokenizer import InfillingTokenizer, Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
 
-_SHORTEST, _LONGEST = 64, 2048
+_SHORTEST, _LONGEST = 32, 768
 """Characters of a segment, uniformly distributed."""
 _LINE, _LINES = 0.6, 0.8
 """Probability that a middle is the rest of the cursor's line, and that it is this or the rest of
@@ -29,8 +30,8 @@ a few lines; else it is between two random places."""
 _MOST_LINES = 4
 _AT_START, _AT_END = 0.05, 0.15
 """Probability that nothing is before the cursor, and that nothing is after the middle."""
-_GRID = 1024
-_MOST_SUFFIX = 1024
+_GRID = 256
+_MOST_SUFFIX = 384
 """Characters of the suffix in a prompt."""
 
 
@@ -93,17 +94,17 @@ def _middle(text: str, start: int, stop: int, draw: Callable[[], float]) -> tupl
 
 
 def _around(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[np.ndarray]:
-    """Encode what is around a middle, up to the id before it."""
+    """Encode what is around a middle, and comes before it."""
     if not isinstance(tokenizer, InfillingTokenizer):
         raise UserError(
             "this model does not fill in the middle: it was not trained with config.data.fim_rate "
             "above 0; train one with --config configs/complete.py, or pass no suffix"
         )
     before_suffix, before_prefix, before_middle = (np.array([x]) for x in tokenizer.fim_ids)
-    parts = [before_suffix, tokenizer.encode(suffix), before_prefix, tokenizer.encode(prefix)]
+    p, s = tokenizer.encode(prefix), tokenizer.encode(suffix)
     if tokenizer.order == "prefix_first":
-        parts = parts[2:] + parts[:2]
-    return [*parts, before_middle]
+        return [before_prefix, p, before_suffix, s, before_middle]
+    return [before_prefix, before_suffix, s, before_middle, p]
 
 
 def infill_ids(
@@ -112,12 +113,12 @@ def infill_ids(
     """Encode the prompt of a completion between `prefix` and `suffix`, as training presents it.
 
     One more character of the prefix changes only the end of the prompt, unless the prefix passes a
-    multiple of 1,024 characters: then more of it becomes older text, before the suffix.
+    multiple of 256 characters: then more of it becomes older text, before the suffix.
 
     Args:
       tokenizer: of a model that was trained with ``data.fim_rate``.
       prefix: the text before the cursor.
-      suffix: the text after it; its first 1,024 characters are used, up to the end of a line.
+      suffix: the text after it; its first 384 characters are used, up to the end of a line.
       extra: other texts, such as files of the same project, before all of it.
 
     Returns:

@@ -32,8 +32,8 @@ class Tokenizer(Protocol):
     pad_id: int
     """Padding."""
     fim_ids: tuple[int, int, int] | None = None
-    """Ids before the suffix, the prefix and the middle of `infilling`, which stand for no text;
-    None: the model was not trained to fill in."""
+    """Ids that mark suffix, prefix and middle in `infilling`, and stand for no text; None: the
+    model was not trained to fill in."""
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` as [n] int32 ids, without BOS or EOS.

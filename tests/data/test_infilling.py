@@ -22,21 +22,20 @@ SUFFIX, PREFIX, MIDDLE = BYTES.fim_ids
 BOS, EOS = BYTES.bos_id, BYTES.eos_id
 
 
-def restored(ids, order="suffix_first"):
+def restored(ids):
     """The text of presented bytes in its order, and its prefixes, middles and suffixes."""
     text, found, at = bytearray(), [], 0
-    first, second = (SUFFIX, PREFIX) if order == "suffix_first" else (PREFIX, SUFFIX)
     ids = ids.tolist()
     while at < len(ids):
-        if ids[at] != first:
+        if ids[at] != PREFIX:
             text.append(ids[at])
             at += 1
             continue
-        cuts = [at, ids.index(second, at), ids.index(MIDDLE, at), ids.index(EOS, at)]
-        parts = [bytes(ids[a + 1 : b]) for a, b in itertools.pairwise(cuts)]
-        suffix, prefix = parts[:2] if first == SUFFIX else parts[1::-1]
-        found.append((prefix, parts[2], suffix))
-        text += prefix + parts[2] + suffix
+        cuts = [ids.index(mark, at) for mark in (PREFIX, SUFFIX, MIDDLE, EOS)]
+        # With the suffix first, the middle continues the prefix.
+        prefix, suffix, middle = (bytes(ids[a + 1 : b]) for a, b in itertools.pairwise(cuts))
+        found.append((prefix, middle, suffix))
+        text += prefix + middle + suffix
         at = cuts[-1] + 1
     return bytes(text).decode(), found
 
@@ -45,18 +44,20 @@ def restored(ids, order="suffix_first"):
 def test_every_byte_of_the_text_is_presented_once(order):
     tokenizer = InfillingTokenizer(load_tokenizer("byte"), order)
     ids = present(tokenizer, TEXT, 0.5, 0)
-    text, found = restored(ids, order)
+    text, found = restored(ids)
+    assert any(prefix for prefix, *_ in found) == (order == "prefix_first")
     assert text == TEXT
     of_infilling = sum(len(b"".join(parts)) for parts in found)
     assert 0.3 < of_infilling / len(TEXT.encode()) < 0.7
 
 
 def test_places_of_the_cursor_are_those_of_completion():
-    _, found = restored(present(BYTES, TEXT * 3, 1.0, 0))
+    tokenizer = InfillingTokenizer(BYTES.base, "prefix_first")
+    _, found = restored(present(tokenizer, TEXT * 3, 1.0, 0))
     lengths = [len(b"".join(parts)) for parts in found]
     is_line = [b"\n" not in middle and suffix[:1] in (b"\n", b"") for _, middle, suffix in found]
-    assert max(lengths) <= 2048 * 1.1  # characters, of which some are two bytes
-    assert 500 < np.mean(lengths) < 1500
+    assert max(lengths) <= 768 * 1.1  # characters, of which some are two bytes
+    assert 250 < np.mean(lengths) < 500
     assert 0.5 < np.mean(is_line) < 0.8
     for part in range(3):
         assert 0.01 < np.mean([not parts[part] for parts in found]) < 0.3
@@ -93,18 +94,18 @@ def test_ids_of_infilling_come_after_any_tokenizer_and_stand_for_no_text(base):
 
 def test_prompt_is_the_presentation_of_training_and_grows_at_its_end():
     assert infill_ids(BYTES, "a\nb", "\nc", ["x", "y"]).tolist() == [
-        *(BOS, *b"xy", SUFFIX, *b"\nc", PREFIX, *b"a\nb", MIDDLE)
+        *(BOS, *b"xy", PREFIX, SUFFIX, *b"\nc", MIDDLE, *b"a\nb")
     ]
     first = infill_ids(InfillingTokenizer(BYTES.base, "prefix_first"), "a", "c")
     assert first.tolist() == [BOS, PREFIX, *b"a", SUFFIX, *b"c", MIDDLE]
     before, moved = infill_ids(BYTES, "", TEXT), 0
-    for end in range(1, 5000, 7):
+    for end in range(1, 1300, 7):
         ids = infill_ids(BYTES, TEXT[:end].replace("ä", "a"), TEXT)
-        assert ids.tolist().index(MIDDLE) - ids.tolist().index(PREFIX) <= 2048 + 1024
-        moved += ids[: len(before) - 1].tolist() != before[:-1].tolist()
+        assert len(ids) - ids.tolist().index(MIDDLE) <= 768
+        moved += ids[: len(before)].tolist() != before.tolist()
         before = ids
-    assert moved == 3  # where the prefix passes a multiple of 1,024
-    assert len(infill_ids(BYTES, "", "y" * 10**5)) == 4 + 1024
+    assert moved == 4  # where the prefix passes a multiple of 256, from 512 on
+    assert len(infill_ids(BYTES, "", "y" * 10**5)) == 4 + 384
     with pytest.raises(UserError, match="does not fill in"):
         infill_ids(BYTES.base, "a", "b")
 
