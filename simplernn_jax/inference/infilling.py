@@ -69,16 +69,16 @@ class Infilling:
         tokens = infill_ids(self._tokenizer, prefix, suffix, extra)
         assert self._tokenizer.fim_ids is not None
         marks = np.flatnonzero(np.isin(tokens, self._tokenizer.fim_ids))
-        # The prefix is between its mark and the next one, whichever order it has.
-        of_prefix = np.flatnonzero(tokens[marks] == self._tokenizer.fim_ids[1])[0]
-        start, end = marks[of_prefix : of_prefix + 2].tolist()
+        start, end = int(marks[-1]), len(tokens)
+        if start == end - 1:  # the prefix is not at the end
+            start, end = marks[:2].tolist()
         stable = tuple(range(max(start + 1, end - _RETOKENIZED), end + 1))
         plain = InfillPrompt(tokens, int(marks[0]), stable)
         last = int(tokens[end - 1])
         first_ids = np.setdiff1d(self._ids_like(last), [*banned_ids])
         if end - start == 1 or len(first_ids) < 2:  # nothing else begins like the last token
             return plain
-        if end < len(tokens) - 1 and self._bytes_of[last][0] & 0xC0 == 0x80:
+        if end < len(tokens) and self._bytes_of[last][0] & 0xC0 == 0x80:
             return plain  # the suffix would cut a character
         num_typed = len(TextStream(self._tokenizer, tokens[: end - 1]).feed([last]))
         healed = np.delete(tokens, end - 1)

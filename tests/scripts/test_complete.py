@@ -25,10 +25,11 @@ def test_suggestions_for_a_place_and_wrong_places(tmp_path):
     )
     model, tokenizer, _ = load_model(str(workdir))
     fields = {"max_new_tokens": 20, "seed": 3, "temperature": 0.8}
-    assert end.output == suggest(model, tokenizer, TEXT, "", **fields)[0] + "\n", end.errors
+    (best,) = suggest(model, tokenizer, TEXT, "", **fields)
+    assert end.output == best.replace("\r", "\n") + "\n", end.errors  # as helpers read files
     texts = suggest(model, tokenizer, TEXT[:10], TEXT[10:], 3, **fields)
     expected = "".join(f"--- {n} of 3 ---\n{text}\n" for n, text in enumerate(texts, 1))
-    assert [result.output for result in several] == [expected] * 2
+    assert [result.output for result in several] == [expected.replace("\r", "\n")] * 2
     assert_each_refused(
         SCRIPT,
         ([run], "FILE:LINE:COLUMN"),
