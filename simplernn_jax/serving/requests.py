@@ -194,11 +194,9 @@ class ChatRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
 
 
 class ExtraText(msgspec.Struct):
-    """Context of an infill, such as a part of another file."""
+    """Context of an infill, such as a part of another file; other fields are not used."""
 
     text: str
-    filename: str = ""
-    """Not used, like other fields."""
 
 
 class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
