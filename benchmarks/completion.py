@@ -3,10 +3,10 @@
 The files are the held-out ones of the runs. A suggestion is greedy, ends with the line, and is
 right if it is the rest of the line.
 
-``exact``: cursors at random places of lines, before a character that is not a space. ``saved``:
-lines are typed anew, and as soon as the suggestion is right, one key accepts it; the keys that this
-saves, as a share of all characters. Without the suffix, the same model continues the text before
-the cursor. The n-gram model suggests what followed the longest known context most often.
+``exact``: cursors at random characters that are not spaces. ``saved``: lines are typed anew, and as
+soon as the suggestion is right, one key accepts it; the keys that this saves, as a share of all
+characters. Without the suffix, the same model continues the text before the cursor. The n-gram
+model suggests what followed the longest known context most often.
 
 ``keystroke``: clients type lines, and each character is a request to ``/infill``. ``jump``: the
 first request at a place.
@@ -15,7 +15,6 @@ first request at a place.
 import asyncio
 import dataclasses
 import itertools
-import json
 import random
 import re
 import tempfile
@@ -46,18 +45,15 @@ ORDER = 8
 CLIENTS = (1, 8)
 BATCH = 16
 """Places of a line at which a model suggests together."""
-_INFILL = {"n_predict": 32, "temperature": 0, "stop": ["\n"], "cache_prompt": True}
+_INFILL = {"n_predict": 32, "temperature": 0, "stop": ["\n"], "prompt": ""}
 
 
 class Cursor(NamedTuple):
-    """A line of a file, and a cursor in it."""
+    """A line of a file without its newline, the text around it, and a cursor in it."""
 
     before: str
-    """Text before the line."""
     line: str
-    """Without its newline."""
     after: str
-    """Text after the line, from its newline."""
     at: int
     """Characters of the line before the cursor."""
 
@@ -67,11 +63,7 @@ Suggest = Callable[[Cursor, Sequence[int]], list[str]]
 
 
 def run(workdirs: Sequence[str], cursors: int, lines: int) -> Iterator[Table]:
-    """Tables of the models in `workdirs`, of the same text and split.
-
-    Raises:
-      UserError: there is none, or they are of different text or hold out none.
-    """
+    """Tables of the models in `workdirs`; `UserError` unless they hold out the same text."""
     loaded = {workdir: load_model(workdir) for workdir in workdirs}
     if not loaded:
         raise UserError("--workdirs: names no run; train some with configs/complete.py")
@@ -88,17 +80,14 @@ def run(workdirs: Sequence[str], cursors: int, lines: int) -> Iterator[Table]:
     files = documents(corpus.validation)
     somewhere = choose(files, cursors)
     typed = [cursor._replace(at=0) for cursor in choose(files, lines)]
-    programs: dict[tuple[str, str], Suggest] = {}
-    for workdir, (model, tokenizer, _) in loaded.items():
-        programs[workdir, "yes"] = of_model(model, tokenizer, has_suffix=True)
-        programs[workdir, "no"] = of_model(model, tokenizer, has_suffix=False)
-    programs[f"{ORDER}-gram", "no"] = of_ngram("\0".join(documents(corpus.train)).encode())
     rows: list[Row] = []
-    for (name, suffix), suggest in programs.items():
-        row: Row = {"model": name, "parameters": None, "suffix": suffix}
-        if name in loaded:
-            row["parameters"] = count_parameters(loaded[name][2])
-        rows.append(row | {"exact": exact(suggest, somewhere), "saved": saved(suggest, typed)})
+    for workdir, (model, tokenizer, config) in loaded.items():
+        for has_suffix in (True, False):
+            suggest = of_model(model, tokenizer, has_suffix=has_suffix)
+            row = {"model": workdir, "parameters": count_parameters(config), "suffix": has_suffix}
+            rows.append(row | measure(suggest, somewhere, typed))
+    suggest = of_ngram("\0".join(documents(corpus.train)).encode())
+    rows.append({"model": f"{ORDER}-gram"} | measure(suggest, somewhere, typed))
     yield Table(f"completion: {cursors:,} cursors, {lines:,} lines", rows)
     rows = [keystrokes(workdir, clients, typed) for workdir in workdirs for clients in CLIENTS]
     yield Table("completion: latency", rows)
@@ -199,20 +188,16 @@ def of_ngram(text: bytes) -> Suggest:
     return suggest
 
 
-def exact(suggest: Suggest, cursors: Sequence[Cursor]) -> float:
-    """Share of cursors at which the suggestion is right."""
-    return float(np.mean([suggest(x, [x.at]) == [x.line[x.at :]] for x in cursors]))
-
-
-def saved(suggest: Suggest, typed: Sequence[Cursor]) -> float:
-    """Share of the characters of lines that need not be typed."""
+def measure(suggest: Suggest, somewhere: Sequence[Cursor], typed: Sequence[Cursor]) -> Row:
+    """Columns ``exact``, of cursors, and ``saved``, of lines that are typed."""
+    exact = float(np.mean([suggest(x, [x.at]) == [x.line[x.at :]] for x in somewhere]))
     keys = 0
     for cursor in typed:
         line = cursor.line
         rests = enumerate(suggest(cursor, range(len(line))))
         # The key that accepts the suggestion counts.
         keys += min([len(line), *(at + 1 for at, rest in rests if rest == line[at:])])
-    return 1 - keys / sum(len(cursor.line) for cursor in typed)
+    return {"exact": exact, "saved": 1 - keys / sum(len(cursor.line) for cursor in typed)}
 
 
 def keystrokes(workdir: str, clients: int, typed: Sequence[Cursor]) -> Row:
@@ -224,15 +209,14 @@ def keystrokes(workdir: str, clients: int, typed: Sequence[Cursor]) -> Row:
         async with connected(url) as (reader, writer):
             for cursor in lines:
                 for at in range(len(cursor.line)):
-                    fields: Row = {"input_prefix": cursor.before + cursor.line[:at], "prompt": ""}
-                    fields |= {"input_suffix": cursor.after, "input_extra": [], **_INFILL}
+                    prefix = cursor.before + cursor.line[:at]
+                    fields = {**_INFILL, "input_prefix": prefix, "input_suffix": cursor.after}
                     start = time.perf_counter()
                     writer.write(request("POST", "/infill", fields))
                     head = await reader.readuntil(b"\r\n\r\n")
-                    length = re.search(rb"(?i)content-length: (\d+)", head)
-                    if not head.startswith(b"HTTP/1.1 200 ") or length is None:
-                        raise ConnectionError(f"/infill answered {head!r}")
-                    json.loads(await reader.readexactly(int(length[1])))["content"]
+                    body = await reader.readexactly(int(re.findall(rb"length: (\d+)", head)[0]))
+                    if not head.startswith(b"HTTP/1.1 200 "):
+                        raise ConnectionError(f"/infill answered {body!r}")
                     (seconds if at else jumps).append(time.perf_counter() - start)
 
     async def all_clients(url: str, lines: Sequence[Cursor]) -> None:

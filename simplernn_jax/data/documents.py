@@ -45,9 +45,11 @@ class Corpus:
       kind: name of the format, part of the fingerprint.
       total_bytes: size of all files on disk, for progress.
       bytes_read: bytes that the running iteration has read of them.
+      fim: ``data.fim_rate`` and the seed of `infilling`, if the text is to be presented so.
     """
 
     kind: str
+    fim: tuple[float, int] | None = None
 
     def __init__(self, files: Sequence[SourceFile], config: DataConfig, **settings: Any) -> None:
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""

@@ -5,7 +5,6 @@ They are plain, ``.gz`` or ``.zst``, in UTF-8 or UTF-16. Only regular files are 
 
 import codecs
 import contextlib
-import fnmatch
 import functools
 import glob
 import gzip
@@ -29,22 +28,18 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 _STDLIB_LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 _BINARY_PROBE = 8192
 """Leading bytes in which a NUL marks a file as binary, as in git."""
-_GENERATED_NAMES = (
-    *("*.lock", "*-lock.json", "*-lock.yaml", "npm-shrinkwrap.json", "go.sum"),
-    *("*.min.js", "*.min.css", "*.map", "*_pb2.py", "*_pb2_grpc.py", "*.pb.go"),
+_GENERATED = re.compile(
+    r".*(\.lock|-lock\.(json|yaml)|\.min\.(js|css)|\.map|_pb2(_grpc)?\.py|\.pb\.go)|go\.sum"
 )
 """Names of lock, minified and generated files."""
-_GENERATED_MARKS = b"@generated", b"DO NOT EDIT"
-"""Marks of a generated file, among its first `_MARK_PROBE` bytes."""
-_MARK_PROBE = 500
-_MINIFIED_SUFFIXES = (".js", ".mjs", ".cjs", ".css")
 _MINIFIED_LINE = 5000
-"""Average bytes of a line at the beginning of a minified file."""
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *COMPRESSED_SUFFIXES)
-"""Suffixes of records, whose text says nothing about their file."""
+"""Bytes of a line of JavaScript or CSS, at the beginning of its file, that nobody wrote."""
+_MARKS = re.compile(rb"@generated|DO NOT EDIT")
+"""Marks of a generated file, in its first 500 bytes."""
+_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *COMPRESSED_SUFFIXES)
+"""Suffixes of files whose text may say anything."""
 _GIT_SETTINGS = ("safe.directory=*", "core.fsmonitor=false", "protocol.allow=never")
 """Settings with which git only reads the index: repositories of others can name programs."""
-_GIT_SECONDS = 60
 _BLOCK_SIZE = 1 << 18
 """Bytes that are read at a time."""
 _ZSTD_BLOCK = 1 << 8
@@ -205,14 +200,12 @@ def _beginning(path: str) -> bytes:
 
 
 def _is_generated(path: str, start: bytes) -> bool:
-    """Whether a file was generated, by its name or the beginning of its text."""
+    """Whether the name of a file or its beginning is that of a generated one."""
     name = os.path.basename(path).lower()
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _GENERATED_NAMES):
-        return True
-    if name.endswith(_MINIFIED_SUFFIXES) and len(start) > _MINIFIED_LINE * (1 + start.count(b"\n")):
-        return True
-    is_text = not name.endswith(_DATA_SUFFIXES)
-    return is_text and any(mark in start[:_MARK_PROBE] for mark in _GENERATED_MARKS)
+    longest = max(map(len, start.split(b"\n")))
+    is_code = name.endswith((".js", ".mjs", ".cjs", ".css"))
+    is_marked = not name.endswith(_RECORDS) and _MARKS.search(start, 0, 500)
+    return bool(is_marked or _GENERATED.fullmatch(name) or (is_code and longest > _MINIFIED_LINE))
 
 
 def _tracked_files(root: str) -> frozenset[str] | None:
@@ -223,23 +216,21 @@ def _tracked_files(root: str) -> frozenset[str] | None:
     if not any(os.path.exists(folder / ".git") for folder in (real, *real.parents)):
         return None
     settings = [word for setting in _GIT_SETTINGS for word in ("-c", setting)]
-    git, output, problem = shutil.which("git"), b"", "git is not installed"
+    output, problem = b"", "it tracks nothing here"
     try:
-        if git is not None:
-            output = subprocess.run(
-                [git, *settings, "-C", real, "ls-files", "-z"],
-                env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=_GIT_SECONDS,
-                check=True,
-            ).stdout
-            problem = "git tracks nothing in it"
-    except (OSError, subprocess.SubprocessError) as error:
+        output = subprocess.run(
+            [shutil.which("git") or "git", *settings, "-C", real, "ls-files", "-z"],
+            env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:  # such as no git
         stderr = getattr(error, "stderr", None) or str(error).encode()
         problem = one_line(stderr.decode("utf-8", "replace"))
     if not output:
-        logging.info("%s: in a git repository, but all its files are read: %s", root, problem)
+        logging.info("%s: all files are read, though git has a repository here: %s", root, problem)
         return None
     return frozenset(map(os.fsdecode, output.split(b"\0")))
 

@@ -129,7 +129,7 @@ def _write_split(
         "tokens": tokens.blocks(plan.ranges),
         "starts": [starts],
     }
-    if not tokens.all_targets:
+    if tokens.fim_ids or not tokens.piece_targets.all():
         arrays["targets"] = tokens.target_blocks(plan.ranges)
     whole = hashlib.sha256()
     for suffix, blocks in arrays.items():

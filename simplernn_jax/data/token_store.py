@@ -148,10 +148,10 @@ def prepare_corpus(
                 check_round_trip(tokenizer, config.tokenizer, corpus)
         if config.fim_rate:
             tokenizer = InfillingTokenizer(tokenizer, config.fim_order)
-    elif config.fim_rate and tokenizer.fim_ids is None:
+    elif config.fim_rate and getattr(tokenizer, "order", "") != config.fim_order:
         raise UserError(
-            f"config.data.fim_rate={config.fim_rate:g}: the model to start from was trained "
-            "without it and has no ids for it; omit it, or train a new model"
+            f"config.data.fim_rate={config.fim_rate:g}: the model to start from was not trained "
+            f"with it and fim_order={config.fim_order}; omit it, or train a new model"
         )
     with _disk_errors(cache, config.source):
         stores = [
@@ -255,8 +255,8 @@ def _open_or_write(
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir()
         try:
-            fim = (config.fim_rate, seed) if config.fim_rate else None
-            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source, fim)
+            corpus.fim = (config.fim_rate, seed) if config.fim_rate else None
+            tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
             if not len(tokens.documents):
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:

@@ -67,17 +67,16 @@ class SourceTokens:
         one is the number of tokens.
       piece_bytes: [pieces + 1] int64, UTF-8 bytes of all pieces before that are targets.
       piece_targets: [pieces] bool, whether its tokens are targets of the loss.
-      all_targets: whether all tokens are, except each document's first.
+      fim_ids: ids of infilling, which are no targets.
     """
 
     def __init__(
         self, path: Path, dtype: np.dtype, pieces: np.ndarray, fim_ids: tuple[int, ...]
     ) -> None:
-        self._path, self.dtype, self._fim_ids = path, dtype, fim_ids
+        self._path, self.dtype, self.fim_ids = path, dtype, fim_ids
         self.piece_starts = np.append(0, np.cumsum(pieces["tokens"], dtype=np.int64))
         self.piece_bytes = np.append(0, np.cumsum(pieces["num_bytes"], dtype=np.int64))
         self.piece_targets = pieces["is_target"]
-        self.all_targets = not fim_ids and bool(self.piece_targets.all())
         begins = np.append(np.flatnonzero(pieces["begins"]), len(pieces))
         starts = self.piece_starts[begins]
         self.documents = np.stack([starts[:-1], starts[1:]], axis=1)
@@ -95,16 +94,12 @@ class SourceTokens:
                 yield np.frombuffer(data, self.dtype)
 
     def target_blocks(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield whether the tokens of `ranges` are targets, bool.
-
-        The first of a range is not, nor are the ids of infilling.
-        """
-        for (first, start, stop), tokens in zip(
-            _cut_ranges(ranges), self.blocks(ranges), strict=True
-        ):
+        """Yield whether the tokens of `ranges` are targets, bool; the first of a range is not."""
+        cuts = zip(_cut_ranges(ranges), self.blocks(ranges), strict=True)
+        for (first, start, stop), tokens in cuts:
             positions = np.arange(start, stop)
             piece = np.searchsorted(self.piece_starts, positions, side="right") - 1
-            is_text = ~np.isin(tokens, self._fim_ids)
+            is_text = ~np.isin(tokens, self.fim_ids)
             yield self.piece_targets[piece] & (positions > first) & is_text
 
 
@@ -115,16 +110,8 @@ def _cut_ranges(ranges: np.ndarray) -> Iterator[tuple[int, int, int]]:
             yield first, start, min(end, start + _BLOCK_TOKENS)
 
 
-def tokenize(
-    path: Path,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    source: str,
-    fim: tuple[float, int] | None = None,
-) -> SourceTokens:
+def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> SourceTokens:
     """Tokenize a corpus into the file `path`; `source` is its name in the progress.
-
-    With `fim`, ``data.fim_rate`` and a seed, the text is presented for infilling.
 
     A document without text is left out. The tokens are the same for every number of processes; at
     most two parts for each of them are in memory.
@@ -136,7 +123,7 @@ def tokenize(
     tables, total = [np.empty(0, _PIECES)], corpus.total_bytes
     start = latest = time.monotonic()
     logging.info("tokenizing %s: %s ...", source, format_bytes(total))
-    with contextlib.closing(_parts(corpus, tokenizer, fim)) as parts, open(path, "wb") as file:
+    with contextlib.closing(_parts(corpus, tokenizer)) as parts, open(path, "wb") as file:
         for tokens, pieces, malformed in parts:
             for problem in malformed:
                 corpus.skip(problem)
@@ -150,13 +137,11 @@ def tokenize(
                 logging.info("tokenizing %s: %.0f %%, %.0f s left", source, 100 * done, left)
     logging.info("tokenizing %s: done in %.1f s", source, time.monotonic() - start)
     corpus.warn_of_skipped()
-    fim_ids = (tokenizer.fim_ids or ()) if fim else ()
+    fim_ids = (corpus.fim and tokenizer.fim_ids) or ()
     return SourceTokens(path, _token_dtype(tokenizer), np.concatenate(tables), fim_ids)
 
 
-def _parts(
-    corpus: Corpus, tokenizer: Tokenizer, fim: tuple[float, int] | None
-) -> Generator[Part, None, None]:
+def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Generator[Part, None, None]:
     """Tokenize the parts of a corpus in this process or in others; yield them in order."""
     # A process takes as long to start as several parts take as bytes or characters.
     base = tokenizer.base if isinstance(tokenizer, InfillingTokenizer) else tokenizer
@@ -165,10 +150,10 @@ def _parts(
     num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
     texts = _cut(corpus)
     if num_workers < 2:
-        yield from (_tokenized(corpus, tokenizer, fim, records) for records in texts)
+        yield from (_tokenized(corpus, tokenizer, records) for records in texts)
         return
     context = multiprocessing.get_context("spawn")
-    arguments = os.getpid(), corpus, tokenizer.to_json(), fim
+    arguments = os.getpid(), corpus, tokenizer.to_json()
     with ProcessPoolExecutor(num_workers, context, _start, arguments) as pool:
         running: collections.deque[Future[Part]] = collections.deque()
         try:
@@ -206,9 +191,7 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
 
 
-def _tokenized(
-    corpus: Corpus, tokenizer: Tokenizer, fim: tuple[float, int] | None, records: list[Record]
-) -> Part:
+def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> Part:
     """Tokenize the `Corpus.records` of a part."""
     tokens, rows, malformed = [], [], []
     dtype = _token_dtype(tokenizer)
@@ -218,8 +201,8 @@ def _tokenized(
             malformed.append(str(pieces))
             continue
         for text, is_target, begins, ends in pieces:
-            ids = present(tokenizer, text, *fim) if fim else tokenizer.encode(text)
-            if fim and ends and ids[-1:] == tokenizer.eos_id:
+            ids = present(tokenizer, text, *corpus.fim) if corpus.fim else tokenizer.encode(text)
+            if corpus.fim and ends and ids[-1:] == tokenizer.eos_id:
                 ids = ids[:-1]  # it ends the document too
             data = ids.astype(dtype).tobytes()
             data = b"".join((bos if begins else b"", data, eos if ends else b""))
@@ -254,15 +237,13 @@ class _Process:
     tokenized: Callable[[list[Record]], Part]
 
 
-def _start(
-    parent_id: int, corpus: Corpus, tokenizer_json: str, fim: tuple[float, int] | None
-) -> None:
+def _start(parent_id: int, corpus: Corpus, tokenizer_json: str) -> None:
     """Prepare a process that tokenizes."""
     end_with_parent(parent_id)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = tokenizer_from_json(tokenizer_json)
-    _Process.tokenized = functools.partial(_tokenized, corpus, tokenizer, fim)
+    _Process.tokenized = functools.partial(_tokenized, corpus, tokenizer)
 
 
 def _run(records: list[Record]) -> Part:

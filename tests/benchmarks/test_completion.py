@@ -2,7 +2,7 @@
 
 from small_runs import small_model
 
-from benchmarks.completion import BATCH, LONGEST, Cursor, choose, exact, of_model, of_ngram, saved
+from benchmarks.completion import BATCH, LONGEST, Cursor, choose, measure, of_model, of_ngram
 from simplernn_jax.data import load_tokenizer
 from simplernn_jax.data.tokenizer import InfillingTokenizer
 
@@ -24,9 +24,10 @@ def test_a_suggestion_is_right_if_it_is_the_rest_and_accepting_it_is_a_key():
     def suggest(cursor, places):
         return [cursor.line[at:] if at % 7 == 4 else "return" for at in places]
 
-    assert exact(suggest, [LINE, LINE._replace(at=5)]) == 0.5
-    assert saved(suggest, [LINE]) == 1 - 5 / len(LINE.line)
-    assert saved(lambda _, places: [""] * len(places), [LINE]) == 0
+    found = measure(suggest, [LINE, LINE._replace(at=5)], [LINE])
+    assert found == {"exact": 0.5, "saved": 1 - 5 / len(LINE.line)}
+    nothing = measure(lambda _, places: [""] * len(places), [LINE], [LINE])
+    assert nothing == {"exact": 0, "saved": 0}
 
 
 def test_the_ngram_model_continues_the_longest_known_context():

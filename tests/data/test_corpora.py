@@ -110,14 +110,14 @@ def test_a_git_work_tree_is_read_by_its_tracked_files(tmp_path, monkeypatch, cap
         ["a ü.py", "notes.txt", "src/b.py", "src/build/c.py"]
     )
     assert [*read_all(repository / "src" / "build")] == ["c.py"]
-    assert "all its files are read: git tracks nothing in it" in caplog.text
+    assert "git has a repository here: it tracks nothing here" in caplog.text
     assert not ran.exists()
     (repository / ".git" / "HEAD").write_text("")
     assert len(read_all(repository)) == 4
-    assert "all its files are read: fatal: " in caplog.text
+    assert "git has a repository here: fatal: " in caplog.text
     monkeypatch.setenv("PATH", "")
     assert len(read_all(repository)) == 4
-    assert "all its files are read: git is not installed" in caplog.text
+    assert "No such file or directory: 'git'" in caplog.text
 
 
 def test_generated_files_of_a_folder_are_left_out(tmp_path, caplog):
