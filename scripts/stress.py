@@ -22,32 +22,23 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import tables
-from benchmarks.stress import (
-    Experiment,
-    corruption,
-    edits,
-    faults,
-    fuzz,
-    non_finite,
-    run_experiment,
-    soak,
-)
+from benchmarks import stress, tables
+from benchmarks.stress import corruption, edits, faults, fuzz, non_finite, soak
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
 
 EXPERIMENTS = {
-    "kill": Experiment(faults.kill, full=500, quick=2),
-    "full_disk": Experiment(faults.full_disk, full=600, quick=2),
-    "hosts": Experiment(faults.hosts, full=100, quick=1),
-    "resume": Experiment(faults.resume, full=18 * 59, quick=2),
-    "corruption": Experiment(corruption.corruption, full=5000, quick=24),
-    "stores": Experiment(corruption.stores, full=1200, quick=60),
-    "edits": Experiment(edits.edits, full=10_000, quick=101),
-    "fuzz": Experiment(fuzz.fuzz, full=10_000, quick=1000),
-    "non_finite": Experiment(non_finite.non_finite, full=500, quick=4),
-    "soak": Experiment(soak.soak, full=100, quick=1),
+    "kill": stress.Experiment(faults.kill, full=500, quick=2),
+    "full_disk": stress.Experiment(faults.full_disk, full=600, quick=2),
+    "hosts": stress.Experiment(faults.hosts, full=100, quick=1),
+    "resume": stress.Experiment(faults.resume, full=18 * 59, quick=2),
+    "corruption": stress.Experiment(corruption.corruption, full=5000, quick=24),
+    "stores": stress.Experiment(corruption.stores, full=1200, quick=60),
+    "edits": stress.Experiment(edits.edits, full=10_000, quick=101),
+    "fuzz": stress.Experiment(fuzz.fuzz, full=10_000, quick=1000),
+    "non_finite": stress.Experiment(non_finite.non_finite, full=500, quick=4),
+    "soak": stress.Experiment(soak.soak, full=100, quick=1),
 }
 
 _ARGUMENTS = command_line.Arguments("|".join([*EXPERIMENTS, "quick", "all"]))
@@ -75,7 +66,9 @@ def main() -> int:
         for name in dict.fromkeys(chosen):
             experiment = EXPERIMENTS[name]
             count = _COUNT.value or (experiment.quick if names == ["quick"] else experiment.full)
-            rows.append(run_experiment(name, experiment, Path(folder, name), count, _SEED.value))
+            rows.append(
+                stress.run_experiment(name, experiment, Path(folder, name), count, _SEED.value)
+            )
             if _OUT.value is not None:  # after each, since all of them take hours
                 write_file(_OUT.value, tables.markdown(rows).encode())
     return int(any(row["failed"] for row in rows))

@@ -16,11 +16,8 @@ from absl import logging
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job
-from simplernn_jax.serving.prefill import PrefixCache
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.snapshots import load_cache, save_cache
@@ -144,7 +141,7 @@ class Server(uvicorn.Server):
                     return
                 logging.info("compiling program %d: %s", number, name)
             if self._cache_folder is not None:
-                load_cache(self._cache_folder, *self._cache_and_owner())
+                load_cache(self._cache_folder, self._worker.scheduler, service.tokenizer)
             # All that lives so far lives on: no collection need look at it, for 0.1 s each time.
             gc.collect()
             gc.freeze()
@@ -153,15 +150,11 @@ class Server(uvicorn.Server):
             logging.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             self._worker.run(lambda events: self._loop.call_soon_threadsafe(_deliver, events))
             if self._cache_folder is not None:
-                save_cache(self._cache_folder, *self._cache_and_owner())
+                save_cache(self._cache_folder, self._worker.scheduler, service.tokenizer)
         except BaseException:
             service.status = "failed"
             self.should_exit = True
             raise
-
-    def _cache_and_owner(self) -> tuple[PrefixCache, LanguageModel, Tokenizer]:
-        scheduler = self._worker.scheduler
-        return scheduler.cache, scheduler.model, self._service.tokenizer
 
     def _begin_reload(self) -> None:
         self._reloading = self._loop.create_task(self._reload())  # the loop keeps no task alive

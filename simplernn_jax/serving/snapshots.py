@@ -14,27 +14,26 @@ from absl import logging
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.files import read_file, write_file
+from simplernn_jax.files import SMALL_FILE, read_file, write_file
 from simplernn_jax.inference.decoder_weights import decodes_natively
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.state import decode_state, empty_state, encode_state, fingerprints
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.ops.native import native_fingerprint
-from simplernn_jax.serving.prefill import PrefixCache
+from simplernn_jax.serving.scheduler import Scheduler
 
 STATES_PER_FILE = 64
 
 
-def save_cache(
-    folder: Path, cache: PrefixCache, model: LanguageModel, tokenizer: Tokenizer
-) -> None:
-    """Replace the files of `folder`, created if missing, by the states of `cache`.
+def save_cache(folder: Path, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    """Replace the files of `folder`, created if missing, by the states that are cached.
 
     If that fails, a warning says so, and the rest is not saved.
     """
+    model, entries = scheduler.model, scheduler.cache.entries()
     if not decodes_natively(model):
         return
-    owner, entries, empty = _owner(model, tokenizer), cache.entries(), empty_state(model, 1)
+    owner, empty = _owner(model, tokenizer), empty_state(model, 1)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink():
@@ -51,20 +50,20 @@ def save_cache(
         logging.warning("%s: the prefix cache cannot be saved (%s)", folder, error.strerror)
 
 
-def load_cache(
-    folder: Path, cache: PrefixCache, model: LanguageModel, tokenizer: Tokenizer
-) -> None:
-    """Add the states that `save_cache` saved.
+def load_cache(folder: Path, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    """Cache the states that `save_cache` saved.
 
     Files that are corrupt, of another model or another user, or no states, are ignored; one
     warning says how many, and what is wrong with the first one.
     """
+    model, cache = scheduler.model, scheduler.cache
     if not decodes_natively(model):
         return
+    limit = cache.max_bytes + SMALL_FILE  # it may have been larger
     owner, ignored = _owner(model, tokenizer), []
     for path in _files(folder):  # the least recently used states first
         try:
-            content = read_file(path, 2 * cache.max_bytes, follow_link=False, only_own=True)
+            content = read_file(path, limit, follow_link=False, only_own=True)
             saved, header = decode_state(str(path), content, model, owner)
             keys = [bytes.fromhex(key) for key in header["keys"].split()]
             states = PrefixState(saved.layers, saved.logits)
