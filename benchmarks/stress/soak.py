@@ -77,7 +77,7 @@ def _train(workdir: Path, num_steps: int) -> Iterator[Case]:
 def _serve(folder: Path, number: int, seed: int) -> Iterator[Case]:
     """Send requests of all kinds, some of clients that leave."""
     config = load_config("tiny", 2, 64, sample_every=0)
-    config.data.source = str(write_text(folder / "corpus.txt"))
+    config.data.source, config.data.fim_rate = str(write_text(folder / "corpus.txt")), 0.5
     save_untrained(config, folder / "untrained")
     flags = ["--slots=4", "--cache_mb=1", f"--state_dir={folder / 'states'}"]
     with serving(folder / "untrained", *flags) as (process, url):
@@ -113,6 +113,8 @@ async def _send(url: str, draw: random.Random) -> str | None:
         [("POST", completions, body | {"stream": True, "max_tokens": 10**6}, _LEAVES)],
         [("POST", completions, body | {"max_tokens": 10**6}, _LEAVES)],
         [("POST", completions, prompt, 400)],
+        [("POST", completions, body | {"suffix": prompt, "stream": True}, 200)],
+        [("POST", "/infill", {"input_prefix": prompt, "t_max_predict_ms": 5}, 200)],
         [("PUT", f"{states}/{name}/file", prompt, 400)],
         [("GET", "/metrics", None, 200)],
         [

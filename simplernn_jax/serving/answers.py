@@ -1,10 +1,8 @@
-"""Answers to requests: text and log-probabilities from the events of their jobs, as JSON."""
+"""Answers to requests: text and log-probabilities from the events of their jobs."""
 
 import asyncio
 import dataclasses
-import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ import jax
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
+from simplernn_jax.inference.infilling import IMPOSSIBLE
 from simplernn_jax.inference.sampling import TokenLogprobs
 from simplernn_jax.inference.text import StopStrings, TextStream
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
@@ -53,7 +52,8 @@ def token_entry(
     if logprobs is None:
         return TokenEntry(token, offset, None, [])
     ids = logprobs.top_ids[index, :num_top].tolist()
-    top = list(zip(ids, logprobs.top[index, :num_top].tolist(), strict=True))
+    values = logprobs.top[index, :num_top].tolist()
+    top = [(i, value) for i, value in zip(ids, values, strict=True) if value > IMPOSSIBLE / 2]
     return TokenEntry(token, offset, float(logprobs.token[index]), top)
 
 
@@ -70,7 +70,10 @@ class ChoiceText:
         """Time of the last event, or of its creation."""
         self._num_logprobs = job.num_logprobs
         self._stream = TextStream(tokenizer, job.recent)
-        self._stops = StopStrings(job.stops)
+        self._num_typed = 0 if job.infill is None else job.infill.num_typed
+        """Characters to leave out, which the prompt has."""
+        self._stops = StopStrings(job.stops, job.min_indent)
+        self._is_simple = job.num_logprobs is None and not job.stops and not job.min_indent
         self._stop_ids = frozenset(job.sampling.stop_ids)
         self._offset = len(job.echoed)
         """Characters returned."""
@@ -79,20 +82,33 @@ class ChoiceText:
     def feed(self, new: NewTokens) -> Piece:
         """Take new tokens and return what they complete."""
         tokens, text = new.tokens.tolist(), ""
-        is_simple = self._num_logprobs is None and not self._stops.stops
-        for index, several in enumerate([tokens] if is_simple else [[token] for token in tokens]):
+        parts = [tokens] if self._is_simple else [[token] for token in tokens]
+        for index, several in enumerate(parts):
             self.num_tokens += len(several)
             if self._num_logprobs is not None:
                 start = self._offset + len(text) + len(self._stops.held_back)
                 entry = token_entry(several[0], start, new.logprobs, index, self._num_logprobs)
                 self._entries.append(entry)
             decoded = self._stream.feed([t for t in several if t not in self._stop_ids])
-            text += self._stops.feed(decoded)
+            num_typed = min(self._num_typed, len(decoded))
+            self._num_typed -= num_typed
+            text += self._stops.feed(decoded[num_typed:])
             if self._stops.has_ended:
                 return self._take(text, "stop")
         if new.finish_reason is not None:
             text += self._stops.finish(self._stream.finish())
         return self._take(text, new.finish_reason)
+
+    def end(self) -> Piece:
+        """Return what was held back, and end where the text is."""
+        return self._take(self._stops.finish(), "length")
+
+    @property
+    def stopping_word(self) -> str | None:
+        """The stop string that has ended the text, empty for indentation; None if none has."""
+        if not self._stops.has_ended:
+            return None
+        return next(filter(self._stops.held_back.startswith, self._stops.stops), "")
 
     def _take(self, text: str, reason: str | None) -> Piece:
         """Return `text`, and the tokens that begin in it."""
@@ -133,8 +149,14 @@ class Answer:
         """State after the prompt of a job that keeps it."""
         self._worker, self._tokenizer = worker, tokenizer
         self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
-        self._choices = [ChoiceText(tokenizer, job) for job in jobs for _ in range(job.num_choices)]
-        self._cached_tokens = 0
+        self.choices = [ChoiceText(tokenizer, job) for job in jobs for _ in range(job.num_choices)]
+        self.cached_tokens = 0
+        self.left_out = 0
+        """Tokens that were left out of prompts, for lack of time."""
+        self.began = self.prefilled = self.ended = time.perf_counter()
+        """Times of the submission, the end of prefill, and the last update."""
+        self._deadline: float | None = None
+        """Time of the event loop at which no more tokens are awaited."""
         self._unread_bytes = 0
         for job in jobs:
             job.deliver = self._deliver
@@ -161,8 +183,8 @@ class Answer:
     def usage(self) -> Any:
         """Number of tokens, as the API reports it."""
         prompt = sum(len(job.tokens) for job in self.jobs)
-        new = sum(choice.num_tokens for choice in self._choices)
-        cached = self._cached_tokens
+        new = sum(choice.num_tokens for choice in self.choices)
+        cached = self.cached_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -172,7 +194,7 @@ class Answer:
 
     @property
     def _is_complete(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self._choices)
+        return all(choice.finish_reason is not None for choice in self.choices)
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield what the events add, as lists; `RequestError` if the worker fails or stops.
@@ -182,7 +204,13 @@ class Answer:
         while not self._is_complete:
             if not self._queue.empty():
                 await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run
-            events = [await self._queue.get()]
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    events = [await self._queue.get()]
+            except TimeoutError:
+                self.cancel()
+                yield self._end()
+                return
             while not self._queue.empty():
                 events.append(self._queue.get_nowait())
             updates: list[Update] = []
@@ -196,9 +224,15 @@ class Answer:
                 raise event  # after what came before it
             self._count_unread(-sum(event_bytes(event) for _, event in events))
 
+    def _end(self) -> list[Update]:
+        """End all choices with the tokens that have come."""
+        self.ended = time.perf_counter()
+        choices = enumerate(self.choices)
+        return [(index, one.end()) for index, one in choices if one.finish_reason is None]
+
     async def pieces(self) -> list[Piece]:
         """Collect the whole pieces of all choices, and end; raises what `updates` does."""
-        pieces = [Piece("", [], None) for _ in self._choices]
+        pieces = [Piece("", [], None) for _ in self.choices]
         try:
             async for updates in self.updates():
                 for index, piece in updates:
@@ -213,7 +247,11 @@ class Answer:
         metrics, first = self._worker.metrics, self.jobs.index(job) * job.num_choices
         if isinstance(event, Prefilled):
             self.state = event.state
-            self._cached_tokens += event.cached_tokens
+            self.cached_tokens += event.cached_tokens
+            self.left_out += event.left_out
+            self.prefilled = self.ended = time.perf_counter()
+            if job.max_seconds is not None:
+                self._deadline = asyncio.get_running_loop().time() + job.max_seconds
             metrics.prompt_tokens.inc(len(job.tokens))
             metrics.cached_tokens.inc(event.cached_tokens)
             entries = []
@@ -226,113 +264,15 @@ class Answer:
                 return []
             indices = range(first, first + job.num_choices)
             for index in indices:
-                self._choices[index].finish_reason = piece.finish_reason
+                self.choices[index].finish_reason = piece.finish_reason
             return [(index, piece) for index in indices]
-        choice = self._choices[first + event.choice]
+        choice = self.choices[first + event.choice]
         if choice.finish_reason is not None:
             return []
-        now = time.perf_counter()
+        self.ended = now = time.perf_counter()
         metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
         choice.last_seconds = now
         piece = choice.feed(event)
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)
         return [(first + event.choice, piece)]
-
-
-class TokenNames:
-    """Names and bytes of the ids of a tokenizer.
-
-    A token's name is its text; bytes that are part of a character are ``bytes:\\xNN``, as in
-    OpenAI's API. Tokens without a text, or with one that another token has, are ``token_id:N``.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.bytes_of = [tokenizer.decode_bytes([number]) for number in range(vocab_size)]
-        names = [_name(content) for content in self.bytes_of]
-        uses = Counter(names)
-        self.names = [
-            name
-            if name and uses[name] == 1 and not name.startswith("token_id:")
-            else f"token_id:{i}"
-            for i, name in enumerate(names)
-        ]
-
-
-def _name(content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
-
-class Completion:
-    """Bodies of one text completion; `names` if it has log-probabilities."""
-
-    id_prefix = "cmpl-"
-    whole = "text_completion"
-    chunk = "text_completion"
-
-    def __init__(self, model_name: str, names: TokenNames | None) -> None:
-        self._names = names
-        self._head = {
-            "id": self.id_prefix + secrets.token_hex(12),
-            "created": int(time.time()),
-            "model": model_name,
-        }
-
-    def response(self, pieces: list[Piece], usage: Any) -> Any:
-        """Make the body of an answer that is not streamed."""
-        choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
-        return {**self._head, "object": self.whole, "choices": choices, "usage": usage}
-
-    def frame(self, choices: list[Any], **more: Any) -> Any:
-        """Make a frame of a stream."""
-        return {**self._head, "object": self.chunk, "choices": choices, **more}
-
-    def choice(self, index: int, piece: Piece, is_first: bool | None = None) -> Any:
-        """Make a whole choice or, given whether it is the first, its part of a frame."""
-        logprobs = self._logprobs(self._names, piece.entries) if self._names else None
-        ends = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
-        return {"index": index, **self._content(piece, is_first), **ends}
-
-    def _content(self, piece: Piece, is_first: bool | None) -> dict[str, Any]:
-        return {"text": piece.text}
-
-    def _logprobs(self, names: TokenNames, entries: list[TokenEntry]) -> Any:
-        name = names.names
-        return {
-            "tokens": [name[entry.token] for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                None if e.logprob is None else {name[token]: value for token, value in e.top}
-                for e in entries
-            ],
-            "text_offset": [entry.offset for entry in entries],
-        }
-
-
-class ChatCompletion(Completion):
-    """Bodies of one chat completion."""
-
-    id_prefix = "chatcmpl-"
-    whole = "chat.completion"
-    chunk = "chat.completion.chunk"
-
-    def _content(self, piece: Piece, is_first: bool | None) -> dict[str, Any]:
-        if is_first is None:
-            return {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
-        role = {"role": "assistant"} if is_first else {}
-        return {"delta": role | ({"content": piece.text} if piece.text or is_first else {})}
-
-    def _logprobs(self, names: TokenNames, entries: list[TokenEntry]) -> Any:
-        def named(token: int, logprob: float | None) -> Any:
-            content = list(names.bytes_of[token])
-            return {"token": names.names[token], "logprob": logprob, "bytes": content}
-
-        content = [
-            named(entry.token, entry.logprob)
-            | {"top_logprobs": [named(token, value) for token, value in entry.top]}
-            for entry in entries
-        ]
-        return {"content": content, "refusal": None}

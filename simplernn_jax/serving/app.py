@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Piece
+from simplernn_jax.serving.answers import Answer, Piece
 from simplernn_jax.serving.http import (
     error_object,
     error_response,
@@ -29,11 +29,13 @@ from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    InfillRequest,
     RequestError,
     StateRequest,
     TokenizeRequest,
     parse,
 )
+from simplernn_jax.serving.responses import ChatCompletion, Completion, Infill
 from simplernn_jax.serving.service import Service
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
@@ -119,26 +121,27 @@ class Api:
         """Answer a conversation."""
         return await self._complete(request, ChatRequest, ChatCompletion)
 
+    async def infill(self, request: Request) -> Response:
+        """Fill in the text between a prefix and a suffix."""
+        return await self._complete(request, InfillRequest, Infill)
+
     async def _complete(
         self,
         request: Request,
-        kind: type[CompletionRequest] | type[ChatRequest],
-        form_of: type[Completion],
+        kind: type[CompletionRequest] | type[ChatRequest] | type[InfillRequest],
+        form_of: Callable[..., Completion | Infill],
     ) -> Response:
-        service = self._service
         body, answer = await self._submit(request, kind)
-        names = None if body.num_logprobs is None else service.names
-        form = form_of(service.model_name, names)
+        form = form_of(body, self._service.model_name, self._service.names)
         if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(
-                stream(form, answer, with_usage),
+                stream(form, answer),
                 headers={"Cache-Control": "no-cache"},
                 media_type="text/event-stream",
                 background=BackgroundTask(answer.cancel),  # also if the stream never begins
             )
         pieces = await unless_disconnected(request.receive, answer.pieces())
-        return await asyncio.to_thread(lambda: json_response(form.response(pieces, answer.usage)))
+        return await asyncio.to_thread(lambda: json_response(form.response(pieces, answer)))
 
     @property
     def _model(self) -> Any:
@@ -272,6 +275,7 @@ Handler = Callable[[Api, Request], Awaitable[Response]]
 OPERATIONS: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/completions", Api.completions),
     ("POST", "/v1/chat/completions", Api.chat),
+    ("POST", "/infill", Api.infill),
     ("GET", "/v1/models", Api.models),
     ("GET", "/v1/models/{name:path}", Api.model),
     ("POST", "/tokenize", Api.tokenize),
@@ -291,13 +295,12 @@ OPERATIONS: list[tuple[str, str, Handler]] = [
 """Method, path and handler of all operations."""
 
 
-async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
+async def stream(form: Completion | Infill, answer: Answer) -> AsyncIterator[bytes]:
     """Yield the frames of a stream, one for each event of a choice, several at a time."""
-    more = {"usage": None} if with_usage else {}
     started: set[int] = set()
 
     def frame(index: int, piece: Piece) -> bytes:
-        return sse_frame(form.frame([form.choice(index, piece, index not in started)], **more))
+        return sse_frame(form.frame(index, piece, index not in started))
 
     try:
         async for updates in answer.updates():
@@ -311,8 +314,7 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
                     started.add(index)
             if frames:
                 yield b"".join(frames)
-        end = sse_frame(form.frame([], usage=answer.usage)) if with_usage else b""
-        yield end + b"data: [DONE]\n\n"
+        yield b"".join(map(sse_frame, form.last_frames(answer))) + form.last
     except RequestError as error:
         yield sse_frame(error_object(error))
     finally:

@@ -1,12 +1,14 @@
 """Requests of the HTTP side to the worker, and its replies."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from simplernn_jax.inference.engine import PrefixState
+from simplernn_jax.inference.infilling import InfillPrompt
 from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.serving.requests import RequestError
@@ -29,6 +31,8 @@ class Prefilled(NamedTuple):
     """The prompt has been prefilled."""
 
     cached_tokens: int
+    left_out: int
+    """Tokens that were left out of the prompt, for lack of time."""
     logprobs: TokenLogprobs | None
     """Log-probabilities of the prompt's tokens except the first (after a prefix: of all)."""
     state: PrefixState | None
@@ -69,10 +73,19 @@ class Job:
     """Text of the prompt, if the answer begins with it."""
     stops: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text, which does not contain them."""
+    min_indent: int = 0
+    """Spaces and tabs without which a line, but not the first one, ends a text before it."""
     cached_at: tuple[int, ...] | None = None
     """Numbers of tokens of the prompt after which its state is cached, where a C function decodes
     the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,
     states have fixed positions in the prompt."""
+    infill: InfillPrompt | None = None
+    """What is to be known of `tokens` if new ones are the text between a prefix and a suffix."""
+    prompt_seconds: float | None = None
+    """Time from `created` after which optional tokens of `infill` are left out of the prompt."""
+    max_seconds: float | None = None
+    """Time from the end of prefill after which no tokens are awaited."""
+    created: float = dataclasses.field(default_factory=time.monotonic)
     keeps_state: bool = False
     is_streamed: bool = False
     is_cancelled: bool = False

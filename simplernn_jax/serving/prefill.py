@@ -9,6 +9,7 @@ bit-identical regardless of batching and of what is cached.
 import dataclasses
 import functools
 import hashlib
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,8 @@ class Prompt:
     num_cached: int = 0
     """Tokens that were found in the cache."""
     scores: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    left_out: int = 0
+    """Tokens left out for lack of time."""
     num_started: int = 0
     """Choices that have a slot, or had one."""
 
@@ -69,7 +72,7 @@ class Prompt:
             parts = zip(*jax.device_get(self.scores or [none]), strict=True)
             logprobs = TokenLogprobs(*(np.concatenate(part)[:length] for part in parts))
         kept = jax.device_get(self.state) if self.job.keeps_state else None
-        return Prefilled(self.num_cached, logprobs, kept)
+        return Prefilled(self.num_cached, self.left_out, logprobs, kept)
 
 
 class Prefiller:
@@ -84,6 +87,8 @@ class Prefiller:
         self._zero = zero
         self._cache = cache
         self._pool = ThreadPoolExecutor(CONCURRENT_CALLS, "prefill")
+        self._seconds = 0.0
+        """Time of the last call of `advance`, for up to `GRID` tokens of each of its prompts."""
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
@@ -111,12 +116,17 @@ class Prefiller:
         state = self._zero if prefix is None else prefix.state
         prompt = Prompt(job, state, keys, cached_at, caches_new)
         if not job.scores_prompt:  # whose log-probabilities no state holds
-            prompt.position, found = self._cache.longest(keys)
-            prompt.num_cached = prompt.position
-            prompt.state = prompt.state if found is None else found
+            self._look_up(prompt)
         elif prefix is not None and len(job.tokens):
             prompt.scores.append(_score(prefix.state.logits, job.tokens[:1]))
         return prompt
+
+    def _look_up(self, prompt: Prompt) -> None:
+        """Continue the longest prefix in the cache, unless more is prefilled."""
+        position, found = self._cache.longest(prompt.keys)
+        if found is not None and position > prompt.position:
+            prompt.position = prompt.num_cached = position
+            prompt.state = found
 
     def advance(self, prompts: deque[Prompt]) -> int:
         """Prefill the next chunk of the first of `prompts`, and of those like it; put them last.
@@ -124,6 +134,9 @@ class Prefiller:
         Returns:
           The number of tokens computed, idle lanes included.
         """
+        began = time.monotonic()
+        for prompt in prompts:
+            self._leave_out(prompt, began)
         lanes, length = program = self._program(prompts[0])
         alike = [prompt for prompt in prompts if self._program(prompt) == program]
         calls = [alike[at : at + lanes] for at in range(0, len(alike), lanes)]
@@ -136,7 +149,23 @@ class Prefiller:
                 prompts.remove(prompt)
                 prompts.append(prompt)
             num_tokens += len(states) * length
+        self._seconds = time.monotonic() - began
         return num_tokens
+
+    def _leave_out(self, prompt: Prompt, now: float) -> None:
+        """Leave out optional tokens for which there is no time, and prefill the rest."""
+        job, start = prompt.job, max(prompt.position, 1)  # BOS is kept
+        end = 0 if job.infill is None else job.infill.num_optional
+        if job.prompt_seconds is None or start >= end or prompt.position % GRID:
+            return
+        num_chunks = -(-(len(job.tokens) - end) // GRID)
+        if now + num_chunks * self._seconds < job.created + job.prompt_seconds:
+            return
+        job.tokens = np.concatenate([job.tokens[:start], job.tokens[end:]])
+        prompt.left_out = end - start
+        prompt.keys = PrefixKeys(prompt.keys.digests[0], job.tokens)
+        prompt.cached_at = tuple(at - prompt.left_out for at in prompt.cached_at)
+        self._look_up(prompt)
 
     def _program(self, prompt: Prompt) -> tuple[int, int]:
         """Return the lanes and the length of the program that prefills the next chunk."""

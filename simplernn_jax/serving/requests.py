@@ -13,7 +13,7 @@ MAX_STOPS = 32
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 CHAT_TOKENS = 1024
-"""New tokens of a chat completion that asks for no number."""
+"""New tokens of a chat completion, or of an infill, that asks for no number."""
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 StateName = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -104,7 +104,8 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
+    """Text after the completion."""
 
     def __post_init__(self) -> None:
         """Check rules of several fields."""
@@ -115,6 +116,10 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
             raise RequestError("prompt: its items have several types")
         if len(self.prompts) > MAX_PROMPTS:
             raise RequestError(f"prompt: over {MAX_PROMPTS} prompts")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise RequestError("suffix: only with a prompt that is a string, not token ids")
+        if self.suffix and self.echo:
+            raise RequestError("suffix: not with echo")
 
     @property
     def length(self) -> int:
@@ -188,6 +193,58 @@ class ChatRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class ExtraText(msgspec.Struct):
+    """Context of an infill, such as a part of another file; other fields are not used."""
+
+    text: str
+
+
+class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /infill``, with the fields of llama.cpp's server."""
+
+    input_prefix: str = ""
+    input_suffix: str = ""
+    input_extra: list[ExtraText] = []
+    prompt: str = ""
+    """Text of the line before the cursor: the end of the prefix."""
+    n_predict: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] = -1
+    """Maximum number of new tokens; -1 is `CHAT_TOKENS`."""
+    n_indent: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """The text ends before a line of smaller indentation."""
+    t_max_prompt_ms: Annotated[float, Meta(le=1e9)] = 0
+    """Milliseconds after which context is left out of the prompt; 0 and less are off."""
+    t_max_predict_ms: Annotated[float, Meta(le=1e9)] = 0
+    """Milliseconds of new tokens; 0 and less are off."""
+    response_fields: list[str] | None = None
+    """Paths of the fields of the answer; None is all of it."""
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
+    n: Literal[1] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=10)] | None = msgspec.field(
+        name="repeat_penalty", default=None
+    )
+    echo: ClassVar[bool] = False
+    num_logprobs: ClassVar[None] = None
+
+    IGNORED: ClassVar = re.compile(
+        "id_slot|cache_prompt|samplers|dynatemp_.*|typical_p|repeat_last_n|dry_.*|xtc_.*|lora|"
+        "mirostat.*|top_n_sigma|min_keep|n_keep|n_discard|n_cache_reuse|return_tokens|"
+        "return_progress|timings_per_token|sse_ping_interval"
+    )
+    """Fields of llama.cpp that tune what this server does not have."""
+
+    def __post_init__(self) -> None:
+        """Check rules of several fields."""
+        super().__post_init__()
+        if self.seed == -1:  # random, as in llama.cpp
+            self.seed = None
+        self.model = self.model or None  # llama.vim sends an empty name
+
+    @property
+    def length(self) -> int:
+        """Maximum number of new tokens."""
+        return CHAT_TOKENS if self.n_predict < 0 else self.n_predict
+
+
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /tokenize``."""
 
@@ -212,14 +269,20 @@ class StateRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: StateName | None = None
 
 
-AnyRequest = TypeVar("AnyRequest", bound=CompletionRequest | ChatRequest | StateRequest)
+AnyRequest = TypeVar(
+    "AnyRequest", bound=CompletionRequest | ChatRequest | InfillRequest | StateRequest
+)
 """A request that becomes jobs."""
 
 
 def parse(kind: type[_Body], body: bytes) -> _Body:
     """Parse JSON as `kind`; `RequestError` for unknown fields, other types, values out of range."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        if not issubclass(kind, InfillRequest):
+            return msgspec.json.decode(body, type=kind)
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        known = {name: fields[name] for name in fields if not kind.IGNORED.fullmatch(name)}
+        return msgspec.convert(known, kind)
     except msgspec.ValidationError as error:
         what = str(error)
         field = re.search(r"\$\.(\w+)", what) or re.search("field `(.*)`", what, re.DOTALL)

@@ -178,6 +178,9 @@ class Scheduler:
                 self._prefilling.remove(prompt)
                 self._events.append((prompt.job, prompt.result()))
                 if prompt.job.max_tokens:
+                    if prompt.job.infill is not None:
+                        logits = prompt.job.infill.mask(prompt.state.logits)
+                        prompt.state = prompt.state._replace(logits=logits)
                     self._ready.append(prompt)
             if not finished:
                 budget -= self._prefiller.advance(self._prefilling)

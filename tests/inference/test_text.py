@@ -64,6 +64,20 @@ def test_a_stream_decodes_after_its_context(tmp_path):
     assert pieces == [" or", " to", "", "", "€", " be"]
 
 
+@pytest.mark.parametrize("step", [1, 2, 50])
+def test_text_ends_before_a_line_of_smaller_indentation(step):
+    text = "a\n\n    b\n \t\t c\n   d\n"
+    for min_indent, expected in ((0, text), (3, text), (4, text[:-6]), (5, "a\n")):
+        strings, found = StopStrings([], min_indent), ""
+        for start in range(0, len(text), step):
+            found += strings.feed(text[start : start + step])
+            if strings.has_ended:
+                break
+        else:
+            found = found + strings.finish()
+        assert (found, strings.has_ended) == (expected, min_indent > 3)
+
+
 @pytest.mark.parametrize("step", [1, 2, 5, 50])
 @pytest.mark.parametrize(
     ("stops", "expected"),
@@ -98,6 +112,7 @@ def test_text_is_the_decoded_tokens_in_pieces():
 def test_one_id_for_bos_eos_and_pad_still_ends_a_text():
     class OneSpecial:
         vocab_size, bos_id, eos_id, pad_id = 2, 1, 1, 1
+        fim_ids = None
 
         def encode(self, text):
             return np.zeros(len(text), np.int32)

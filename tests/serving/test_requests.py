@@ -15,6 +15,7 @@ from simplernn_jax.serving.requests import (
     MAX_PROMPTS,
     ChatRequest,
     CompletionRequest,
+    InfillRequest,
     RequestError,
     StateRequest,
     parse,
@@ -48,11 +49,25 @@ WRONG = {
     "id outside": ({"prompt": [3, 10**6]}, "prompt"),
     "bias outside": ({"logit_bias": {"999999": 1}}, "logit_bias"),
     "best_of": ({"best_of": 2}, "best_of"),
+    "suffix of ids": ({"prompt": [[1], [2]], "suffix": "a"}, "suffix"),
+    "suffix and echo": ({"prompt": "a", "suffix": "a", "echo": True}, "suffix"),
+    "suffix without infilling": ({"prompt": ["a", "b"], "suffix": "a"}, "suffix"),
     "state": ({"state": "../x"}, "state"),
     "stream_options": ({"stream_options": {}}, "stream_options"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
+}
+WRONG_INFILLS = {
+    "without infilling": ({"input_prefix": "a", "prompt": "b"}, "suffix"),
+    "grammar": ({"grammar": "root ::= [a-z]"}, "grammar"),
+    "tokens as prompt": ({"prompt": [1]}, "prompt"),
+    "n_predict": ({"n_predict": -2}, "n_predict"),
+    "n_indent": ({"n_indent": 1001}, "n_indent"),
+    "extra": ({"input_extra": [{"filename": "a"}]}, "input_extra"),
+    "long limit": ({"t_max_predict_ms": 1e10}, "t_max_predict_ms"),
+    "several": ({"n": 2}, "n"),
+    "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
 }
 USER = {"role": "user", "content": "a"}
 WRONG_CHATS = {
@@ -74,8 +89,13 @@ WRONG_CHATS = {
     [
         *((CompletionRequest, *case) for case in WRONG.values()),
         *((ChatRequest, *case) for case in WRONG_CHATS.values()),
+        *((InfillRequest, *case) for case in WRONG_INFILLS.values()),
     ],
-    ids=[*WRONG, *(f"chat: {name}" for name in WRONG_CHATS)],
+    ids=[
+        *WRONG,
+        *(f"chat: {name}" for name in WRONG_CHATS),
+        *(f"infill: {name}" for name in WRONG_INFILLS),
+    ],
 )
 def test_wrong_requests_are_rejected_with_the_field(service, kind, fields, param):
     with pytest.raises(RequestError) as found:
@@ -104,7 +124,7 @@ ANY = strategies.recursive(
 MESSAGES = strategies.just([{"role": "user", "content": "a"}]) | ANY
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, StateRequest])
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, InfillRequest, StateRequest])
 @hypothesis.given(data=strategies.data())
 def test_random_bodies_are_answered_or_rejected(service, kind, data):
     fields = [field.name for field in msgspec.structs.fields(kind)]
@@ -130,6 +150,13 @@ NEUTRAL = {
     "tools": [],
     "user": "me",
 }
+
+
+def test_fields_of_llama_cpp_that_tune_what_is_missing_change_nothing():
+    tuning = {"samplers": ["top_k", "infill"], "dry_multiplier": 0.0, "mirostat_tau": 5, "lora": []}
+    tuning |= {"id_slot": -1, "cache_prompt": True, "seed": -1, "repeat_penalty": 1.5}
+    found = parse(InfillRequest, json.dumps({"prompt": "a", **tuning}).encode())
+    assert found == InfillRequest(prompt="a", repetition_penalty=1.5)
 
 
 def test_neutral_values_of_other_fields_change_nothing(service):

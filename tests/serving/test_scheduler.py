@@ -12,6 +12,7 @@ from small_runs import HYBRID, small_model
 from benchmarks.stress.edits import edits
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.engine import MAX_BLOCK
+from simplernn_jax.inference.infilling import InfillPrompt
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.serving import scheduler as scheduling
 from simplernn_jax.serving.jobs import Job, NewTokens, Prefilled, Prefix
@@ -209,6 +210,29 @@ def test_a_state_continues_as_often_as_wanted(scheduler):
     assert continued(second[:0])[0] != found
     whole = Job(np.concatenate([first, second]), Sampling(seed=3), max_tokens=9, num_logprobs=2)
     assert run(scheduler, [whole])[0][3, 0][0] == found[3, 0][0]  # equal but for rounding
+
+
+@pytest.mark.parametrize("num_optional", [5, 2 * GRID + 3])
+def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional):
+    """As if it had none, also from the cache, and with a logit mask for the first token."""
+    tokens = tokens_of(num_optional, 4 * GRID + num_optional)
+    first_ids = np.array([7, 9])
+
+    def job(tokens, num_optional, **options):
+        infill = InfillPrompt(tokens, num_optional, (), first_ids)
+        options |= {"max_tokens": 9, "num_logprobs": 2, "infill": infill}
+        return Job(tokens, Sampling(seed=3), **options)
+
+    cut = np.delete(tokens, range(1, num_optional))
+    expected, _ = run(scheduler, [job(cut, 1)])
+    for _ in range(2):
+        hurried = job(tokens, num_optional, prompt_seconds=0.0)
+        assert run(scheduler, [hurried])[0] == expected
+        assert hurried.tokens.tolist() == cut.tolist()
+    patient = job(tokens, num_optional, prompt_seconds=1e6)
+    assert run(scheduler, [patient])[0] != expected
+    assert patient.tokens.tolist() == tokens.tolist()
+    assert expected[3, 0][0][0] in first_ids
 
 
 def test_a_cancelled_job_frees_its_slots(scheduler):

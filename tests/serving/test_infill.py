@@ -1,0 +1,134 @@
+"""Completion at a cursor over HTTP: ``POST /infill``, and `suffix` of ``/v1/completions``."""
+
+import concurrent.futures
+import json
+import time
+
+import pytest
+from processes import serving
+from references import needs_compiler
+from small_runs import untrained_run
+
+from simplernn_jax import load_model
+from simplernn_jax.inference.infilling import suggest
+
+BEFORE = "abc é\n" * 200
+AFTER = "\n\nbcd é\n"
+TIMINGS = "n", "ms", "per_token_ms", "per_second"
+LLAMA_VIM = {
+    **{"id_slot": 0, "model": "", "input_prefix": BEFORE, "input_suffix": AFTER},
+    "input_extra": [{"text": "cba\n" * 30, "time": [1, 2], "filename": "a.txt"}],
+    **{"prompt": "    ab", "n_predict": 40, "stop": [], "n_indent": 4, "top_k": 40, "top_p": 0.90},
+    **{"samplers": ["top_k", "top_p", "infill"], "stream": False, "cache_prompt": True},
+    **{"t_max_prompt_ms": 60_000, "t_max_predict_ms": 60_000},
+    "response_fields": [
+        *("content", "truncated", "tokens_cached"),
+        *(f"timings/{kind}_{name}" for kind in ("prompt", "predicted") for name in TIMINGS),
+    ],
+}
+"""A request with the fields of llama.vim's."""
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return untrained_run(folder, block="residual", tokenizer="bpe:290", fim_rate=0.5)
+
+
+@pytest.fixture(scope="module")
+def server(workdir):
+    with serving(workdir, "--slots=8", "--max_queue=40") as process:
+        yield process
+
+
+def infill(server, **fields):
+    status, _, body = server.send("POST", "/infill", fields)
+    assert status == 200, body
+    return body
+
+
+@needs_compiler
+def test_one_more_character_costs_a_step_or_two(server):
+    first = infill(server, **LLAMA_VIM)
+    assert set(first) == set(LLAMA_VIM["response_fields"])
+    assert first["timings/prompt_n"] > 1000
+    typed = "    ab"
+    for character in "c de abc d":
+        typed += character
+        found = infill(server, **LLAMA_VIM | {"prompt": typed})
+        assert found["timings/prompt_n"] + found["tokens_cached"] > 1000
+        assert found["timings/prompt_n"] <= 4  # the last tokens of a word may be others
+
+
+def test_a_client_prepares_the_context_of_its_next_request(server):
+    extra = [{"text": "dcb \n" * 200}]
+    body = {"input_extra": extra, "n_predict": 0, "t_max_prompt_ms": 1, "response_fields": [""]}
+    assert infill(server, **body) == {}
+    assert infill(server, input_extra=extra, prompt="a", n_predict=1)["tokens_cached"] > 500
+
+
+def test_the_answer_is_the_suggestion_of_the_library_and_of_openai_s_suffix(workdir, server):
+    model, tokenizer, _ = load_model(str(workdir))
+    for typed in ("ab", "abc ", ""):
+        (expected,) = suggest(model, tokenizer, BEFORE + typed, AFTER, max_new_tokens=30)
+        body = {"input_prefix": BEFORE, "prompt": typed, "input_suffix": AFTER}
+        found = infill(server, **body, n_predict=30)
+        fields = {"suffix": AFTER, "max_tokens": 30, "temperature": 0}
+        completion = server.complete(BEFORE + typed, **fields)
+        assert found["content"] == completion["choices"][0]["text"] == expected
+        assert found["tokens_evaluated"] == completion["usage"]["prompt_tokens"]
+        assert found["stop_type"] == ("limit" if found["tokens_predicted"] == 30 else "eos")
+    plain, empty = (server.complete("ab", temperature=0, **one) for one in ({}, {"suffix": ""}))
+    assert plain["choices"] == empty["choices"]
+
+
+def test_a_request_gives_the_same_bytes_alone_and_among_31_others(server):
+    sampled = {"temperature": 0.9, "seed": 7}
+    bodies = []
+    for number in range(8):
+        text = {"input_prefix": BEFORE[: 97 * number + 8], "input_suffix": AFTER, "n_predict": 30}
+        suffix = {"prompt": BEFORE[: 91 * number + 9], "suffix": AFTER, "max_tokens": 30}
+        bodies += [("/infill", text), ("/infill", text | sampled)]
+        bodies += [("/v1/completions", suffix | {"n": 2, "temperature": 0})]
+        bodies += [("/v1/completions", suffix | sampled | {"logprobs": 2})]
+
+    def answer(request):
+        status, _, found = server.send("POST", *request)
+        assert status == 200, found
+        return found.get("choices") or (found["content"], found["stop_type"])
+
+    alone = [answer(body) for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(answer, bodies)) == alone
+    assert len({str(one) for one in alone}) > 16
+
+
+def test_a_stream_has_the_text_and_then_the_rest(server):
+    body = {"input_prefix": "abc", "temperature": 1, "seed": 5, "n_predict": 30}
+    whole = infill(server, **body)
+    status, headers, content = server.send("POST", "/infill", body | {"stream": True})
+    assert (status, headers["Content-Type"][:17]) == (200, "text/event-stream")
+    *frames, end = content.decode().split("\n\n")
+    *pieces, last = (json.loads(frame.removeprefix("data: ")) for frame in frames)
+    assert end == ""
+    assert "".join(piece["content"] for piece in pieces) == whole["content"] != ""
+    assert [frame["stop"] for frame in (*pieces, last)] == [False] * len(pieces) + [True]
+    assert last["stop_type"] == whole["stop_type"]
+    word = whole["content"][3:6]
+    stopped = infill(server, **body, stop=[word, "never"])
+    assert stopped["content"] == whole["content"][: whole["content"].index(word)]
+    assert (stopped["stop_type"], stopped["stopping_word"]) == ("word", word)
+
+
+def test_limits_of_time_end_prompt_and_prediction_and_bodies_have_a_limit(server):
+    extra = [{"text": f"{number} " * 50_000} for number in range(9)]
+    start = time.monotonic()
+    cut = infill(server, input_extra=extra, prompt="abc", n_predict=2, t_max_prompt_ms=100)
+    assert cut["truncated"]
+    assert 3 < cut["tokens_evaluated"] < 100_000
+    long = infill(server, prompt="ab", n_predict=10**7, ignore_eos=True, t_max_predict_ms=300)
+    assert time.monotonic() - start < 30  # without limits, minutes
+    assert (long["stop_type"], long["truncated"]) == ("limit", False)
+    assert 0 < long["tokens_predicted"] < 10**7
+    assert 290 < long["timings"]["predicted_ms"] < 10_000
+    assert server.send("POST", "/infill", b" " * (1 << 24) + b"1")[0] == 413
