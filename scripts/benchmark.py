@@ -4,6 +4,7 @@
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
+    python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -17,9 +18,11 @@
                --quick measures small sizes, --only a part of it
     baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
                architecture, an LSTM and a GRU, for --seconds each
+    minutes    held-out loss of the sizes of train.py --size=auto after --minutes of training, for
+               the speeds that it measures first, alone with --minutes= (then on a quiet machine)
 
-Except in attention and baselines, candidates run in alternating blocks of one process, compiled
-and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
+Except in the last three, candidates run in alternating blocks of one process, compiled and warmed
+up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
 """
 
 import bootstrap
@@ -32,7 +35,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import decoding, scaling, serving, training
+from benchmarks import decoding, minutes, scaling, serving, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -51,7 +54,7 @@ _ONLY = flags.DEFINE_list(
 )
 _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
-    flags.DEFINE_string("source", None, "baselines: text of all configurations."),
+    flags.DEFINE_string("source", None, "baselines, minutes: text of all configurations."),
     flags.DEFINE_list(
         "seconds", ["0"], "baselines: seconds per program, 0 for the steps of its settings."
     ),
@@ -59,6 +62,7 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
+_MINUTES = flags.DEFINE_list("minutes", ["1", "5", "30"], "minutes: minutes of training.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
@@ -73,6 +77,9 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     ),
     "baselines": lambda _, results: report.run(
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
+    ),
+    "minutes": lambda _, results: minutes.run(
+        _MINUTES.value, flags.FLAGS["source"].value, results.tables
     ),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
