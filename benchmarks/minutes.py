@@ -28,35 +28,44 @@ TITLE = "minutes: held-out bits/byte by size"
 def run(minutes: Sequence[str], source: str | None, kept: Mapping[str, Table]) -> Iterator[Table]:
     """Train each of `SIZES` on `source` for each of `minutes`, unless it is in the results.
 
-    Without minutes, only speeds are measured. Raises `UserError` as `train` does.
+    Without minutes, only speeds are measured. Sizes that are too slow for the minutes are left out.
+
+    Raises:
+      UserError: `minutes` are not numbers, or as for `train`.
     """
+    try:
+        limits = [float(limit) for limit in minutes]
+    except ValueError as error:
+        raise UserError(f"--minutes: {error}; list numbers, such as --minutes=1,5") from error
     source = os.path.expanduser(source or "stdlib")
     data: Row = dict(kept[TITLE].data) if TITLE in kept else {"speeds": {}, "runs": {}}
     flops = data.setdefault("flops", measure_flops())
-    for limit in minutes or ["5"]:
+    for limit in limits or [5.0]:
         config = Config()
-        config.mesh.data, config.train.size = 1, "auto"
+        config.mesh.data, config.train.size, config.train.minutes = 1, "auto", limit
         config.data.source = os.path.abspath(source) if os.path.exists(source) else source
-        try:
-            config.train.minutes = float(limit)
-        except ValueError as error:
-            raise UserError(f"--minutes: {error}; list numbers, such as --minutes=1,5") from error
         validate(config)
         chosen = auto_size(config, "", flops).model
         for size in SIZES:
             sized = auto_size(config, "", flops, size)
             shape = f"{source} {size.num_layers}x{size.width} {sized.data.sequence_length}"
+            case = f"{limit:g} {shape}"
             with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
                 given: Row = {"config": sized, "workdir": folder}
                 if shape not in data["speeds"]:
                     data["speeds"][shape] = call_isolated(measure_speed, **given)
                     yield table(data)
-                if minutes and f"{limit} {shape}" not in data["runs"]:
-                    row = {"text": os.path.basename(source), "minutes": config.train.minutes}
-                    row |= call_isolated(train_planned, **given, speed=data["speeds"][shape])
-                    row["auto"] = "chosen" if sized.model == chosen else ""
-                    data["runs"][f"{limit} {shape}"] = row
-                    yield table(data)
+                if not limits or case in data["runs"]:
+                    continue
+                try:
+                    row = call_isolated(train_planned, **given, speed=data["speeds"][shape])
+                except UserError as error:
+                    print(f"  {case}: {error}", flush=True)
+                    continue
+                chosen_too = {"auto": "chosen" if sized.model == chosen else ""}
+                text = {"text": os.path.basename(source), "minutes": limit}
+                data["runs"][case] = text | row | chosen_too
+                yield table(data)
 
 
 def measure_speed(config: Config, workdir: str) -> Row:

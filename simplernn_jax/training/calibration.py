@@ -59,9 +59,10 @@ def measure(run: Run, train_step: TrainStep, evaluator: Evaluator) -> Costs:
 
     def seconds_of(steps: int) -> float:
         nonlocal state
-        begun = time.monotonic()
+        batch, begun = run.next_batch(), time.monotonic()
         for _ in range(steps):
-            state, metrics = train_step(state, run.next_batch(), *run.schedule)
+            state, metrics = train_step(state, batch, *run.schedule)
+            batch = run.next_batch()
             jax.device_get(metrics)
         return time.monotonic() - begun
 

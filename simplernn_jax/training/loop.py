@@ -89,12 +89,12 @@ def train(
         run = stack.enter_context(Run(config, path))
         train_step = make_train_step(run.config, run.optimizer, run.mesh)
         evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
-        if run.total_steps == UNKNOWN_STEPS:
-            set_schedule(run, measure(run, train_step, evaluator), started)
         metrics = None
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
+        if run.total_steps == UNKNOWN_STEPS:
+            set_schedule(run, measure(run, train_step, evaluator), started)
         display = stack.enter_context(open_display(run.step, run.total_steps))
         trainer = Trainer(run, train_step, evaluator, metrics, display)
         with deferred_signals() as poll_signal:
