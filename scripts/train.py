@@ -107,18 +107,20 @@ def _train() -> int:
 def _saved_config() -> str | Config:
     """Return what takes the place of ``--config``: that of an existing run, or fields to choose."""
     workdir = os.path.expanduser(_WORKDIR.value or "")
-    if not workdir or flags.FLAGS["config"].value is not None:
-        return ""
     path = os.path.join(workdir, "config.json")
-    if not (os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))):
-        if flags.FLAGS["size"].value == "auto":
-            return Config()
+    if flags.FLAGS["config"].value is not None:
+        return ""
+    if workdir and os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints")):
+        logging.info("without --config: the configuration of this run, %s", path)
+        return path
+    if flags.FLAGS["size"].value == "auto":
+        return Config()
+    if workdir:
         raise UserError(
-            f"--workdir={workdir}: not a run; check the path, or start a run there with "
-            "--config, such as --config configs/base.py"
+            f"--workdir={workdir}: not a run; check the path, or start a run there with --config, "
+            "such as --config configs/base.py, or with --minutes=5 --size=auto"
         )
-    logging.info("without --config: the configuration of this run, %s", path)
-    return path
+    return ""
 
 
 if __name__ == "__main__":

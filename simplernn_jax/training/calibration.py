@@ -13,9 +13,8 @@ from absl import logging
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.parallel.distributed import broadcast_from_coordinator, is_coordinator
-from simplernn_jax.parallel.mesh import local_copy
 from simplernn_jax.training.evaluate import Evaluator
-from simplernn_jax.training.report import SAMPLES, compress_held_out, sample
+from simplernn_jax.training.report import SAMPLES, compress_held_out, gather, sample
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import TrainStep
 
@@ -84,11 +83,11 @@ def measure(run: Run, train_step: TrainStep, evaluator: Evaluator) -> Costs:
                 tokens += int(scores.batch.loss_mask.sum()) if times else 0
                 times.append(time.monotonic())
             per_token = max(per_token, (times[-1] - times[0]) / max(tokens, 1))
-    params = local_copy(state.params)
-    for _ in range(2 if is_coordinator() else 0):
+    params, per_sample = gather(run, state.params), 0.0
+    for _ in range(2 if params and is_coordinator() else 0):
         begun = time.monotonic()
         sample(run, params, 0, run.config.train.sample_prompt)
-    per_sample = time.monotonic() - begun if is_coordinator() else 0.0
+        per_sample = time.monotonic() - begun
     run.rewind(position)
     microseconds = (1e6 * per_step, 1e9 * per_token, 1e6 * per_sample)
     return Costs(*(broadcast_from_coordinator(int(min(x, 2e9))) / 1e6 for x in microseconds))
@@ -125,8 +124,8 @@ def plan(config: Config, costs: Costs, seconds: float, held_out: int) -> None:
     once = per_token * min(train.eval_tokens or held_out, held_out)
     evaluations = min(max(train.minutes, 4), 20)  # and saves: one a minute, within these limits
     most = _MAX_EVALUATION_SHARE * seconds / once if once else evaluations
-    evaluations, samples = max(1, int(min(evaluations, most))), 2
-    free = seconds - END_SECONDS - (samples + SAMPLES) * costs.sample
+    evaluations = max(1, int(min(evaluations, most)))
+    free = seconds - END_SECONDS - (1 + SAMPLES) * costs.sample  # one halfway, and the report's
     free -= evaluations * once * (train.eval_every > 0)
     # At the end, all held-out text is scored, or a part that grows with the steps.
     per_step = costs.step + per_token * _SCORED_SHARE * data.batch_size * data.sequence_length
@@ -139,6 +138,6 @@ def plan(config: Config, costs: Costs, seconds: float, held_out: int) -> None:
             f"--minutes={math.ceil((before + needed) / 6) / 10:g}"
         )
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, train.steps // 10))
-    for name, times in (("eval", evaluations), ("save", evaluations), ("sample", samples)):
+    for name, times in (("eval", evaluations), ("save", evaluations), ("sample", 2)):
         if getattr(train, f"{name}_every"):
             setattr(train, f"{name}_every", math.ceil(train.steps / times))

@@ -24,7 +24,7 @@ from simplernn_jax.config import Config, TrainConfig
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import write_file
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
-from simplernn_jax.parallel.mesh import describe, is_distributed, local_copy
+from simplernn_jax.parallel.mesh import describe
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.calibration import held_out_limit, measure, set_schedule
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
@@ -32,7 +32,7 @@ from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.preparation import UNKNOWN_STEPS
-from simplernn_jax.training.report import sample, write_report
+from simplernn_jax.training.report import gather, sample, write_report
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, TrainStep, make_train_step
 
@@ -264,7 +264,7 @@ class Trainer:
 
         Without a sample, if the tokenizer cannot encode the prompt, training goes on.
         """
-        run, params = self._run, local_copy(self._run.state.params)
+        run, params = self._run, gather(self._run, self._run.state.params)
         if is_coordinator():
             train = run.config.train
             prompt, text = sample(run, params, train.seed, train.sample_prompt)
@@ -317,9 +317,7 @@ class Trainer:
                     "for more steps, or with another config.optimizer.learning_rate"
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
-        # Gathered for samples only: they may need more memory than training.
-        has_samples = run.config.train.sample_every or not is_distributed(run.mesh)
-        params = local_copy(run.state.params) if has_samples else None
+        params = gather(run, run.state.params)
         if is_coordinator():
             curve = plot_loss(run.workdir, self._model)
             facts = {"model": self._model} | lines

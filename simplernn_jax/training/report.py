@@ -24,6 +24,7 @@ from simplernn_jax.errors import UserError, counted, format_bytes
 from simplernn_jax.files import read_file, write_file
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.parallel.mesh import is_distributed, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.evaluate import Evaluation
@@ -42,14 +43,16 @@ def write_report(
 
     Args:
       run: the run after its last step.
-      params: its parameters, on one device (`local_copy`); None leaves out what needs them.
+      params: the result of `gather`; None leaves out what needs them.
       evaluation: on held-out text, if there is any.
       facts: the lines of its summary, by name.
       curve: path of the picture of its losses.
     """
     config, corpus, split = run.config, run.corpus, run.corpus.validation
     memory = jax.local_devices()[0].memory_stats() or {}
-    peak = memory.get("peak_bytes_in_use") or 1024 * resource.getrusage(0).ru_maxrss
+    peak = memory.get("peak_bytes_in_use") or (
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simplernn_jax.training", ""),
         autoescape=True,
@@ -71,7 +74,7 @@ def write_report(
         split=split,
         rows=compress_held_out(run),
         samples=[
-            sample(run, params, config.train.seed + number, prompt)
+            map(_printable, sample(run, params, config.train.seed + number, prompt))
             for number, prompt in enumerate(_prompts(run) if params else ())
         ],
         commands=_commands(run),
@@ -79,6 +82,15 @@ def write_report(
     path = os.path.join(run.workdir, "report.html")
     write_file(path, page.encode("utf-8", "replace"))
     return path
+
+
+def gather(run: Run, params: Any) -> Any:
+    """Return `params` on one device; None if they are sharded in a run without samples.
+
+    All processes call it. One device may lack the memory.
+    """
+    is_allowed = run.config.train.sample_every or not is_distributed(run.mesh)
+    return local_copy(params) if is_allowed else None
 
 
 def sample(run: Run, params: Any, seed: int, prompt: str) -> tuple[str, str]:
@@ -111,7 +123,12 @@ def _prompts(run: Run) -> list[str]:
     if prompt or split is None or run.config.data.template:
         return [prompt] * SAMPLES
     starts = (number * len(split.tokens) // SAMPLES for number in range(SAMPLES))
-    return [run.corpus.tokenizer.decode(split.tokens[start : start + 40]) for start in starts]
+    texts = [run.corpus.tokenizer.decode(split.tokens[start : start + 40]) for start in starts]
+    return [text.strip("\ufffd") for text in texts]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _commands(run: Run) -> list[str]:
@@ -154,9 +171,9 @@ def compress_held_out(run: Run) -> list[tuple[str, int, int, float]]:
     split, tokenizer = run.corpus.validation, run.corpus.tokenizer
     if run.compressed or split is None or split.targets is not None:
         return run.compressed
-    text = b""
+    text = bytearray()
     for piece in text_pieces(split, tokenizer):
-        text = (text + piece)[:HELD_OUT_BYTES]
+        text += piece[: HELD_OUT_BYTES - len(text)]
         if len(text) == HELD_OUT_BYTES:
             break
     train = run.corpus.train
@@ -178,5 +195,5 @@ def compress_held_out(run: Run) -> list[tuple[str, int, int, float]]:
     return run.compressed
 
 
-def _xz(text: bytes) -> int:
+def _xz(text: bytes | bytearray) -> int:
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ SIZES = (
 )
 """The second is the size of `configs/base.py`, the third of `hour`, the last about `small`."""
 _BYTE_LEVEL = 2_000_000
+_START_SECONDS = 20
+"""Estimated time for start, tokenization and compilation, besides a part of the minutes."""
 _TOKENS_PER_PARAMETER = 1.5
 """Tokens trained on per parameter at the compute-optimal size."""
 _ABOVE_OPTIMUM = 1.5
@@ -74,28 +76,26 @@ def auto_size(config: Config, workdir: str, flops: float, size: Size | None = No
         if not corpus.total_bytes:
             corpus.fingerprint()  # which measures texts from Python
         num_bytes += corpus.total_bytes
-    seconds = 0.8 * 60 * config.train.minutes
+    seconds = max(57 * config.train.minutes - _START_SECONDS, 15 * config.train.minutes)
     size = size or choose(seconds, num_bytes, flops)
     tokens = seconds * flops / (6 * size.parameters)
     by_bytes = num_bytes < _BYTE_LEVEL
     passes = tokens * (1 if by_bytes else size.bytes_per_token) / max(num_bytes, 1)
     dropout, decay = next(rest for least, *rest in _REGULARIZATION if passes >= least)
     is_fast = has_fast_bfloat16() or jax.default_backend() != "cpu"
-    widths = dict.fromkeys(("hidden_dim", "key_dim", "value_dim"), size.width)
-    chosen: dict[str, dict[str, Any]] = {
-        "model": widths
-        | {"num_layers": size.num_layers, "num_heads": size.num_heads, "dropout": dropout}
-        | {"mlp_dim": 4 * size.width, "precision": "bfloat16" if is_fast else "float32"},
+    chosen = {
+        **dict.fromkeys(("hidden_dim", "key_dim", "value_dim"), size.width),
+        **{"num_layers": size.num_layers, "num_heads": size.num_heads, "mlp_dim": 4 * size.width},
+        **{"dropout": dropout, "precision": "bfloat16" if is_fast else "float32"},
+        **{"batch_size": 8, "tokenizer": "byte" if by_bytes else size.tokenizer},
         # Fewer than a thousand steps are too few.
-        "data": {"batch_size": 8, "sequence_length": 512 if tokens > 1000 * 8 * 512 else 256}
-        | {"tokenizer": "byte" if by_bytes else size.tokenizer},
-        "optimizer": {"name": "muon", "learning_rate": size.learning_rate, "warmup_steps": 100}
-        | {"weight_decay": decay},
+        "sequence_length": 512 if tokens > 1000 * 8 * 512 else 256,
+        **{"name": "muon", "learning_rate": size.learning_rate, "warmup_steps": 100},
+        "weight_decay": decay,
     }
-    for section, fields in chosen.items():
-        part = getattr(config, section)
-        for name, value in fields.items():
-            if not part.is_given(name):
+    for part in (config.model, config.data, config.optimizer):
+        for name, value in chosen.items():
+            if name in vars(part) and not part.is_given(name):
                 setattr(part, name, value)
     config.train.size = "given"
     changed = [f"{key}={new}" for key, new in by_field(config).items() if new != before[key]]
@@ -110,7 +110,7 @@ def measure_flops() -> float:
     """
     x, best = jnp.ones((1024, 1024), jnp.float32), math.inf
     multiply = jax.jit(lambda a: (a @ a) * 1e-3)
-    for _ in range(20):
+    for _ in range(50):
         begun = time.monotonic()
         multiply(x).block_until_ready()
         best = min(best, time.monotonic() - begun)

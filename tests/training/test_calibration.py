@@ -35,7 +35,7 @@ def test_the_schedule_fills_the_seconds_that_are_left(minutes, evaluations):
     config = planned(minutes, seconds)
     steps = config.train.steps
     scored = min(600_000, held_out_limit(config)) + evaluations * config.train.eval_tokens
-    used = steps * COSTS.step + scored * COSTS.scored / 1000 + 5 * COSTS.sample
+    used = steps * COSTS.step + scored * COSTS.scored / 1000 + 4 * COSTS.sample
     assert used + calibration.END_SECONDS == pytest.approx(seconds, abs=2 * COSTS.step)
     assert config.optimizer.warmup_steps == min(100, steps // 10)
     assert config.train.eval_every == config.train.save_every == -(-steps // evaluations)
