@@ -5,6 +5,7 @@
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
     python scripts/benchmark.py completion --workdirs DIRS [--cursors N] [--lines N]
+    python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -20,9 +21,11 @@
                architecture, an LSTM and a GRU, for --seconds each
     completion the rest of a line at a cursor by runs of configs/complete.py, and the time of a
                keystroke
+    minutes    held-out loss of the sizes of train.py --size=auto after --minutes of training, for
+               the speeds that it measures first, alone with --minutes= (then on a quiet machine)
 
-Except in attention and baselines, candidates run in alternating blocks of one process, compiled
-and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
+Except in the last three, candidates run in alternating blocks of one process, compiled and warmed
+up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
 """
 
 import bootstrap
@@ -35,7 +38,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import completion, decoding, scaling, serving, training
+from benchmarks import completion, decoding, minutes, scaling, serving, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -55,7 +58,7 @@ _ONLY = flags.DEFINE_list(
 )
 _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
-    flags.DEFINE_string("source", None, "baselines: text of all configurations."),
+    flags.DEFINE_string("source", None, "baselines, minutes: text of all configurations."),
     flags.DEFINE_list(
         "seconds", ["0"], "baselines: seconds per program, 0 for the steps of its settings."
     ),
@@ -68,6 +71,7 @@ _CURSORS = flags.DEFINE_integer("cursors", 500, "completion: number of cursors."
 _LINES = flags.DEFINE_integer(
     "lines", 100, "completion: number of lines that are typed.", lower_bound=2 * CLIENTS[-1]
 )
+_MINUTES = flags.DEFINE_list("minutes", ["1", "5", "30"], "minutes: minutes of training.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
@@ -84,6 +88,9 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
     "completion": lambda *_: completion.run(_WORKDIRS.value, _CURSORS.value, _LINES.value),
+    "minutes": lambda _, results: minutes.run(
+        _MINUTES.value, flags.FLAGS["source"].value, results.tables
+    ),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 

@@ -104,13 +104,13 @@ def main() -> None:
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer: Tokenizer) -> float:
     """Return the bits per byte of `xz -9e` on the concatenated documents of `split`."""
+    from simplernn_jax.training.report import text_pieces
+
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     num_bytes = num_compressed = 0
-    for start, end in zip(split.document_starts, document_ends(split), strict=True):
-        for piece in range(start, end, 2**20):
-            text = tokenizer.decode_bytes(split.tokens[piece : min(piece + 2**20, end)])
-            num_bytes += len(text)
-            num_compressed += len(compressor.compress(text))
+    for text in text_pieces(split, tokenizer):
+        num_bytes += len(text)
+        num_compressed += len(compressor.compress(text))
     num_compressed += len(compressor.flush())
     return 8 * num_compressed / max(num_bytes, 1)
 

@@ -3,6 +3,11 @@
     python scripts/train.py --config configs/base.py --workdir runs/base
     python scripts/train.py --config configs/base.py --workdir runs/mine \\
         --config.data.source=my_texts/ --config.train.steps=2000
+    python scripts/train.py --minutes=5 --size=auto --config.data.source=my_texts/ \\
+        --workdir runs/mine
+
+--minutes is the time of the whole command; the number of steps follows from the measured speed.
+--size=auto chooses the model too; with it, --config is optional. The workdir then has report.html.
 
 Running the same command again resumes bit-exactly, and so does --workdir of a run alone, with the
 configuration saved there. SIGTERM and Ctrl-C save first and exit with code 75. A second signal
@@ -24,11 +29,14 @@ import os
 
 from absl import flags, logging
 
-from simplernn_jax.cli import command_line
+from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.cli.config_files import define_config_flag, read_config
+from simplernn_jax.config import Config
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
 
 define_config_flag()
+flags.DEFINE_alias("minutes", "config.train.minutes")
+flags.DEFINE_alias("size", "config.train.size")
 command_line.define_plugin_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and tokenized text; created if missing."
@@ -92,23 +100,27 @@ def _train() -> int:
     check_devices()
     use_compilation_cache()
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
-    result = train(config, workdir)
+    result = train(config, workdir, started=process_start.started())
     return EXIT_INTERRUPTED if result.interrupted_by else 0
 
 
-def _saved_config() -> str:
-    """Return the path of the configuration of an existing run if there is no ``--config``."""
+def _saved_config() -> str | Config:
+    """Return what takes the place of ``--config``: that of an existing run, or fields to choose."""
     workdir = os.path.expanduser(_WORKDIR.value or "")
-    if not workdir or flags.FLAGS["config"].value is not None:
-        return ""
     path = os.path.join(workdir, "config.json")
-    if not (os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))):
+    if flags.FLAGS["config"].value is not None:
+        return ""
+    if workdir and os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints")):
+        logging.info("without --config: the configuration of this run, %s", path)
+        return path
+    if flags.FLAGS["size"].value == "auto":
+        return Config()
+    if workdir:
         raise UserError(
-            f"--workdir={workdir}: not a run; check the path, or start a run there with "
-            "--config, such as --config configs/base.py"
+            f"--workdir={workdir}: not a run; check the path, or start a run there with --config, "
+            "such as --config configs/base.py, or with --minutes=5 --size=auto"
         )
-    logging.info("without --config: the configuration of this run, %s", path)
-    return path
+    return ""
 
 
 if __name__ == "__main__":

@@ -226,8 +226,17 @@ class TrainConfig(_Fields):
     workdir of a run or its export (safetensors, huggingface); weights of the original PyTorch
     project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla). Their
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
+    minutes: float = _number(0.0, at_most=_MAX_SIZE)
+    """Wall time of the whole command (also ``--minutes``), from its start to its report; setting it
+    sets steps and epochs to 0. A new run measures its speed, from which steps, warmup_steps (at
+    most the given one) and the intervals that are not 0 follow; a resumed run keeps them. 0: the
+    length is that of steps or epochs."""
+    size: str = _one_of(("given", "auto"), "given")
+    """``given``: that of the other fields; ``auto`` (also ``--size``): layers, width, batches,
+    tokenizer, precision, dropout and optimizer of a new run are chosen by minutes, the bytes of
+    text and the speed of the machine, except fields that are given, and are then given for it."""
     steps: int = 0
-    """Optimizer steps; exactly one of steps and epochs is set."""
+    """Optimizer steps; exactly one of steps, epochs and minutes is set."""
     epochs: float = _number(0.0, at_most=_MAX_SIZE)
     """Passes over the training split."""
     gradient_accumulation: int | None = _number(None, at_least=1)
@@ -270,6 +279,12 @@ class TrainConfig(_Fields):
     remat: str = _one_of(("none", "block"), "none")
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
     and recomputes the rest."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; minutes replace steps and epochs."""
+        super().__setattr__(name, value)
+        if name == "minutes" and value and "epochs" in vars(self):
+            self.steps, self.epochs = 0, 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -411,10 +426,15 @@ def _check_run(config: Config) -> None:
     if data.batch_size % (train.gradient_accumulation or 1):
         allowed = f"a divisor of config.data.batch_size={data.batch_size}"
         _reject("train.gradient_accumulation", train.gradient_accumulation, allowed)
-    if (train.steps > 0) == (train.epochs > 0):
+    if train.size == "auto" and (train.init_from or not train.minutes):
+        allowed = "config.train.minutes above 0, and no config.train.init_from, with it"
+        _reject("train.size", train.size, allowed)
+    # With minutes, the steps are those that were measured, or 0 until then.
+    has_length = not train.epochs if train.minutes else (train.steps > 0) != (train.epochs > 0)
+    if not has_length:
         raise UserError(
             f"config.train.steps={train.steps} and config.train.epochs={train.epochs}: "
-            "set exactly one of them above 0"
+            "set exactly one of them above 0, or config.train.minutes alone"
         )
     if mesh.pipeline > 1 and mesh.sequence > 1:
         raise UserError(

@@ -20,6 +20,10 @@ from simplernn_jax.project import ROOT
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
 _CONFIGS = ROOT / "configs"
+_SET_BY_MINUTES = [
+    f"config.train.{name}"
+    for name in ("steps", "epochs", "eval_every", "save_every", "sample_every")
+]
 
 
 def config_names() -> list[str]:
@@ -119,21 +123,24 @@ def define_config_flag() -> None:
             flags.DEFINE_flag(flag, module_name=__name__)
 
 
-def read_config(default: str = "") -> Config:
+def read_config(default: str | Config = "") -> Config:
     """Return the configuration of the command line, with all overrides, validated.
 
     Args:
-      default: file to load if there is no ``--config``.
+      default: configuration, or the file to load, if there is no ``--config``.
 
     Raises:
       UserError: there is none, or it is invalid.
     """
     path = flags.FLAGS["config"].value or default
+    for name in _SET_BY_MINUTES if flags.FLAGS["config.train.minutes"].value else ():
+        if flags.FLAGS[name].value:
+            raise UserError(f"--{name}: follows from --minutes; omit one of the two")
     if not path:
         raise UserError(
             "--config is missing; specify a file such as configs/base.py, or a name: base"
         )
-    config = load_config(path)
+    config = path if isinstance(path, Config) else load_config(path)
     for name in by_field(config):
         flag = flags.FLAGS[f"config.{name}"]
         if flag.present:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from functools import partial
 
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -41,6 +42,17 @@ def start(root: str, *, resumes: bool = False) -> None:
         for number in _SIGNALS:
             signal.signal(number, partial(_stop, resumes))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def started() -> float:
+    """Return the `time.monotonic` of this process's start on Linux; elsewhere, of this call."""
+    now = time.monotonic()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return now - age
+    return now
 
 
 def raise_on_signals() -> None:

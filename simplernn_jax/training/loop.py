@@ -11,33 +11,31 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config, TrainConfig
-from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import write_file
-from simplernn_jax.inference import generate_text
-from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
-from simplernn_jax.parallel.mesh import describe, local_copy
-from simplernn_jax.parallel.named_leaves import in_layout_of
+from simplernn_jax.parallel.mesh import describe
 from simplernn_jax.project import name_commands
+from simplernn_jax.training.calibration import held_out_limit, measure, set_schedule
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
+from simplernn_jax.training.preparation import UNKNOWN_STEPS
+from simplernn_jax.training.report import gather, sample, write_report
 from simplernn_jax.training.run import Run
-from simplernn_jax.training.train_step import StepMetrics, make_train_step
+from simplernn_jax.training.train_step import StepMetrics, TrainStep, make_train_step
 
-SAMPLE_TEMPERATURE = 0.8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 WARMUP_STEPS = 2
@@ -59,7 +57,9 @@ class Result:
     """Evaluation on the whole validation split; None if interrupted or if nothing is held out."""
 
 
-def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
+def train(
+    config: Config, workdir: str | os.PathLike[str], *, started: float | None = None
+) -> Result:
     """Train, or resume training, in `workdir`.
 
     If `workdir` holds a checkpoint, the run resumes from it bit-exactly. SIGTERM and SIGINT save at
@@ -73,6 +73,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     Args:
       config: of the run; `simplernn_jax.config` documents the limits of its fields.
       workdir: folder of the run, which is created if it does not exist.
+      started: `time.monotonic` of the beginning of ``train.minutes``; None: this call.
 
     Returns:
       How the run ended.
@@ -82,15 +83,20 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         or data; too many consecutive losses or gradients were not finite; the disk is full.
       OSError: a file of the workdir cannot be written.
     """
+    started = time.monotonic() if started is None else started
     with contextlib.ExitStack() as stack:
         path = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
         run = stack.enter_context(Run(config, path))
+        train_step = make_train_step(run.config, run.optimizer, run.mesh)
+        evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
         metrics = None
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
+        if run.total_steps == UNKNOWN_STEPS:
+            set_schedule(run, measure(run, train_step, evaluator), started)
         display = stack.enter_context(open_display(run.step, run.total_steps))
-        trainer = Trainer(run, metrics, display)
+        trainer = Trainer(run, train_step, evaluator, metrics, display)
         with deferred_signals() as poll_signal:
             if is_coordinator() and not (run.has_ended and run.first_step):
                 path = os.path.join(run.workdir, "config.json")
@@ -112,14 +118,20 @@ class Trainer:
     `metrics` is None in processes that are not the coordinator.
     """
 
-    def __init__(self, run: Run, metrics: MetricsWriter | None, display: Display) -> None:
+    def __init__(
+        self,
+        run: Run,
+        train_step: TrainStep,
+        evaluator: Evaluator,
+        metrics: MetricsWriter | None,
+        display: Display,
+    ) -> None:
         config = run.config
         self._run = run
         self._metrics = metrics
         self._display = display
         self._timer = StepTimer(0.0 if metrics is None else metrics.seconds)
-        self._train_step: Any = make_train_step(config, run.optimizer, run.mesh)
-        self._evaluator = Evaluator(config, run.corpus.tokenizer.pad_id, run.mesh)
+        self._train_step, self._evaluator = train_step, evaluator
         self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
@@ -156,7 +168,7 @@ class Trainer:
         while not run.has_ended and not poll_signal(run.step):
             self._start_or_stop(profile)
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
-                run.state, metrics = self._train_step(run.state, batch)
+                run.state, metrics = self._train_step(run.state, batch, *run.schedule)
             run.step += 1
             batch = run.next_batch()
             if pending is not None:
@@ -224,8 +236,8 @@ class Trainer:
             self._display.print_line(f"step {run.step}: validation {scores}")
 
     def evaluate_all(self) -> Evaluation | None:
-        """Evaluate the whole validation split; None if nothing is held out."""
-        return self._measure("held_out", limit_tokens=0)
+        """Evaluate the whole validation split, or its `held_out_limit`; None if there is none."""
+        return self._measure("held_out", held_out_limit(self._run.config))
 
     def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
         """Evaluate the current state, unless that was done on the same tokens, and write a row."""
@@ -252,25 +264,10 @@ class Trainer:
 
         Without a sample, if the tokenizer cannot encode the prompt, training goes on.
         """
-        run, train = self._run, self._run.config.train
-        params = local_copy(run.state.params)
+        run, params = self._run, gather(self._run, self._run.state.params)
         if is_coordinator():
-            prompt, template = train.sample_prompt, run.config.data.template
-            graph, abstract = abstract_model(run.config.model)
-            try:
-                if template:
-                    chat = [{"role": "user", "content": prompt}]
-                    prompt = ChatTemplate(template).render_next(chat)
-                (text,) = generate_text(
-                    nnx.merge(graph, in_layout_of(abstract, params)),
-                    run.corpus.tokenizer,
-                    prompt,
-                    max_new_tokens=train.sample_tokens,
-                    temperature=SAMPLE_TEMPERATURE,
-                    seed=train.seed,
-                )
-            except (UserError, TemplateError) as error:
-                text = f" ({error})"
+            train = run.config.train
+            prompt, text = sample(run, params, train.seed, train.sample_prompt)
             self._write(run.step, "sample", text=prompt + text)
             self._display.print_line(f"step {run.step}: sample: {prompt}{text}")
         barrier("sample")
@@ -295,7 +292,7 @@ class Trainer:
             self._display.print_line(line)
 
     def summary(self, evaluation: Evaluation | None) -> dict[str, str]:
-        """Return the lines of the summary of a run that has ended, and draw its loss curve.
+        """Return the lines of the summary of a run that has ended, and write its report.
 
         `evaluation` has the scores of the whole validation split.
         """
@@ -309,7 +306,10 @@ class Trainer:
             lines["training time"] += f", of which {timer.first:.1f} s for the first step"
             lines["speed"] = f"{timer.tokens_per_second:,.0f} tokens/s"
         if evaluation is not None:
-            lines["all held-out text"] = f"{evaluation}, {evaluation.predictions:,} predictions"
+            split = run.corpus.validation
+            is_all = split is None or evaluation.predictions == split.num_predictions
+            scores = f"{evaluation}, {evaluation.predictions:,} predictions"
+            lines["all held-out text" if is_all else "part of the held-out text"] = scores
             uniform = math.log(run.corpus.tokenizer.vocab_size)
             if evaluation.nats_per_token >= 0.98 * uniform:
                 lines["warning"] = (
@@ -317,8 +317,11 @@ class Trainer:
                     "for more steps, or with another config.optimizer.learning_rate"
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
+        params = gather(run, run.state.params)
         if is_coordinator():
-            lines["loss curve"] = plot_loss(run.workdir, self._model)
+            curve = plot_loss(run.workdir, self._model)
+            facts = {"model": self._model} | lines
+            lines["report"] = write_report(run, params, evaluation, facts, curve)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
         command = name_commands(f"python scripts/{script}.py")
         lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"

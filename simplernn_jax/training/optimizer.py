@@ -1,6 +1,7 @@
 """AdamW or Muon with warmup, cosine decay, a weight-decay mask and global-norm clipping."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +41,17 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     )
 
 
+def rate_of_update(config: OptimizerConfig, steps: jax.Array, count: jax.Array) -> jax.Array:
+    """Return the rate of `learning_rate_schedule`, with traced `steps` of warmup and of the run."""
+    (warmup, total), count = steps.astype(jnp.float32), count.astype(jnp.float32)
+    warmup = jnp.minimum(warmup, total)
+    first = config.learning_rate / jnp.maximum(warmup, 1)
+    decay = optax.cosine_decay_schedule(config.learning_rate, 1.0, config.final_learning_rate)
+    falling = decay((count - warmup) / jnp.maximum(total - warmup, 1))
+    rising = first + (config.learning_rate - first) * count / jnp.maximum(warmup, 1)
+    return jnp.where(count < warmup, rising, falling)
+
+
 def decay_mask(params: Any) -> Any:
     """Return a mask of parameters with the metadata ``decay``: matrices, an untied head too."""
 
@@ -51,14 +63,30 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
+    config: OptimizerConfig, total_steps: int | None, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
     """Return the optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
+
+    If `total_steps` is None, updates take ``steps=``, int32 [2], of warmup and of the run: they
+    are then not constants of the compiled program.
 
     Muon updates the matrices of `decay_mask`, so also an untied head, for which its authors use
     AdamW. On a mesh, Adam is elementwise on shards; see `orthogonalize_sharded` for Muon.
     """
-    learning_rate = learning_rate_schedule(config, total_steps)
+    if total_steps is not None:
+        return _with_schedule(config, learning_rate_schedule(config, total_steps), mesh)
+
+    def update(*args: Any, steps: jax.Array, **options: Any) -> Any:
+        schedule = partial(rate_of_update, config, steps)
+        return _with_schedule(config, schedule, mesh).update(*args, **options)
+
+    init = _with_schedule(config, learning_rate_schedule(config, 1), mesh).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_schedule(
+    config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None
+) -> optax.GradientTransformation:
     betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     if config.name == "muon":
         matrices = optax.chain(

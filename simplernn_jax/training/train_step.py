@@ -84,7 +84,7 @@ class StepMetrics(NamedTuple):
     consecutive_skips: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def init_train_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -356,7 +356,8 @@ def make_train_step(
 ) -> TrainStep:
     """Return the train step, which compiles at its first call and donates the old state.
 
-    A step whose loss or gradient is not finite only advances the counters.
+    A step whose loss or gradient is not finite only advances the counters. With ``train.minutes``,
+    its third argument is the ``steps`` of `make_optimizer`.
 
     Args:
       config: the run's configuration.
@@ -384,15 +385,19 @@ def make_train_step(
             out_specs=(P(), P(), state.params, state.carried),
         )
         states = named_shardings(state, mesh)
-        options["in_shardings"] = (states, named_shardings(batch, mesh))
-        options["out_shardings"] = (states, NamedSharding(mesh, P()))
+        replicated = NamedSharding(mesh, P())
+        schedule = (replicated,) if config.train.minutes else ()
+        options["in_shardings"] = (states, named_shardings(batch, mesh), *schedule)
+        options["out_shardings"] = (states, replicated)
     if is_on_cpu(mesh) and (is_distributed(mesh) or config.train.remat != "none"):
         # XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
         # common-subexpression elimination (CSE), which would merge intended re-gathers and
         # recomputation.
         options["compiler_options"] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Batch, *schedule: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
         batch = split_into_windows(batch, window) if window else batch
         loss, predictions, gradient, carried = grad_fn(
             state.params, batch, state.carried, state.rng, state.step
@@ -404,7 +409,8 @@ def make_train_step(
             params, opt_state, _ = old
             # If this branch computed the norm again, its last bits would depend on the number of
             # threads.
-            updates, opt_state = optimizer.update(gradient, opt_state, params, norm=norm)
+            extra = {"norm": norm} | ({"steps": schedule[0]} if schedule else {})
+            updates, opt_state = optimizer.update(gradient, opt_state, params, **extra)
             return optax.apply_updates(params, updates), opt_state, carried
 
         # `cond`, not `where`, which would copy the old state.
@@ -446,7 +452,8 @@ def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: 
     ids, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
     batch = Batch(ids, ids, mask, ids, jax.ShapeDtypeStruct(shape[:1], bool))  # type: ignore[arg-type]
     # The first step takes this program from the compilation cache.
-    sizes = step.lower(state, batch).compile().memory_analysis()
+    schedule = [jax.ShapeDtypeStruct((2,), np.int32)] if config.train.minutes else []
+    sizes = step.lower(state, batch, *schedule).compile().memory_analysis()
     if sizes is not None:
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
         memory_estimate.check_program(needed, mesh)

@@ -13,7 +13,7 @@ import small_runs
 from flax import nnx
 from processes import ROOT, assert_each_refused
 
-from benchmarks import decoding, measure, scaling, tables, train_steps, training
+from benchmarks import decoding, measure, minutes, scaling, tables, train_steps, training
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
 from simplernn_jax.config import DataConfig, validate
@@ -146,6 +146,29 @@ def test_the_recomputed_token_is_the_generated_one():
     assert generated[0] == decoding.recompute_call(model, prompt)()
 
 
+def test_sizes_are_trained_for_the_steps_of_speeds_that_were_measured_before(tmp_path, monkeypatch):
+    text = str(small_runs.write_corpus(tmp_path / "text", documents=60))
+    tiny = minutes.SIZES[0]._replace(num_layers=1, width=8)
+    monkeypatch.setattr(minutes, "SIZES", [tiny, tiny._replace(width=16)])
+    monkeypatch.setattr(minutes, "call_isolated", lambda function, **given: function(**given))
+    results = Results(tmp_path / "out")
+    for table in minutes.run([], text, results.tables):
+        results.add(table)
+    assert [row["ms per step"] > 0 for row in results.tables[minutes.TITLE].rows] == [True] * 2
+    for speed in results.tables[minutes.TITLE].data["speeds"].values():
+        speed |= {"costs": [2.0, 0.0, 0.0], "start": 10.0}
+    monkeypatch.setattr(minutes, "measure_speed", None)
+    for _ in range(2):  # the second time, all is known
+        trained = list(minutes.run(["1"], text, results.tables))
+        for table in trained:
+            results.add(table)
+    assert trained == []
+    rows = results.tables[minutes.TITLE].rows
+    assert [row["steps"] for row in rows] == [int((60 - 10 - 1.5) / 2)] * 2
+    assert all(0 < row["bits/byte"] < 8.5 for row in rows)
+    assert (tmp_path / "out" / "minutes.png").exists()
+
+
 def test_bad_arguments_are_one_line():
     baselines = ["baselines", "--out=x"]
     assert_each_refused(
@@ -157,6 +180,7 @@ def test_bad_arguments_are_one_line():
         (["ops", "--blocks=0"], "blocks"),
         (["completion"], "--workdirs: names no run"),
         ([*baselines, "--configs=tiny,bas"], "'bas': no such configuration; did you mean 'base'?"),
+        (["minutes", "--minutes=1,five"], "--minutes: could not convert string to float: 'five'"),
         ([*baselines, "--programs=lstn"], "'lstn': no such program; did you mean 'lstm'?"),
         imports="benchmarks.scaling",
     )

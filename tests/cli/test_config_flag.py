@@ -156,6 +156,10 @@ def test_what_is_wrong_is_one_line(folder):
         *((["--config=seven.py", f"--config.{text}"], part) for text, part in OVERRIDES),
         *(([f"--config=wrong_{number}.py"], part) for number, (_, part) in enumerate(FILES)),
         (["--config=tini.py"], "--config=tini.py: no such file; did you mean 'tiny'?"),
+        (
+            ["--config=seven.py", "--config.train.minutes=1", "--config.train.eval_every=5"],
+            "--config.train.eval_every: follows from --minutes; omit one of the two",
+        ),
         (["--config.train.steps=5"], "--config is missing; specify a file such as"),
         (["--config=/dev/zero"], "--config=/dev/zero: no such file"),
         cwd=folder,

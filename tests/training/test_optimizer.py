@@ -12,7 +12,12 @@ from small_runs import small_config
 
 from simplernn_jax.config import OptimizerConfig
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from simplernn_jax.training.optimizer import (
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    rate_of_update,
+)
 
 STEPS = 23
 
@@ -34,6 +39,14 @@ def test_schedule_rises_to_its_peak_and_falls_along_a_cosine():
     values = [float(rate(step)) for step in range(STEPS)]
     assert np.all(np.diff(values[:6]) > 0)
     assert np.all(np.diff(values[5:]) < 0)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(5, STEPS), (0, STEPS), (5, 3), (1, 1)])
+def test_the_schedule_is_the_same_if_its_steps_are_traced(warmup, total):
+    config, counts = settings(warmup_steps=warmup), jnp.arange(total + 2)
+    rate = jax.jit(jax.vmap(lambda steps, count: rate_of_update(config, steps, count), (None, 0)))
+    expected = [learning_rate_schedule(config, total)(float(count)) for count in counts]
+    np.testing.assert_allclose(rate(jnp.array([warmup, total]), counts), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("total_steps", [1, 3, 5])
