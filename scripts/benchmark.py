@@ -4,6 +4,7 @@
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
+    python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -17,9 +18,12 @@
                --quick measures small sizes, --only a part of it
     baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
                architecture, an LSTM and a GRU, for --seconds each
+    tune       held-out loss of a state, low-rank updates and all parameters of --workdir after
+               --seconds (15,60,240) on another author (--source) and language; 100 states served
 
-Except in attention and baselines, candidates run in alternating blocks of one process, compiled
-and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
+Except in attention, baselines and tune, candidates run in alternating blocks of one process,
+compiled and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of
+earlier runs.
 """
 
 import bootstrap
@@ -32,7 +36,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import decoding, scaling, serving, training
+from benchmarks import decoding, scaling, serving, training, tuning
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -49,11 +53,12 @@ _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only", list(MEASUREMENTS), f"attention: measurements, any of {', '.join(MEASUREMENTS)}."
 )
+_WORKDIR = flags.DEFINE_string("workdir", None, "tune: the run, or its export, to start from.")
 _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
-    flags.DEFINE_string("source", None, "baselines: text of all configurations."),
+    flags.DEFINE_string("source", None, "baselines: text of all; tune: text of the author."),
     flags.DEFINE_list(
-        "seconds", ["0"], "baselines: seconds per program, 0 for the steps of its settings."
+        "seconds", ["0"], "baselines, tune: seconds each; 0: the steps of settings, or defaults."
     ),
     flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1),
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
@@ -74,6 +79,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "baselines": lambda _, results: report.run(
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
+    "tune": lambda *_: tuning.run(_base(), *(_OF_BASELINES[n].value for n in (1, 2))),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 
@@ -95,6 +101,12 @@ def main() -> int:
         for table in BENCHMARKS[name](Effort(_BLOCKS.value, _CALLS.value), results):
             results.add(table)  # one by one, so that a later failure loses nothing
     return 0
+
+
+def _base() -> str:
+    if not _WORKDIR.value:
+        raise UserError("no --workdir: specify the run to tune, such as runs/base")
+    return command_line.expand_path(_WORKDIR.value, "workdir")
 
 
 def check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

@@ -36,6 +36,7 @@ from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
+from simplernn_jax.training.tuning import save_tuned, split_trained, start_state
 
 SAMPLE_TEMPERATURE = 0.8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -101,6 +102,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
             display.print_line(f"{stopped_by}: saved at {where}; run the same command to resume")
             return Result(run.step, stopped_by, None)
         # All is saved: from here on a signal ends the process at once.
+        if is_coordinator() and run.config.train.tune != "full":
+            trainer.tuned_path = save_tuned(run.workdir, run.corpus.tokenizer)
         evaluation = trainer.evaluate_all()
         display.print_line("done\n" + align(trainer.summary(evaluation)))
         return Result(run.step, None, evaluation)
@@ -121,6 +124,8 @@ class Trainer:
         self._train_step: Any = make_train_step(config, run.optimizer, run.mesh)
         self._evaluator = Evaluator(config, run.corpus.tokenizer.pad_id, run.mesh)
         self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
+        self.tuned_path = ""
+        """File of what `save_tuned` wrote."""
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{config.model.block} {mixer} model, {size}"
@@ -234,7 +239,9 @@ class Trainer:
             return None
         key = run.step, min(limit_tokens or split.num_predictions, split.num_predictions)
         if self._evaluated[0] != key:
-            self._evaluated = key, self._evaluator(run.state.params, split, limit_tokens)
+            initial = run.state.tuned.get("initial")
+            result = self._evaluator(run.state.params, split, limit_tokens, initial=initial)
+            self._evaluated = key, result
         result = self._evaluated[1]
         self._write(
             run.step,
@@ -253,18 +260,20 @@ class Trainer:
         Without a sample, if the tokenizer cannot encode the prompt, training goes on.
         """
         run, train = self._run, self._run.config.train
-        params = local_copy(run.state.params)
+        params, tuned = local_copy((run.state.params, run.state.tuned))
         if is_coordinator():
             prompt, template = train.sample_prompt, run.config.data.template
             graph, abstract = abstract_model(run.config.model)
+            model = nnx.merge(graph, in_layout_of(abstract, params))
             try:
                 if template:
                     chat = [{"role": "user", "content": prompt}]
                     prompt = ChatTemplate(template).render_next(chat)
                 (text,) = generate_text(
-                    nnx.merge(graph, in_layout_of(abstract, params)),
+                    model,
                     run.corpus.tokenizer,
                     prompt,
+                    state=start_state(model, run.corpus.tokenizer, tuned),
                     max_new_tokens=train.sample_tokens,
                     temperature=SAMPLE_TEMPERATURE,
                     seed=train.seed,
@@ -286,6 +295,10 @@ class Trainer:
             lines.append(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         elif config.train.init_from:
             lines.append(f"parameters from {config.train.init_from}")
+        if config.train.tune != "full":
+            trained, _ = split_trained(run.state.params, run.state.tuned)
+            size = counted(sum(leaf.size for leaf in jax.tree.leaves(trained)), "number")
+            lines.append(f"tuning {config.train.tune}: {size}")
         lines += run.changes
         if run.first_step >= run.total_steps:
             lines.append("all steps are done; raise --config.train.steps or epochs for more")
@@ -322,6 +335,10 @@ class Trainer:
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
         command = name_commands(f"python scripts/{script}.py")
         lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
+        if self.tuned_path:
+            lines["tuned"] = f"{self.tuned_path}, {os.path.getsize(self.tuned_path):,} bytes"
+        if run.config.train.tune == "state":
+            lines["sample with"] += f" --load_state {self.tuned_path}"
         return lines
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
