@@ -39,7 +39,7 @@ from simplernn_jax.parallel.mesh import (
 )
 from simplernn_jax.parallel.sequence import shard_segment_ids
 from simplernn_jax.training.losses import chunked_cross_entropy
-from simplernn_jax.training.tuning import init_tuned, join, only_first_segments, split_trained
+from simplernn_jax.training.tuning import init_tuned, join, split_trained
 
 ANALYSIS_THRESHOLD = 0.25
 """Fraction of device memory above which the step is compiled and analyzed: the estimate is about a
@@ -413,8 +413,10 @@ def make_train_step(
         options["compiler_options"] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        if config.train.tune == "state":
-            batch = only_first_segments(batch)
+        if "initial" in state.tuned:
+            # A document that begins within a sequence starts from zero, not from the learned state.
+            is_first = batch.segment_ids == batch.segment_ids[:, :1]
+            batch = batch._replace(loss_mask=batch.loss_mask & is_first)
         batch = split_into_windows(batch, window) if window else batch
         trained, frozen = split_trained(state.params, state.tuned)
         loss, predictions, gradient, carried = grad_fn(

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.checkpoint.folder import (
@@ -22,7 +23,6 @@ from simplernn_jax.checkpoint.folder import (
     read_tree,
 )
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import Batch
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, save_state
@@ -31,9 +31,8 @@ from simplernn_jax.inference.state import DecoderState, empty_state
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.low_rank import add_low_rank, init_low_rank, join_kernels, split_kernels
-from simplernn_jax.models.mixers.attention import KVCache
 
-LEARNING_RATES = {"state": 3.0, "lora": 0.01}
+LEARNING_RATES = {"state": 10.0, "lora": 0.03}
 """Defaults of ``optimizer.learning_rate``."""
 
 
@@ -53,11 +52,10 @@ def init_tuned(
         kernels, _ = split_kernels(params)
         return {"base": kernels, **init_low_rank(kernels, int(rank), key)}
     initial = nnx.merge(graph, params).initial_state(1)
-    layers = jax.tree.leaves(initial, is_leaf=lambda x: isinstance(x, KVCache))
-    if any(isinstance(layer, KVCache) for layer in layers):
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(initial)):
         raise UserError(
             f"config.train.tune=state with config.model.mixer={config.model.mixer!r} is invalid: "
-            "attention has no recurrent state; use lora:8"
+            "a mixer has no recurrent state, but a cache; use lora:8"
         )
     return {"initial": initial}
 
@@ -119,9 +117,3 @@ def save_tuned(workdir: str, tokenizer: Tokenizer) -> str:
     state: Any = start_state(model, tokenizer, tuned)
     save_state(path, state, model, tokenizer)
     return path
-
-
-def only_first_segments(batch: Batch) -> Batch:
-    """Leave out of the loss the documents that begin within a sequence, from the zero state."""
-    is_first = batch.segment_ids == batch.segment_ids[:, :1]
-    return batch._replace(loss_mask=batch.loss_mask & is_first)
