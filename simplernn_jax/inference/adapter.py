@@ -55,8 +55,14 @@ def load_adapter(path: str, model: LanguageModel) -> LanguageModel:
         )
     graph, params = nnx.split(model)
     kernels, rest = split_kernels(params)
-    rank = int(header["rank"])
-    factors: Any = jax.eval_shape(lambda: init_low_rank(kernels, rank, jax.random.key(0)))
-    leaves = [jnp.asarray(arrays[name]) for name in named_leaves(factors)]
+    try:
+        rank = int(header["rank"])
+        factors: Any = jax.eval_shape(lambda: init_low_rank(kernels, rank, jax.random.key(0)))
+        names = named_leaves(factors)
+        if any((arrays[n].shape, arrays[n].dtype) != (x.shape, x.dtype) for n, x in names.items()):
+            raise ValueError("shapes")
+    except (KeyError, ValueError, UserError) as error:
+        raise UserError(f"{path}: holds other arrays than an adapter; use another file") from error
+    leaves = [jnp.asarray(arrays[name]) for name in names]
     factors = jax.tree.unflatten(jax.tree.structure(factors), leaves)
     return nnx.merge(graph, join_kernels(add_low_rank(kernels, **factors), rest))

@@ -42,7 +42,7 @@ def init_low_rank(kernels: nnx.State, rank: int, key: jax.Array) -> dict[str, nn
     factors: dict[str, list[Any]] = {"a": [], "b": []}
     for index, (path, kernel) in enumerate(nnx.to_flat_state(kernels)):
         *stack, rows, columns = kernel.shape
-        if rank > min(rows, columns):
+        if not 0 < rank <= min(rows, columns):
             raise UserError(
                 f"config.train.tune=lora:{rank} is invalid: {'.'.join(map(str, path))} is "
                 f"[{rows}, {columns}]; use a rank of at most {min(rows, columns)}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from flax import nnx
 from small_runs import (
     compile_step,
@@ -30,7 +31,7 @@ from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text, load_state
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.models.pytorch_weights import decode_safetensors
+from simplernn_jax.models.pytorch_weights import decode_safetensors, digest_of
 from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.loop import train
@@ -213,7 +214,12 @@ def test_what_does_not_fit_the_model_is_rejected(base, tmp_path):
         train(tuning(base, tmp_path, "state", steps=1), tmp_path / "run")
     path = tmp_path / "run" / "adapter.safetensors"
     content = path.read_bytes()
+    arrays, header = decode_safetensors(content)
+    header |= {"rank": "1"}
+    del header["sha256"]
+    header["sha256"] = digest_of(header, arrays)
     for wrong, problem in (
+        (safetensors.numpy.save(arrays, header), "holds other arrays than an adapter"),
         (content[:-1] + bytes([content[-1] ^ 1]), "corrupted; use another copy"),
         (content[:100], "cannot be read"),
     ):
