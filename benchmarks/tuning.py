@@ -80,7 +80,7 @@ def tune(base: str, source: str, kind: str, steps: int, workdir: str, **fields: 
     Returns the median ``seconds`` of a step, held-out bits per byte before and after, and the
     ``bytes`` of the file of the result, None for all parameters.
     """
-    rate = {"learning_rate": 1e-3} if kind == "full" else {}
+    rate = {"learning_rate": 1e-2} if kind == "full" else {}
     fields = {"source": source, "split": "position", "steps": steps, "tune": kind} | rate | fields
     config = load_config("tune", 8, CONTEXT, init_from=base, **fields)
     with Run(config, workdir) as run:
