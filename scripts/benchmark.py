@@ -6,6 +6,7 @@
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
     python scripts/benchmark.py completion --workdirs DIRS [--cursors N] [--lines N]
     python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
+    python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -23,9 +24,12 @@
                keystroke
     minutes    held-out loss of the sizes of train.py --size=auto after --minutes of training, for
                the speeds that it measures first, alone with --minutes= (then on a quiet machine)
+    tune       held-out loss of a state, low-rank updates and all parameters of --workdir after
+               --seconds (15,60,240) on another author (--source) and language; 100 states served
 
-Except in the last three, candidates run in alternating blocks of one process, compiled and warmed
-up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
+Except in attention and what follows it, candidates run in alternating blocks of one process,
+compiled and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of
+earlier runs.
 """
 
 import bootstrap
@@ -38,7 +42,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import completion, decoding, minutes, scaling, serving, training
+from benchmarks import completion, decoding, minutes, scaling, serving, training, tuning
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -56,11 +60,14 @@ _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only", list(MEASUREMENTS), f"attention: measurements, any of {', '.join(MEASUREMENTS)}."
 )
+_WORKDIR = flags.DEFINE_string("workdir", None, "tune: the run, or its export, to start from.")
 _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
-    flags.DEFINE_string("source", None, "baselines, minutes: text of all configurations."),
+    flags.DEFINE_string(
+        "source", None, "baselines, minutes: text of all; tune: text of the author."
+    ),
     flags.DEFINE_list(
-        "seconds", ["0"], "baselines: seconds per program, 0 for the steps of its settings."
+        "seconds", ["0"], "baselines, tune: seconds each; 0: the steps of settings, or defaults."
     ),
     flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1),
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
@@ -91,6 +98,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "minutes": lambda _, results: minutes.run(
         _MINUTES.value, flags.FLAGS["source"].value, results.tables
     ),
+    "tune": lambda *_: tuning.run(_base(), *(_OF_BASELINES[n].value for n in (1, 2))),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 
@@ -112,6 +120,12 @@ def main() -> int:
         for table in BENCHMARKS[name](Effort(_BLOCKS.value, _CALLS.value), results):
             results.add(table)  # one by one, so that a later failure loses nothing
     return 0
+
+
+def _base() -> str:
+    if not _WORKDIR.value:
+        raise UserError("no --workdir: specify the run to tune, such as runs/base")
+    return command_line.expand_path(_WORKDIR.value, "workdir")
 
 
 def check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     bootstrap.start()
 
 import lzma
+from functools import partial
 
 import numpy as np
 from absl import flags
@@ -57,10 +58,12 @@ def main() -> None:
     model, tokenizer, config = _MODEL.load()
     from flax import nnx
 
+    from simplernn_jax.inference.loading import is_exported
     from simplernn_jax.models.memory_estimate import check_evaluation
     from simplernn_jax.training.display import align
     from simplernn_jax.training.evaluate import Evaluator
     from simplernn_jax.training.preparation import tokenize_source
+    from simplernn_jax.training.tuning import read_tuned
 
     if _SOURCE.value is None:
         corpus, kind = _CORPUS.open(_MODEL.workdir), "split"
@@ -73,13 +76,16 @@ def main() -> None:
             f"{_MODEL.workdir} was trained with --config.data.validation_fraction=0 and has no "
             "held-out text; score its training text with --split train"
         )
-    state = "carried within each document"
+    state, begin, initial = "carried within each document", "zero", None
+    if config.train.tune == "state" and not is_exported(_MODEL.workdir):
+        initial = read_tuned(_MODEL.workdir, _MODEL.checkpoint)[2]["initial"]
+        state, begin = f"{state}, from the learned one", "learned"
     if windows is not None:
         context = f"{windows.length - windows.stride + 1} to {windows.length} tokens of context"
-        state = f"zero, then {context} (fewer at a document's start)"
+        state = f"{begin}, then {context} (fewer at a document's start)"
         longest = int(np.max(document_ends(split) - split.document_starts, initial=0))
         check_evaluation(model, min(windows.length, longest))
-    evaluator = Evaluator(config, tokenizer.pad_id)
+    evaluator = partial(Evaluator(config, tokenizer.pad_id), initial=initial)
     params = nnx.state(model, nnx.Param)
     result = evaluator(params, split, contexts=windows)
     xz = ""

@@ -197,7 +197,7 @@ class OptimizerConfig(_Fields):
     """``adamw``, or ``muon``: orthogonalized momentum for the matrices of dense layers, an untied
     head included, and Adam for the rest; a lower loss per step, at a longer time per step."""
     learning_rate: float = 2e-3
-    """Peak learning rate, after warmup."""
+    """Peak learning rate, after warmup; if it is not set, ``train.tune`` chooses another one."""
     warmup_steps: int = 50
     """Optimizer steps of linear warmup, from 1/warmup_steps of the peak."""
     final_learning_rate: float = _number(0.0, at_most=1)
@@ -235,6 +235,9 @@ class TrainConfig(_Fields):
     """``given``: that of the other fields; ``auto`` (also ``--size``): layers, width, batches,
     tokenizer, precision, dropout and optimizer of a new run are chosen by minutes, the bytes of
     text and the speed of the machine, except fields that are given, and are then given for it."""
+    tune: str = "full"
+    """What a run with init_from trains: ``full``, all parameters; ``lora:RANK``, low-rank updates
+    of the projections; ``state``, only the initial state (docs/fine_tuning.md)."""
     steps: int = 0
     """Optimizer steps; exactly one of steps, epochs and minutes is set."""
     epochs: float = _number(0.0, at_most=_MAX_SIZE)
@@ -441,6 +444,24 @@ def _check_run(config: Config) -> None:
             f"config.mesh.pipeline={mesh.pipeline} and config.mesh.sequence={mesh.sequence} divide "
             "the same time axis; set one of them to 1"
         )
+    _check_tune(config)
+
+
+def _check_tune(config: Config) -> None:
+    tune, mesh = config.train.tune, config.mesh
+    kind, _, rank = tune.partition(":")
+    is_rank = rank.isascii() and rank.isdecimal() and 0 < int(rank[:9]) <= _MAX_SIZE
+    if tune not in ("full", "state") and not (kind == "lora" and is_rank):
+        _reject("train.tune", tune, "full, state, or lora:RANK such as lora:8")
+    if tune != "full" and not config.train.init_from:
+        _reject("train.tune", tune, "full without config.train.init_from, the model to tune")
+    if tune != "state":
+        return
+    if config.data.mode == "stream":
+        _reject("data.mode", "stream", "window or document with config.train.tune='state'")
+    for axis in ("tensor", "sequence", "pipeline"):
+        if getattr(mesh, axis) > 1:
+            _reject(f"mesh.{axis}", getattr(mesh, axis), "1 with config.train.tune='state'")
 
 
 def by_field(config: Config) -> dict[str, Any]:

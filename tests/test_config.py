@@ -91,6 +91,13 @@ def test_a_bad_value_is_rejected_by_name(field, value, message):
             ({"early_stopping_patience": 2}, {field: 0 * value}, "patience=2 .* expected 0 if")
             for field, value in (("eval_every", 1), ("validation_fraction", 1.0))
         ),
+        *(
+            ({"init_from": "x"}, {"tune": tune}, f"tune='{tune}' .*: expected full, state, or lora")
+            for tune in ("lora:0", "lora:x", "lora:٣", "lora", "states")
+        ),
+        ({}, {"tune": "state"}, "expected full without config.train.init_from"),
+        ({"mode": "stream"}, {"tune": "state", "init_from": "x"}, "mode='stream' .* window or doc"),
+        ({"pipeline": 2}, {"tune": "state", "init_from": "x"}, "mesh.pipeline=2 .*: expected 1"),
     ],
 )
 def test_fields_that_exclude_each_other(allowed, added, message):

@@ -88,7 +88,7 @@ def load_plugins() -> None:
 
 
 class ModelFlags:
-    """``--workdir``, ``--checkpoint``, ``--plugin`` and ``--quantize``: the model to load."""
+    """``--workdir``, ``--checkpoint``, ``--adapter``, ``--plugin``, ``--quantize``: the model."""
 
     def __init__(self, *, quantizes: bool = True) -> None:
         self._workdir = flags.DEFINE_string("workdir", None, "Folder of a training run.")
@@ -103,6 +103,9 @@ class ModelFlags:
             self._checkpoint,
             lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
             "must be best, newest or a step",
+        )
+        self._adapter = flags.DEFINE_string(
+            "adapter", None, "File of low-rank updates (train.tune=lora) to merge into the model."
         )
         self._quantize = None
         if quantizes:
@@ -146,7 +149,8 @@ class ModelFlags:
         from simplernn_jax import load_model
         from simplernn_jax.inference import quantize_model
 
-        model, tokenizer, config = load_model(workdir, self.checkpoint)
+        adapter = self._adapter.value and expand_path(self._adapter.value, "adapter")
+        model, tokenizer, config = load_model(workdir, self.checkpoint, adapter=adapter)
         if self._quantize is not None:
             model = quantize_model(model, self._quantize.value)
         return model, tokenizer, config

@@ -51,6 +51,7 @@ def evaluation_batches(
     limit_tokens: int = 0,
     reset_every: int = 0,
     divisible_by: tuple[int, int] = (1, 1),
+    aligned: bool = False,
 ) -> Iterator[Batch]:
     """Lay out whole documents so that each prediction of `split` is scored once, in full context.
 
@@ -68,6 +69,7 @@ def evaluation_batches(
       reset_every: above 0, tokens of a document after which the state is reset. The batches hold
         the same predictions at the same places.
       divisible_by: divisors of B and T, at the cost of padding.
+      aligned: begin every document at the start of a batch, at the cost of padding.
 
     Returns:
       The batches, all of one shape [B, T].
@@ -78,14 +80,17 @@ def evaluation_batches(
     starts, counts = _scored_documents(split, limit_tokens)
     batch_size = int(max(1, min(max_batch_size, len(counts), counts.sum() // counts.max())))
     batch_size = round_up(batch_size, divisible_by[0])
-    sequence_of, loads = _assign(counts, batch_size)
+    length, places = max(1, batch_tokens // batch_size), counts
+    if aligned:
+        length = round_up(min(length, int(counts.max())), divisible_by[1])
+        places = divide_up(counts, length) * length
+    sequence_of, loads = _assign(places, batch_size)
     order = np.argsort(sequence_of, kind="stable")
-    starts, counts = starts[order], counts[order]
-    length = min(max(1, batch_tokens // batch_size), int(loads.max()))
-    length = round_up(length, divisible_by[1])
+    starts, counts, places = starts[order], counts[order], places[order]
+    length = round_up(min(length, int(loads.max())), divisible_by[1])
     # All predictions are on one line, document after document and sequence after sequence. An EOS
     # predicts nothing and has no place on it.
-    document_from = np.cumsum(counts) - counts
+    document_from = np.cumsum(places) - places
     sequence_from = np.cumsum(loads) - loads
 
     def lay_out() -> Iterator[Batch]:
@@ -95,6 +100,7 @@ def evaluation_batches(
             line = np.where(is_real, sequence_from[:, None] + along, 0)
             document = np.searchsorted(document_from, line, side="right") - 1
             within = line - document_from[document]
+            is_real &= within < counts[document]
             batch = gather(split, starts[document] + within, is_real, pad_id)
             segments = document
             if reset_every:

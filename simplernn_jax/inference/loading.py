@@ -24,6 +24,7 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex
+from simplernn_jax.inference.adapter import load_adapter
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import load_plugin
@@ -89,6 +90,7 @@ def load_model(
     checkpoint: str | int = BEST,
     *,
     plugin: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[LanguageModel, Tokenizer, Config]:
     """Load the trained model of a run, its tokenizer and its configuration.
 
@@ -99,6 +101,7 @@ def load_model(
       checkpoint: of a training run: ``best``, the one of lowest validation loss, or the newest if
         none was evaluated; ``newest``; or a step.
       plugin: Python file or module that registers the run's mixers.
+      adapter: file of low-rank updates of the model, which are merged into its parameters.
 
     Returns:
       The model, with float32 parameters on the default device; its tokenizer; the configuration of
@@ -106,19 +109,21 @@ def load_model(
 
     Raises:
       UserError: `workdir` has no such checkpoint, or no valid one, or its export is corrupt, or
-        the tokenizer has ids that the model does not have.
+        the tokenizer has ids that the model does not have, or the adapter is of another model.
     """
     if plugin is not None:
         load_plugin(plugin)
     workdir = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
     loaded = load_exported(workdir) if is_exported(workdir) else _load_run(workdir, checkpoint)
-    model, tokenizer, _ = loaded
+    model, tokenizer, config = loaded
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{workdir}: the tokenizer has {tokenizer.vocab_size:,} ids and the model "
             f"{model.config.vocab_size:,}; use the tokenizer that the model was trained with"
         )
-    return loaded
+    if adapter is not None:
+        model = load_adapter(os.fspath(adapter), model)
+    return model, tokenizer, config
 
 
 def _load_run(workdir: str, checkpoint: str | int) -> tuple[LanguageModel, Tokenizer, Config]:

@@ -193,8 +193,10 @@ def decode_state(
 
 def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
     """Digests of the parameters and the tokenizer that a state belongs to."""
+    return {"model": model_fingerprint(model), "tokenizer": sha256_hex(tokenizer.to_json())}
+
+
+def model_fingerprint(model: LanguageModel) -> str:
+    """Digest of the parameters and the configuration of a model."""
     parameters = named_leaves(nnx.state(model, nnx.Param))
-    return {
-        "model": digest_of(dataclasses.asdict(model.config), parameters),
-        "tokenizer": sha256_hex(tokenizer.to_json()),
-    }
+    return digest_of(dataclasses.asdict(model.config), parameters)

@@ -99,11 +99,16 @@ class LanguageModel(nnx.Module):
         """Return the logical axes of each array of the state, in its structure."""
         return self.layers.state_axes()
 
-    def reset_states(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
-        """Return the initial state for the sequences `where`, `state` for the others."""
-        if self.starts_from_zero:
+    def reset_states(
+        self, state: ModelState, where: Bool[Array, "B"], initial: ModelState | None = None
+    ) -> ModelState:
+        """Return the initial state for the sequences `where`, `state` for the others.
+
+        `initial` is a learned initial state, leaves ``[1, ...]``; None: the model's.
+        """
+        if initial is None and self.starts_from_zero:
             return reset_state(state, where)
-        initial = self.initial_state(where.shape[0])
+        initial = self.initial_state(where.shape[0]) if initial is None else initial
         return jax.tree.map(partial(select_sequences, where), initial, state)
 
     def select_states(

@@ -77,16 +77,19 @@ def measure(run: Run, train_step: TrainStep, evaluator: Evaluator) -> Costs:
         for limit in {run.config.train.eval_tokens, 0}:  # their batches may differ in shape
             times: list[float] = []
             tokens = 0
-            twice = (evaluator.scores(state.params, split, limit) for _ in range(2))
+            initial = state.tuned.get("initial")
+            twice = (
+                evaluator.scores(state.params, split, limit, initial=initial) for _ in range(2)
+            )
             for scores in itertools.islice(itertools.chain.from_iterable(twice), 3):
                 float(scores.total)
                 tokens += int(scores.batch.loss_mask.sum()) if times else 0
                 times.append(time.monotonic())
             per_token = max(per_token, (times[-1] - times[0]) / max(tokens, 1))
-    params, per_sample = gather(run, state.params), 0.0
-    for _ in range(2 if params and is_coordinator() else 0):
+    gathered, per_sample = gather(run, state), 0.0
+    for _ in range(2 if gathered and is_coordinator() else 0):
         begun = time.monotonic()
-        sample(run, params, 0, run.config.train.sample_prompt)
+        sample(run, gathered, 0, run.config.train.sample_prompt)
         per_sample = time.monotonic() - begun
     run.rewind(position)
     microseconds = (1e6 * per_step, 1e9 * per_token, 1e6 * per_sample)

@@ -92,12 +92,12 @@ class Evaluator:
         self._model = config.model
 
         def score(
-            params: nnx.State, batch: Batch, carried: ModelState
+            params: nnx.State, batch: Batch, carried: ModelState, initial: ModelState | None
         ) -> tuple[jax.Array, jax.Array, ModelState]:
             model = nnx.merge(graph, params)
             hidden, carried = model.hidden_states(
                 batch.tokens,
-                model.reset_states(carried, batch.reset),
+                model.reset_states(carried, batch.reset, initial),
                 shard_segment_ids(jnp.asarray(batch.segment_ids)),
             )
             nll = chunked_cross_entropy(model.logits, hidden, batch.targets, batch.loss_mask)
@@ -110,12 +110,12 @@ class Evaluator:
         if is_distributed(mesh):
             batch = batch_specs(mesh)
             state = axes_specs(abstract.state_axes(), mesh)
-            inputs = (variable_specs(abstract_params, mesh), batch, state)
+            inputs = (variable_specs(abstract_params, mesh), batch, state, PartitionSpec())
             outputs = (batch.loss_mask, PartitionSpec(), state)
             score = jax.shard_map(score, mesh=mesh, in_specs=inputs, out_specs=outputs)
             shardings["in_shardings"] = named_shardings(inputs, mesh)
             shardings["out_shardings"] = named_shardings(outputs, mesh)
-            _, self._batch_shardings, state_shardings = shardings["in_shardings"]
+            _, self._batch_shardings, state_shardings, _ = shardings["in_shardings"]
             sequence, stages = mesh.shape["sequence"], mesh.shape["pipeline"]
             shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
             needed = min_shard_tokens(config.model)
@@ -136,6 +136,7 @@ class Evaluator:
         limit_tokens: int = 0,
         reset_every: int = 0,
         contexts: Contexts | None = None,
+        initial: ModelState | None = None,
     ) -> Iterator[Scores]:
         """Yield the scores of every batch.
 
@@ -145,6 +146,7 @@ class Evaluator:
           limit_tokens: number of targets to score, a deterministic subset; 0 scores all.
           reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
           contexts: if given, documents are scored in overlapping contexts, each from a zero state.
+          initial: a learned initial state, leaves ``[1, ...]``; None: the model's.
 
         Raises:
           UserError: the split holds nothing to predict, or contexts do not cover every token.
@@ -152,7 +154,13 @@ class Evaluator:
         sizes = BATCH_TOKENS, evaluation_sequences(self._model, MAX_BATCH_SIZE)
         if contexts is None:
             batches = evaluation_batches(
-                split, *sizes, self._pad_id, limit_tokens, reset_every, self._shard_multiple
+                split,
+                *sizes,
+                self._pad_id,
+                limit_tokens,
+                reset_every,
+                self._shard_multiple,
+                aligned=initial is not None,  # only there the state is not reset to zero
             )
         else:
             batches = context_batches(
@@ -165,7 +173,7 @@ class Evaluator:
             placed = batch
             if self._batch_shardings is not None:
                 placed = global_arrays_from_local(batch, self._batch_shardings, 0, batch_size)
-            nats, total, carried = self._score(params, placed, carried)
+            nats, total, carried = self._score(params, placed, carried, initial)
             yield Scores(batch, nats, total)
 
     def __call__(

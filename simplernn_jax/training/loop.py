@@ -35,6 +35,7 @@ from simplernn_jax.training.preparation import UNKNOWN_STEPS
 from simplernn_jax.training.report import gather, sample, write_report
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, TrainStep, make_train_step
+from simplernn_jax.training.tuning import save_tuned, split_trained
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -107,6 +108,8 @@ def train(
             display.print_line(f"{stopped_by}: saved at {where}; run the same command to resume")
             return Result(run.step, stopped_by, None)
         # All is saved: from here on a signal ends the process at once.
+        if is_coordinator() and run.config.train.tune != "full":
+            trainer.tuned_path = save_tuned(run.workdir, run.corpus.tokenizer)
         evaluation = trainer.evaluate_all()
         display.print_line("done\n" + align(trainer.summary(evaluation)))
         return Result(run.step, None, evaluation)
@@ -133,6 +136,8 @@ class Trainer:
         self._timer = StepTimer(0.0 if metrics is None else metrics.seconds)
         self._train_step, self._evaluator = train_step, evaluator
         self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
+        self.tuned_path = ""
+        """File of what `save_tuned` wrote."""
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{config.model.block} {mixer} model, {size}"
@@ -246,7 +251,9 @@ class Trainer:
             return None
         key = run.step, min(limit_tokens or split.num_predictions, split.num_predictions)
         if self._evaluated[0] != key:
-            self._evaluated = key, self._evaluator(run.state.params, split, limit_tokens)
+            initial = run.state.tuned.get("initial")
+            result = self._evaluator(run.state.params, split, limit_tokens, initial=initial)
+            self._evaluated = key, result
         result = self._evaluated[1]
         self._write(
             run.step,
@@ -264,10 +271,11 @@ class Trainer:
 
         Without a sample, if the tokenizer cannot encode the prompt, training goes on.
         """
-        run, params = self._run, gather(self._run, self._run.state.params)
+        run = self._run
+        gathered = gather(run, run.state)
         if is_coordinator():
             train = run.config.train
-            prompt, text = sample(run, params, train.seed, train.sample_prompt)
+            prompt, text = sample(run, gathered, train.seed, train.sample_prompt)
             self._write(run.step, "sample", text=prompt + text)
             self._display.print_line(f"step {run.step}: sample: {prompt}{text}")
         barrier("sample")
@@ -283,6 +291,10 @@ class Trainer:
             lines.append(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         elif config.train.init_from:
             lines.append(f"parameters from {config.train.init_from}")
+        if config.train.tune != "full":
+            trained, _ = split_trained(run.state.params, run.state.tuned)
+            size = counted(sum(leaf.size for leaf in jax.tree.leaves(trained)), "number")
+            lines.append(f"tuning {config.train.tune}: {size}")
         lines += run.changes
         if run.first_step >= run.total_steps:
             lines.append("all steps are done; raise --config.train.steps or epochs for more")
@@ -317,14 +329,18 @@ class Trainer:
                     "for more steps, or with another config.optimizer.learning_rate"
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
-        params = gather(run, run.state.params)
+        gathered = gather(run, run.state)
         if is_coordinator():
             curve = plot_loss(run.workdir, self._model)
             facts = {"model": self._model} | lines
-            lines["report"] = write_report(run, params, evaluation, facts, curve)
+            lines["report"] = write_report(run, gathered, evaluation, facts, curve)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
         command = name_commands(f"python scripts/{script}.py")
         lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
+        if self.tuned_path:
+            lines["tuned"] = f"{self.tuned_path}, {os.path.getsize(self.tuned_path):,} bytes"
+        if run.config.train.tune == "state":
+            lines["sample with"] += f" --load_state {self.tuned_path}"
         return lines
 
     def _write(self, step: int, kind: str, **values: Any) -> None:

@@ -36,9 +36,10 @@ from simplernn_jax.parallel.distributed import (
     run_on_coordinator_first,
 )
 from simplernn_jax.training.sizing import auto_size, measure_flops
+from simplernn_jax.training.tuning import LEARNING_RATES
 
 _TUNABLE_FIELDS = ("model.dropout", "model.precision")
-"""Fields of the model in which fine-tuning may differ."""
+"""Fields of the model in which fine-tuning of all parameters may differ."""
 
 _RESIDUAL_FIELDS = ("model.mlp_dim", "model.tie_embeddings")
 """Fields without an effect on plain layers."""
@@ -51,6 +52,9 @@ _SCHEDULE_FIELDS = (
 
 UNKNOWN_STEPS = 2**31 - 1
 """Steps of a run with ``train.minutes`` before its speed is measured."""
+
+_FIXED_FIELDS = ("optimizer.name", "train.seed", "train.tune")
+"""Fields besides model and data in which a resumed run may not differ."""
 
 _RESUMABLE_FIELDS = ("data.cache_dir", "data.max_expansion", "data.source")
 """Fields of the data in which a resumed run may differ: its text is compared by content."""
@@ -90,6 +94,9 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx
         _fill(config, saved[0])
     elif config.train.init_from:
         initial, tokenizer = _start_from(config)
+    if config.train.tune != "full" and not config.optimizer.is_given("learning_rate"):
+        kind = config.train.tune.partition(":")[0]
+        config.optimizer.learning_rate = LEARNING_RATES[kind]
     if config.data.template:
         config.data.template = load_template(config.data.template)
     if saved is not None:
@@ -241,7 +248,7 @@ def _check_resumable(current: Config, saved: Config) -> None:
     fields = [
         difference
         for name, difference in differing_fields(current, saved).items()
-        if name.startswith(("model.", "data.")) or name in ("optimizer.name", "train.seed")
+        if name.startswith(("model.", "data.")) or name in _FIXED_FIELDS
         if name not in _RESUMABLE_FIELDS
     ]
     if fields:
@@ -286,7 +293,7 @@ def _start_from(config: Config) -> tuple[LanguageModel, Tokenizer | None]:
     initial = dataclasses.replace(initial, model=model.config)
     _fill(config, initial)
     unused = _RESIDUAL_FIELDS if model.config.block == "plain" else ()
-    free = ("model.vocab_size", *_TUNABLE_FIELDS, *unused)  # a vocabulary grows with the tokenizer
+    free = ("model.vocab_size", *_tunable(config), *unused)  # a vocabulary grows with the tokenizer
     fields = [
         difference
         for name, difference in differing_fields(config, initial).items()
@@ -297,10 +304,15 @@ def _start_from(config: Config) -> tuple[LanguageModel, Tokenizer | None]:
     return model, tokenizer
 
 
+def _tunable(config: Config) -> tuple[str, ...]:
+    # An update or a state is of one model, whose configuration is a part of it.
+    return _TUNABLE_FIELDS if config.train.tune == "full" else ()
+
+
 def _fill(config: Config, initial: Config) -> None:
     """Set fields of model and tokenizer that `config` leaves out to the values in `initial`."""
     for field in dataclasses.fields(config.model):
-        if f"model.{field.name}" not in _TUNABLE_FIELDS and not config.model.is_given(field.name):
+        if f"model.{field.name}" not in _tunable(config) and not config.model.is_given(field.name):
             setattr(config.model, field.name, getattr(initial.model, field.name))
     if not config.data.is_given("tokenizer"):
         config.data.tokenizer = initial.data.tokenizer

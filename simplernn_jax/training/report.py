@@ -29,6 +29,8 @@ from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.run import Run
+from simplernn_jax.training.train_step import TrainState
+from simplernn_jax.training.tuning import start_state
 
 SAMPLES, SAMPLE_TEMPERATURE = 3, 0.8
 HELD_OUT_BYTES, TRAINING_BYTES = 2_000_000, 4_000_000
@@ -37,13 +39,13 @@ to: about 4 s. Up to a quarter of these, xz compresses the training text, too.""
 
 
 def write_report(
-    run: Run, params: Any, evaluation: Evaluation | None, facts: Mapping[str, str], curve: str
+    run: Run, gathered: Any, evaluation: Evaluation | None, facts: Mapping[str, str], curve: str
 ) -> str:
     """Write the page of a run that has ended, on the coordinator, and return its path.
 
     Args:
       run: the run after its last step.
-      params: the result of `gather`; None leaves out what needs them.
+      gathered: the result of `gather`; None leaves out what needs them.
       evaluation: on held-out text, if there is any.
       facts: the lines of its summary, by name.
       curve: path of the picture of its losses.
@@ -67,15 +69,15 @@ def write_report(
             "batch": f"{config.data.batch_size} sequences of {config.data.sequence_length} tokens",
             **facts,
             "memory": f"at most {format_bytes(peak)}",
-            "SHA-256 of the parameters": params and parameters_digest(run, params),
+            "SHA-256 of the parameters": gathered and parameters_digest(run, gathered[0]),
         },
         curve=base64.b64encode(read_file(curve)).decode(),
         evaluation=evaluation,
         split=split,
         rows=compress_held_out(run),
         samples=[
-            map(_printable, sample(run, params, config.train.seed + number, prompt))
-            for number, prompt in enumerate(_prompts(run) if params else ())
+            map(_printable, sample(run, gathered, config.train.seed + number, prompt))
+            for number, prompt in enumerate(_prompts(run) if gathered else ())
         ],
         commands=_commands(run),
     )
@@ -84,30 +86,35 @@ def write_report(
     return path
 
 
-def gather(run: Run, params: Any) -> Any:
-    """Return `params` on one device; None if they are sharded in a run without samples.
+def gather(run: Run, state: TrainState) -> Any:
+    """Return parameters and learned state on one device; None if sharded and without samples.
 
     All processes call it. One device may lack the memory.
     """
     is_allowed = run.config.train.sample_every or not is_distributed(run.mesh)
-    return local_copy(params) if is_allowed else None
+    learned = {name: leaf for name, leaf in state.tuned.items() if name == "initial"}
+    return local_copy((state.params, learned)) if is_allowed else None
 
 
-def sample(run: Run, params: Any, seed: int, prompt: str) -> tuple[str, str]:
+def sample(run: Run, gathered: Any, seed: int, prompt: str) -> tuple[str, str]:
     """Return a prompt, as a message if the run trains on chats, and its continuation.
 
-    If the tokenizer cannot encode the prompt, the continuation says so. `params` are on one device.
+    If the tokenizer cannot encode the prompt, the continuation says so. `gathered` is the result of
+    `gather`.
     """
+    params, learned = gathered
     template = run.config.data.template
     graph, abstract = abstract_model(run.config.model)
     try:
         if template:
             chat = [{"role": "user", "content": prompt}]
             prompt = ChatTemplate(template).render_next(chat)
+        model = nnx.merge(graph, in_layout_of(abstract, params))
         (text,) = generate_text(
-            nnx.merge(graph, in_layout_of(abstract, params)),
+            model,
             run.corpus.tokenizer,
             prompt,
+            state=start_state(model, run.corpus.tokenizer, learned),
             max_new_tokens=run.config.train.sample_tokens,
             temperature=SAMPLE_TEMPERATURE,
             seed=seed,

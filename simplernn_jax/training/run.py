@@ -19,7 +19,7 @@ from simplernn_jax.checkpoint.folder import Quality, check_workdir
 from simplernn_jax.config import Config, differing_fields
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError, counted
-from simplernn_jax.models.language_model import check_mesh
+from simplernn_jax.models.language_model import abstract_model, check_mesh
 from simplernn_jax.parallel.distributed import broadcast_from_coordinator
 from simplernn_jax.parallel.mesh import (
     BATCH_AXES,
@@ -42,6 +42,7 @@ from simplernn_jax.training.train_step import (
     state_shardings,
     state_specs,
 )
+from simplernn_jax.training.tuning import init_tuned
 
 _OVERFITTING_MARGIN = 0.01
 """Relative increase over the best loss that triggers the overfitting hint."""
@@ -236,7 +237,12 @@ class Run:
                 if layout.shardings is not None:
                     whole = jax.tree.map(np.asarray, params)
                     params = jax.device_put(whole, layout.shardings.params)
-                saved_state = dataclasses.replace(layout.to_checkpoint(state), params=params)
+                tuned = jax.jit(
+                    partial(init_tuned, config, abstract_model(config.model)[0]),
+                    out_shardings=layout.shardings and layout.shardings.tuned,
+                )(params)
+                saved_state = layout.to_checkpoint(state)
+                saved_state = dataclasses.replace(saved_state, params=params, tuned=tuned)
                 state = layout.from_checkpoint(saved_state)
             return state, batches
         saved_state, saved, saved_config = restored

@@ -7,6 +7,7 @@ microbatches and devices; `make_train_step` updates the parameters with the sum.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ from simplernn_jax.parallel.mesh import (
 )
 from simplernn_jax.parallel.sequence import shard_segment_ids
 from simplernn_jax.training.losses import chunked_cross_entropy
+from simplernn_jax.training.tuning import init_tuned, join, split_trained
 
 ANALYSIS_THRESHOLD = 0.25
 """Fraction of device memory above which the step is compiled and analyzed: the estimate is about a
@@ -58,6 +60,8 @@ class TrainState:
     """Optimizer steps taken, skipped ones included; int32."""
     params: nnx.State
     """float32 parameters of the model."""
+    tuned: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What fine-tuning needs besides them; see `training.tuning`."""
     opt_state: optax.OptState
     """State of the optimizer, moments in float32."""
     rng: jax.Array
@@ -95,13 +99,15 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
     """
     model_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     graph, params = init_model(config, model_key)
+    tuned = init_tuned(config, graph, params)
     carried: ModelState = ()
     if config.data.mode == "stream":
         carried = nnx.merge(graph, params).initial_state(config.data.batch_size)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        tuned=tuned,
+        opt_state=optimizer.init(split_trained(params, tuned)[0]),
         rng=jax.random.key_data(dropout_key),
         carried=carried,
         skipped_updates=jnp.zeros((), jnp.int32),
@@ -179,31 +185,36 @@ def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
     return dataclasses.replace(config, train=train)
 
 
-def make_grad_fn(
-    config: Config,
-) -> Callable[
-    [nnx.State, Batch, ModelState, jax.Array, jax.Array],
-    tuple[jax.Array, jax.Array, nnx.State, ModelState],
-]:
+def make_grad_fn(config: Config) -> Callable[..., tuple[jax.Array, jax.Array, Any, ModelState]]:
     """Build the loss and gradient function of a batch.
 
-    It maps ``(params, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
-    `rng` is raw uint32 key data, `step` int32. With ``train.bptt_window``, the batch is split
-    by `split_into_windows`; ``train.gradient_accumulation`` None means 1. The loss is the mean over
-    all predictions, in nats. Inside `jax.shard_map`, arguments and results are this device's
-    shards, but loss and predictions are global.
+    It maps ``(trained, batch, carried, rng, step, frozen=())`` to ``(loss, predictions, gradient,
+    carried)``; `trained` and `frozen` are the parts of `split_trained`, by default all parameters
+    and nothing; `rng` is raw uint32 key data, `step` int32. With ``train.bptt_window``, the batch
+    is split by `split_into_windows`; ``train.gradient_accumulation`` None means 1. The loss is the
+    mean over all predictions, in nats. Inside `jax.shard_map`, arguments and results are this
+    device's shards, but loss and predictions are global.
     """
     graph, _ = abstract_train_model(config)
     dropout = config.model.dropout > 0
 
-    def loss_fn(
-        params: nnx.State, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
+    def loss_of(
+        frozen: Any,
+        trained: Any,
+        batch: Batch,
+        carried: ModelState,
+        key: jax.Array,
+        predictions: jax.Array,
     ) -> tuple[jax.Array, ModelState]:
         """Sum over the batch, divided by `predictions`: losses of parts add up to a mean."""
+        params, tuned = join(trained, frozen)
         model = nnx.merge(graph, params)
+        initial = tuned.get("initial")
+        if initial is not None:
+            carried = carried or model.initial_state(len(batch.tokens))
         hidden, carried = model.hidden_states(
             batch.tokens,
-            model.reset_states(carried, batch.reset) if carried else None,
+            model.reset_states(carried, batch.reset, initial) if carried else None,
             shard_segment_ids(jnp.asarray(batch.segment_ids)),
             dropout_key=key if dropout else None,
         )
@@ -211,37 +222,45 @@ def make_grad_fn(
         nll = jnp.sum(losses)
         return nll / predictions.astype(nll.dtype), carried
 
-    if not config.train.bptt_window:
-        grad_fn = _value_and_grad(loss_fn)
-    elif config.train.bptt == "truncated":
-        # Each window starts from the final state of the previous one, as a constant (Williams and
-        # Peng 1990).
-        grad_fn = _sum_over_windows(_value_and_grad(loss_fn), loss_fn, _zero_gradient)
-    else:
-        # The forward pass saves the state before each window; the backward pass recomputes one
-        # window at a time. In a scan, XLA cannot merge the two.
-        remat_loss_fn = jax.checkpoint(loss_fn, prevent_cse=False)
-        grad_fn = _value_and_grad(_sum_over_windows(remat_loss_fn, loss_fn, _zero_loss))
-    grad_fn = _sum_over_microbatches(grad_fn, config.train.gradient_accumulation or 1)
+    def make_part_fn(frozen: Any) -> _PartFn:
+        loss_fn = partial(loss_of, frozen)
+        if not config.train.bptt_window:
+            grad_fn = _value_and_grad(loss_fn)
+        elif config.train.bptt == "truncated":
+            # Each window starts from the final state of the previous one, as a constant (Williams
+            # and Peng 1990).
+            grad_fn = _sum_over_windows(_value_and_grad(loss_fn), loss_fn, _zero_gradient)
+        else:
+            # The forward pass saves the state before each window; the backward pass recomputes one
+            # window at a time. In a scan, XLA cannot merge the two.
+            remat_loss_fn = jax.checkpoint(loss_fn, prevent_cse=False)
+            grad_fn = _value_and_grad(_sum_over_windows(remat_loss_fn, loss_fn, _zero_loss))
+        return _sum_over_microbatches(grad_fn, config.train.gradient_accumulation or 1)
 
     def batch_grad_fn(
-        params: nnx.State, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, jax.Array, nnx.State, ModelState]:
+        trained: Any,
+        batch: Any,
+        carried: ModelState,
+        rng: jax.Array,
+        step: jax.Array,
+        frozen: Any = (),
+    ) -> tuple[jax.Array, jax.Array, Any, ModelState]:
         predictions = psum(jnp.sum(batch.loss_mask), *TOKEN_AXES)
         key = _fold_in_device(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
         # Cast to varying, so that their gradients are summed over devices once, after all
         # microbatches.
-        varying_params = jax.tree.map(lambda param: vary_like(param, *batch), params)
+        varying_params = jax.tree.map(lambda param: vary_like(param, *batch), trained)
         divisor = jnp.maximum(predictions, 1)
+        grad_fn = make_part_fn(frozen)
         (loss, gradient), final = grad_fn(varying_params, batch, carried, key, divisor)
         carried = final if carried else ()
-        return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, params), carried
+        return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, trained), carried
 
     return batch_grad_fn
 
 
 _PartFn = Callable[..., tuple[Any, ModelState]]
-"""Function of part of a batch: ``(params, batch, carried, dropout_key, predictions)`` to ``(value,
+"""Function of part of a batch: ``(trained, batch, carried, dropout_key, predictions)`` to ``(value,
 carried)``. The value is a loss, or a loss and its gradient. `carried` is the recurrent state before
 the part, or () for none. `dropout_key` is a typed PRNG key, `predictions` an int32 scalar of at
 least 1."""
@@ -378,11 +397,12 @@ def make_train_step(
         if window:  # [B, T / window, window]: the tokens of each window are sharded
             token_specs: Any = [P(spec[0], None, spec[1]) for spec in batch[:4]]
             grad_batch = Batch._make([*token_specs, batch.reset])
+        trained, frozen = split_trained(state.params, state.tuned)
         grad_fn = jax.shard_map(
             grad_fn,
             mesh=mesh,
-            in_specs=(state.params, grad_batch, state.carried, P(), P()),
-            out_specs=(P(), P(), state.params, state.carried),
+            in_specs=(trained, grad_batch, state.carried, P(), P(), frozen),
+            out_specs=(P(), P(), trained, state.carried),
         )
         states = named_shardings(state, mesh)
         replicated = NamedSharding(mesh, P())
@@ -398,28 +418,35 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, *schedule: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
+        if "initial" in state.tuned:
+            # A document that begins within a sequence starts from zero, not from the learned state.
+            is_first = batch.segment_ids == batch.segment_ids[:, :1]
+            batch = batch._replace(loss_mask=batch.loss_mask & is_first)
         batch = split_into_windows(batch, window) if window else batch
+        trained, frozen = split_trained(state.params, state.tuned)
         loss, predictions, gradient, carried = grad_fn(
-            state.params, batch, state.carried, state.rng, state.step
+            trained, batch, state.carried, state.rng, state.step, frozen
         )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def update(old: Any) -> Any:
-            params, opt_state, _ = old
+            params, tuned, opt_state, _ = old
+            trained, frozen = split_trained(params, tuned)
             # If this branch computed the norm again, its last bits would depend on the number of
             # threads.
             extra = {"norm": norm} | ({"steps": schedule[0]} if schedule else {})
-            updates, opt_state = optimizer.update(gradient, opt_state, params, **extra)
-            return optax.apply_updates(params, updates), opt_state, carried
+            updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
+            return *join(optax.apply_updates(trained, updates), frozen), opt_state, carried
 
         # `cond`, not `where`, which would copy the old state.
-        old = (state.params, state.opt_state, state.carried)
-        params, opt_state, new_carried = jax.lax.cond(finite, update, lambda old: old, old)
+        old = (state.params, state.tuned, state.opt_state, state.carried)
+        params, tuned, opt_state, new_carried = jax.lax.cond(finite, update, lambda old: old, old)
         skipped = 1 - finite.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
+            tuned=tuned,
             opt_state=opt_state,
             rng=state.rng,
             carried=new_carried,

@@ -3,6 +3,8 @@
 import math
 import random
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,9 +13,10 @@ from small_runs import HYBRID, small_model
 
 from benchmarks.stress.edits import edits
 from simplernn_jax.inference import generate, quantize_model
-from simplernn_jax.inference.engine import MAX_BLOCK
+from simplernn_jax.inference.engine import MAX_BLOCK, PrefixState
 from simplernn_jax.inference.infilling import InfillPrompt
 from simplernn_jax.inference.sampling import Sampling
+from simplernn_jax.inference.state import empty_state
 from simplernn_jax.serving import scheduler as scheduling
 from simplernn_jax.serving.jobs import Job, NewTokens, Prefilled, Prefix
 from simplernn_jax.serving.prefill import GRID, PrefixCache, PrefixKeys
@@ -233,6 +236,26 @@ def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional):
     assert run(scheduler, [patient])[0] != expected
     assert patient.tokens.tolist() == tokens.tolist()
     assert expected[3, 0][0][0] in first_ids
+
+
+def test_learned_states_give_the_same_bytes_alone_and_among_31_others():
+    model = small_model("residual", vocab_size=VOCAB)
+    scheduler = Scheduler(model, num_slots=32, cache_bytes=1 << 24)
+
+    def job(seed):
+        draw = np.random.default_rng(seed)
+        state = empty_state(model, 1)
+        layers = jax.tree.map(lambda x: jnp.float32(draw.normal(size=x.shape)), state.layers)
+        prefix = Prefix(PrefixState(layers, state.logits), bytes([seed]), tokens_of(0, 0))
+        sampling = Sampling(seed=seed, temperature=0.9)
+        tokens = tokens_of(seed, 1 + seed % 5)
+        return Job(tokens, sampling, max_tokens=9, num_logprobs=2, prefix=prefix)
+
+    together, _ = run(scheduler, [job(seed) for seed in range(32)])
+    assert len({bytes(tokens) for tokens, *_ in together.values()}) > 16
+    for seed in range(0, 32, 5):
+        alone, _ = run(Scheduler(model, num_slots=32, cache_bytes=1 << 24), [job(seed)])
+        assert alone[seed, 0] == together[seed, 0]
 
 
 def test_a_cancelled_job_frees_its_slots(scheduler):
