@@ -135,7 +135,7 @@ def of_model(model: LanguageModel, tokenizer: Tokenizer, *, has_suffix: bool) ->
         for first in range(0, len(places), size):
             some = [*places[first : first + size]]
             prompts = [prompt(cursor, at) for at in some + some[-1:] * (size - len(some))]
-            shared = min(map(len, prompts)) - 1
+            shared = max(1, min(map(len, prompts)) - 1)
             while any(p[:shared].tolist() != prompts[0][:shared].tolist() for p in prompts):
                 shared -= 1
             state = generate(model, [prompts[0][:shared]], max_new_tokens=0).state
