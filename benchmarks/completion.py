@@ -84,10 +84,11 @@ def run(workdirs: Sequence[str], cursors: int, lines: int) -> Iterator[Table]:
     for workdir, (model, tokenizer, config) in loaded.items():
         for has_suffix in (True, False):
             suggest = of_model(model, tokenizer, has_suffix=has_suffix)
-            row = {"model": workdir, "parameters": count_parameters(config), "suffix": has_suffix}
+            row: Row = {"model": workdir, "suffix": "yes" if has_suffix else "no"}
+            row |= {"parameters": count_parameters(config)}
             rows.append(row | measure(suggest, somewhere, typed))
     suggest = of_ngram("\0".join(documents(corpus.train)).encode())
-    rows.append({"model": f"{ORDER}-gram"} | measure(suggest, somewhere, typed))
+    rows.append({"model": f"{ORDER}-gram", "suffix": "no"} | measure(suggest, somewhere, typed))
     yield Table(f"completion: {cursors:,} cursors, {lines:,} lines", rows)
     rows = [keystrokes(workdir, clients, typed) for workdir in workdirs for clients in CLIENTS]
     yield Table("completion: latency", rows)
@@ -135,7 +136,7 @@ def of_model(model: LanguageModel, tokenizer: Tokenizer, *, has_suffix: bool) ->
         for first in range(0, len(places), size):
             some = [*places[first : first + size]]
             prompts = [prompt(cursor, at) for at in some + some[-1:] * (size - len(some))]
-            shared = min(map(len, prompts)) - 1
+            shared = max(1, min(map(len, prompts)) - 1)
             while any(p[:shared].tolist() != prompts[0][:shared].tolist() for p in prompts):
                 shared -= 1
             state = generate(model, [prompts[0][:shared]], max_new_tokens=0).state

@@ -41,8 +41,8 @@ def test_the_ngram_model_continues_the_longest_known_context():
 def test_places_of_a_line_have_the_suggestions_that_each_has_alone():
     tokenizer = InfillingTokenizer(load_tokenizer("byte"), "suffix_first")
     model = small_model("residual", vocab_size=tokenizer.vocab_size)
-    suggest = of_model(model, tokenizer, has_suffix=True)
-    line = LINE._replace(line=LINE.line * 2)
+    suggest = of_model(model, tokenizer, has_suffix=False)
+    line = LINE._replace(before="", line=LINE.line * 2)
     together = suggest(line, range(BATCH + 3))
     assert len(together) == BATCH + 3
     for at in (0, 5, BATCH - 1, BATCH + 2):
