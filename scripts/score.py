@@ -21,11 +21,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import check_writable, open_file, write_file
+
+if TYPE_CHECKING:
+    from simplernn_jax.analysis.surprise import Unit
 
 _MODEL = command_line.ModelFlags()
 _FILES = command_line.define_arguments("FILE...")
@@ -61,6 +66,10 @@ def main() -> None:
     for mask in _MASK.value:
         if mask not in MASKS:
             raise UserError(f"--mask={mask}: use {', '.join(MASKS)}")
+    if _HTML.value is not None:
+        if _FOLLOW.value:
+            raise UserError("--html shows whole texts: leave out --follow")
+        check_writable(_HTML.value)
     if _FOLLOW.value and len(_FILES.value) > 1:
         raise UserError("--follow reads one file: name one, or - for standard input")
     readers = {name: _reader(name) for name in _FILES.value}  # before the model is loaded
@@ -149,7 +158,7 @@ def _reader(name: str) -> Callable[[int], bytes]:
     return read
 
 
-def _print(name, unit, expected: str) -> None:
+def _print(name: str, unit: "Unit", expected: str) -> None:
     before, peak, after = unit.around_peak()
     if _JSON.value:
         record = {

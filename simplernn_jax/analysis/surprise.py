@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jinja2
-import markupsafe
 import numpy as np
 
 from simplernn_jax.errors import UserError
@@ -27,12 +26,12 @@ several."""
 _MAX_KINDS = 1 << 12
 """Kinds of lines whose average is remembered."""
 
+_CLOCK = rb"\d{1,2}:\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[+-]\d\d:?\d\d)?"
 MASKS = {
     "digits": rb"\d+",
     "hex": rb"\b(?:0x)?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{6,}\b",
     "uuid": rb"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b",
-    "time": rb"\b(?:\d{4}[-/]\d\d[-/]\d\d[T ]?)?(?:\d{1,2}:\d\d(?::\d\d(?:[.,]\d+)?)?)?(?:Z|[+-]\d\d:?\d\d)?"
-    rb"(?<=\d)",
+    "time": rb"\b\d{4}[-/]\d\d[-/]\d\d(?:[T ]" + _CLOCK + rb")?|\b" + _CLOCK,
 }
 """Patterns of fields that vary, whose bits are not counted."""
 
@@ -219,5 +218,5 @@ class Page:
             model=model,
             levels=self.levels,
             rows=[(name, unit, *unit.around_peak(), expected) for name, unit, expected in rows],
-            body=markupsafe.Markup(self._body.getvalue()),
+            body=self._body.getvalue(),
         )

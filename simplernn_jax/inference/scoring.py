@@ -7,7 +7,7 @@ to its last. The bits of a token are its negative log2 probability given everyth
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -140,7 +140,7 @@ class Scorer:
 
 
 @functools.lru_cache(maxsize=4)
-def _surprise_of(architecture: Architecture):
+def _surprise_of(architecture: Architecture) -> Callable[..., TokenBits]:
     """Make the program that scores the tokens of a chunk."""
 
     @jax.jit
