@@ -1,4 +1,4 @@
-"""Interleaved timing, functions in fresh processes, resident memory, and the machine."""
+"""Interleaved timing, functions in fresh processes, and the machine."""
 
 import math
 import os
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import simplernn_jax
 from simplernn_jax import project
-from simplernn_jax.data.tokenization import available_cores
+from simplernn_jax.devices import available_cores
 from simplernn_jax.errors import UserError
 
 PACKAGES = Path(simplernn_jax.__file__).resolve().parents[1]
@@ -109,15 +109,6 @@ def on_simulated_devices(count: int, function: Callable[..., Any], **arguments: 
     """`call_isolated` with `count` simulated CPU devices."""
     flags = f"--xla_force_host_platform_device_count={count}"
     return call_isolated(function, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, **arguments)
-
-
-def resident_bytes(pid: int) -> float:
-    """Resident memory of a process; raises OSError once it has ended, waited for or not."""
-    status = Path(f"/proc/{pid}/status").read_text("ascii")
-    size = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.M)
-    if size is None:
-        raise ProcessLookupError(f"process {pid} has no memory: it has ended")
-    return 1024 * float(size[1])
 
 
 def describe_machine() -> dict[str, Any]:

@@ -6,15 +6,17 @@ many sequences together, up to the number of slots.
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import urllib.parse
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -29,7 +31,6 @@ from simplernn_jax.training.preparation import prepare
 
 from . import measure
 from .decoding import random_tokens
-from .http_client import connected
 from .measure import Effort
 from .tables import Row, Table
 from .train_steps import load_config
@@ -112,13 +113,14 @@ async def stream_all(url: str, prompts: np.ndarray, tokens: int) -> tuple[float,
 
     async def client(row: np.ndarray) -> list[Stream]:
         streams = []
-        async with connected(url) as connection:
+        async with connected(url) as (reader, writer):
             for prompt in np.split(row, COMPLETIONS):
                 fields: Row = {"prompt": prompt.tolist(), "max_tokens": tokens, "temperature": 0}
                 fields |= {"ignore_eos": True, "stream": True}
                 fields |= {"stream_options": {"include_usage": True}}
                 start = time.perf_counter()
-                answer, first, end = await connection.stream("/v1/completions", fields)
+                writer.write(request("POST", "/v1/completions", fields))
+                answer, first, end = await read_stream(reader)
                 number = int(re.findall(rb'"completion_tokens":(\d+)', answer)[-1])
                 streams.append(Stream(first - start, end - start, number))
         return streams
@@ -132,7 +134,7 @@ def save_untrained(
     config: Config, workdir: str | Path, step: int = 1, model_seed: int | None = None
 ) -> TokenizedCorpus:
     """Save a checkpoint of an untrained model in `workdir`; return its corpus."""
-    config, corpus = prepare(config, str(workdir))
+    config, corpus, _ = prepare(config, str(workdir))
     seed = config.train.seed if model_seed is None else model_seed
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
     tokenizer_json = corpus.tokenizer.to_json()
@@ -170,3 +172,46 @@ def serving(workdir: object, *flags: str) -> Iterator[tuple[subprocess.Popen[byt
             process.communicate(timeout=60)
         finally:
             process.kill()
+
+
+def request(method: str, path: str, fields: Any, connection: str = "keep-alive") -> bytes:
+    """A request with `fields` as JSON, if there are any."""
+    body = b"" if fields is None else json.dumps(fields).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a connection, and close it at the end."""
+    address = urllib.parse.urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def read_stream(reader: asyncio.StreamReader) -> tuple[bytes, float, float]:
+    """Read a response in chunks, and when its first event and its end came.
+
+    Raises:
+      ConnectionError: the status is not 200, or the connection ended before the stream.
+    """
+    answer, first = bytearray(), 0.0
+    while not answer.endswith(b"0\r\n\r\n"):
+        part = await reader.read(1 << 16)
+        answer += part
+        if not part or not answer.startswith(b"HTTP/1.1 200 "):
+            raise ConnectionError(f"the stream ended: {bytes(answer)!r}")
+        if not first and b"data: {" in part:
+            first = time.perf_counter()
+    return bytes(answer), first, time.perf_counter()
+
+
+async def fetch(url: str, method: str, path: str, fields: Any = None) -> tuple[int, bytes]:
+    """Status and body of a response, over a new connection."""
+    async with connected(url) as (reader, writer):
+        writer.write(request(method, path, fields, "close"))
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    return int(head.split()[1]), body

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from simplernn_jax import project
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, ModelConfig
 from simplernn_jax.data.batches import Batch, make_batches
@@ -55,7 +54,7 @@ def change(config: Config, **fields: Any) -> Config:
 
 def load_config(name: str, batch: int, length: int, **fields: Any) -> Config:
     """``configs/NAME.py`` on one device, with random windows and these fields of any section."""
-    config = config_files.load_config(project.ROOT / "configs" / f"{name}.py")
+    config = config_files.load_config(name)
     config.mesh.data = 1
     return change(config, mode="window", batch_size=batch, sequence_length=length, **fields)
 
@@ -167,7 +166,7 @@ def train_on_corpus(config: Config, workdir: str, seed: int = 0) -> Trained:
 
     `workdir` keeps the tokenized corpus, whose split does not depend on `seed`.
     """
-    config, corpus = prepare(config, workdir)
+    config, corpus, _ = prepare(config, workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
     mesh, pad_id = make_mesh(config.mesh), corpus.tokenizer.pad_id
     check_fits(config, mesh)

@@ -23,4 +23,5 @@ def get_config() -> Config:
     config.train.eval_every = 1400
     config.train.save_every = 1400
     config.train.sample_every = 2800
+    config.train.sample_prompt = "def main("
     return config

@@ -32,10 +32,10 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import decoding, recurrence, scaling, serving, sizes, startup, training
+from benchmarks import decoding, scaling, serving, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
-from benchmarks.baselines.programs import LABELS
+from benchmarks.baselines.trainers import LABELS
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
 from simplernn_jax.cli import command_line, config_files, process_start
@@ -60,14 +60,14 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
-    "ops": lambda effort, _: recurrence.run(effort),
-    "train": lambda effort, _: training.run(effort),
+    "ops": lambda effort, _: training.run_ops(effort),
+    "train": lambda effort, _: training.run_steps(effort),
     "decode": lambda effort, _: decoding.run(effort),
     "serve": lambda effort, _: serving.run(effort),
-    "startup": lambda effort, _: startup.run(effort),
-    "memory": lambda *_: sizes.run_memory(),
+    "startup": lambda effort, _: training.run_startup(effort),
+    "memory": lambda *_: scaling.run_memory(),
     "scaling": lambda effort, _: scaling.run(effort),
-    "sizes": lambda *_: sizes.run(),
+    "sizes": lambda *_: scaling.run_sizes(),
     "attention": lambda _, results: aspects.run(
         MEASUREMENTS, _ONLY.value, _QUICK.value, results.tables
     ),

@@ -16,7 +16,8 @@ from absl import flags
 
 from simplernn_jax.cli.command_line import expand_path, run
 from simplernn_jax.config import ENCODING_ERRORS, DataConfig
-from simplernn_jax.data.prepared_dataset import default_data_dir
+from simplernn_jax.data.corpora import open_corpus
+from simplernn_jax.data.prepared_dataset import build_tfds, default_data_dir
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "File, folder or glob of text, records or rows; or stdlib.", required=True
@@ -39,8 +40,6 @@ _MAX_MALFORMED_RECORDS = flags.DEFINE_integer(
 
 def main() -> None:
     """Build the dataset and print how to train on it."""
-    from simplernn_jax.data.tfds_builder import build_tfds
-
     source = DataConfig(
         source=_SOURCE.value,
         field=_FIELD.value,
@@ -48,7 +47,8 @@ def main() -> None:
         max_malformed_records=_MAX_MALFORMED_RECORDS.value,
     )
     data_dir = expand_path(_DATA_DIR.value or str(default_data_dir()), "data_dir")
-    folder = build_tfds(source, _NAME.value, data_dir)
+    corpus = open_corpus(source, exclude=[data_dir])  # no other datasets
+    folder = build_tfds(corpus, source.source, _NAME.value, data_dir)
     print(f"{folder}: train on it with --config.data.source=tfds:{folder}")
 
 

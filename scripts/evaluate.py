@@ -20,8 +20,8 @@ from absl import flags
 
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.data.batches import document_ends
-from simplernn_jax.data.evaluation_batches import Contexts, check_contexts
-from simplernn_jax.data.token_split import MixedSplit, TokenSplit
+from simplernn_jax.data.evaluation_batches import Contexts
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, one_line
 
@@ -51,7 +51,6 @@ def main() -> None:
     windows = None
     if _WINDOW.value:
         windows = Contexts(_WINDOW.value, _STRIDE.value or (_WINDOW.value + 1) // 2)
-        check_contexts(windows)
     for flag in (_SPLIT, *_CORPUS.holders):
         if _SOURCE.value is not None and flag.present:
             raise UserError(f"--source and --{flag.name} are mutually exclusive")
@@ -95,7 +94,7 @@ def main() -> None:
         "perplexity": f"{result.perplexity:.4f}",
         "bits/byte": f"{result.bits_per_byte:.4f}{xz}",
     }
-    for part in split.parts if isinstance(split, MixedSplit) else ():
+    for part in split.parts:
         scores = evaluator(params, part, contexts=windows) if part.num_predictions else None
         facts[one_line(part.name)] = str(scores or "no predictions")
     if windows is not None:

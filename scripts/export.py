@@ -30,8 +30,7 @@ from simplernn_jax.export import FORMATS, QUANTIZATIONS
 
 _MODEL = command_line.ModelFlags(quantizes=False)
 _CORPUS = command_line.CorpusFlags()
-_FORMAT_NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-_FORMAT = flags.DEFINE_string("format", None, f"{_FORMAT_NAMES}; see above.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "See above.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the files; must not exist.")
 _QUANTIZE = flags.DEFINE_enum(
     "quantize",
@@ -46,7 +45,8 @@ _LICENSE = flags.DEFINE_string(
 _LANGUAGE = flags.DEFINE_list(
     "language", [], "Languages of the text, for the model card: ISO 639 codes, such as en,de."
 )
-_CHECKED_TOKENS = 256
+_CHECKED_TOKENS = 250
+"""Not a multiple of the 64 tokens of a prefill, so that decoding is checked, too."""
 
 
 def main() -> None:
@@ -55,16 +55,14 @@ def main() -> None:
     if not _OUT.value:
         raise UserError("no --out: specify a new folder")
     if not _FORMAT.value:
-        raise UserError(f"no --format: specify {_FORMAT_NAMES}")
+        raise UserError(f"no --format: specify one of {', '.join(FORMATS)}")
     out = command_line.expand_path(_OUT.value, "out")
     import numpy as np
 
     from simplernn_jax.export.exporting import check_new, export
-    from simplernn_jax.export.formats import find_format
     from simplernn_jax.inference import generate
 
     process_start.raise_on_signals()  # which removes the temporary folder
-    find_format(_FORMAT.value)
     check_new(out)
     model, tokenizer, config = _MODEL.load()
     try:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from simplernn_jax.cli.exit_codes import exit_with
+from simplernn_jax.cli.command_line import exit_with
 from simplernn_jax.devices import end_with_parent
 from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_FAILURE, UserError
 from simplernn_jax.parallel.supervisor import HEARTBEAT_SECONDS

@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import tempfile
-from typing import Any
 
 from absl import flags
 
@@ -71,6 +70,7 @@ def main() -> None:
     from simplernn_jax.checkpoint.folder import CheckpointFolder, choose_checkpoint
     from simplernn_jax.data.chat_template import ChatTemplate
     from simplernn_jax.inference.loading import is_exported
+    from simplernn_jax.models import LanguageModel
 
     def choose() -> str:
         if is_exported(workdir):  # which does not change
@@ -78,14 +78,17 @@ def main() -> None:
         step, _ = choose_checkpoint(workdir, _MODEL.checkpoint)
         return CheckpointFolder(workdir).step_path(step)
 
-    def load() -> Any:
+    def load_other(in_use: str) -> tuple[str, LanguageModel] | None:
+        selected = choose()
+        if selected == in_use:
+            return None
         model, other_tokenizer, other = _MODEL.load_again(workdir)
         new = other.model, other.data.template, other_tokenizer.to_json()
         if new != (config.model, template, tokenizer.to_json()):
             raise UserError(
                 f"{workdir}: another architecture, template or tokenizer; start the server again"
             )
-        return model
+        return selected, model
 
     checkpoint = choose()
     model, tokenizer, config = _MODEL.load()
@@ -106,8 +109,7 @@ def main() -> None:
             states.StateFolder(folder, model, tokenizer, states_bytes),
             ChatTemplate(template) if template else None,
             checkpoint,
-            choose,
-            load,
+            load_other,
         )
         only_local = key is None and _HOST.value in http.LOOPBACK
         api = http.protect(app.make_app(served), key, _ALLOW_ORIGIN.value, only_local)

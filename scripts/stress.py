@@ -23,8 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import tables
-from benchmarks.stress import corruption, faults, fuzz, hosts, non_finite, resume, soak
-from benchmarks.stress.experiment import Experiment, run_experiment
+from benchmarks.stress import Experiment, corruption, faults, fuzz, non_finite, run_experiment, soak
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
@@ -32,8 +31,8 @@ from simplernn_jax.files import write_file
 EXPERIMENTS = {
     "kill": Experiment(faults.kill, full=500, quick=2),
     "full_disk": Experiment(faults.full_disk, full=600, quick=2),
-    "hosts": Experiment(hosts.hosts, full=100, quick=1),
-    "resume": Experiment(resume.resume, full=18 * 59, quick=2),
+    "hosts": Experiment(faults.hosts, full=100, quick=1),
+    "resume": Experiment(faults.resume, full=18 * 59, quick=2),
     "corruption": Experiment(corruption.corruption, full=5000, quick=24),
     "stores": Experiment(corruption.stores, full=1200, quick=60),
     "fuzz": Experiment(fuzz.fuzz, full=10_000, quick=1000),

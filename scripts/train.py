@@ -26,7 +26,6 @@ from absl import flags, logging
 
 from simplernn_jax.cli import command_line
 from simplernn_jax.cli.config_files import define_config_flag, read_config
-from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
 
 define_config_flag()
@@ -77,7 +76,7 @@ def main() -> int:
             return _train()
 
     # At a normal exit, JAX and threads would wait for the other processes.
-    exit_with(train_together, leave=os._exit)
+    command_line.exit_with(train_together, leave=os._exit)
 
 
 def _train() -> int:

@@ -12,22 +12,15 @@ from typing import NoReturn
 from simplernn_jax import __version__, project
 from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name, one_line
 
-COMMANDS = {
-    "train": "train a model, or resume training",
-    "sample": "generate text with a trained model",
-    "evaluate": "score a model on held-out text",
-    "chat": "talk to a chat model in the terminal",
-    "serve": "serve a model over an OpenAI-compatible HTTP API",
-    "explain": "visualize how a model processes a text",
-    "compare": "compare runs: configurations, losses, speed",
-    "export": "export a model to other formats",
-    "benchmark": "measure speed and memory",
-    "build_tfds": "build a TFDS dataset from text files",
-    "train_tokenizer": "train a tokenizer on the text of a configuration",
-    "make_conversations": "write conversations for the configuration chat",
-    "launch_local": "train in several processes on this machine",
-}
-"""Commands that are scripts; `benchmark` only in a checkout."""
+
+def commands() -> dict[str, str]:
+    """Return the commands, which are the installed scripts, with their docstrings' first lines."""
+    texts = {
+        file.stem: file.read_text(encoding="utf-8")
+        for file in sorted((project.ROOT / "scripts").glob("*.py"))
+        if file.stem not in ("bootstrap", "stress")
+    }
+    return {name: text.removeprefix('"""').partition("\n")[0] for name, text in texts.items()}
 
 
 def main() -> int:
@@ -41,12 +34,13 @@ def main() -> int:
         return 0
     if name == "completion":
         _print_completion(arguments)
-    if name not in COMMANDS:
-        near = nearest_name(name, [*COMMANDS, "completion"])
-        return _reject(f"{name!r}: no such command{near}; simplernn --help lists them")
+    names = list(commands())
+    if name not in names:
+        near = nearest_name(name, [*names, "completion"])
+        message = one_line(f"{name!r}: no such command{near}; simplernn --help lists them")
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
     script = project.ROOT / "scripts" / f"{name}.py"
-    if not script.is_file():
-        return _reject(f"{name}: only in a checkout of simplernn_jax; run scripts/{name}.py there")
     # Signals wait until the script handles them, and its messages name this command.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     os.environ[project.COMMAND] = str(os.getpid())
@@ -54,36 +48,25 @@ def main() -> int:
 
 
 def _print_completion(arguments: list[str]) -> NoReturn:
+    from simplernn_jax.cli.command_line import exit_with
     from simplernn_jax.cli.completion import completion_script
-    from simplernn_jax.cli.exit_codes import exit_with
 
     def show() -> None:
         if len(arguments) != 1:
             raise UserError("name your shell: simplernn completion bash, or zsh")
-        print(completion_script(arguments[0], list(_available())), end="")
+        print(completion_script(arguments[0], list(commands())), end="")
 
     exit_with(show)
 
 
-def _available() -> dict[str, str]:
-    """Return the commands whose scripts are installed."""
-    scripts = project.ROOT / "scripts"
-    return {name: line for name, line in COMMANDS.items() if (scripts / f"{name}.py").is_file()}
-
-
 def _help() -> str:
-    lines = _available() | {"completion": "print a completion script for bash or zsh"}
+    lines = commands() | {"completion": "Print a completion script for bash or zsh."}
     width = max(map(len, lines))
     listed = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
     return (
         f"usage: simplernn COMMAND [--flag=value ...]\n\n{listed}\n\n"
         "simplernn COMMAND --help describes a command and its flags; --version shows the version."
     )
-
-
-def _reject(message: str) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ class TrainConfig(_Fields):
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     steps: int = 0
     """Optimizer steps; exactly one of steps and epochs is set."""
-    epochs: float = 0.0
+    epochs: float = _number(0.0, at_most=_MAX_SIZE)
     """Passes over the training split."""
     gradient_accumulation: int | None = _number(None, at_least=1)
     """Microbatches whose gradients are summed before one update; divides batch_size. None chooses:
@@ -245,8 +245,8 @@ class TrainConfig(_Fields):
     saved and evaluated count, so make eval_every a multiple of save_every."""
     sample_every: int = 500
     """Steps between samples."""
-    sample_prompt: str = "def main("
-    """Prompt of the samples; empty if the tokenizer cannot encode this default."""
+    sample_prompt: str = ""
+    """Prompt of the samples, or the message that they answer; empty starts a new document."""
     sample_tokens: int = _number(120, at_most=_MAX_SIZE)
     """Tokens generated for each sample."""
     profile_steps: int = 0
@@ -459,11 +459,11 @@ def _fill(target: Any, values: Any, path: str) -> None:
             setattr(target, name, values[name])
 
 
-def differing_fields(current: Any, saved: Any) -> list[str]:
-    """Return ``["num_layers is 4, checkpoint has 2"]`` for every field that differs."""
-    return [
-        f"{field.name} is {getattr(current, field.name)!r}, "
-        f"checkpoint has {getattr(saved, field.name)!r}"
-        for field in dataclasses.fields(current)
-        if getattr(current, field.name) != getattr(saved, field.name)
-    ]
+def differing_fields(current: Config, saved: Config) -> dict[str, str]:
+    """Return ``"config.model.num_layers is 4, checkpoint has 2"`` for every field that differs."""
+    before = by_field(saved)
+    return {
+        name: f"config.{name} is {value!r}, checkpoint has {before[name]!r}"
+        for name, value in by_field(current).items()
+        if value != before[name]
+    }

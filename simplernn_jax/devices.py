@@ -5,6 +5,7 @@ JAX is imported where it is needed: processes that tokenize do without it.
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -63,11 +64,13 @@ def check_memory(num_bytes: int, what: str, advice: str) -> None:
         )
 
 
-def core_limits() -> Iterator[float]:
-    """Yield the limits of processor time, in cores, of this process's control group."""
-    for limit, period in _control_group("cpu.max"):
-        if limit != "max":
-            yield int(limit) / int(period)
+def available_cores() -> int:
+    """Return the number of cores this process may use, by its affinity and its control groups."""
+    cores: list[float] = [os.cpu_count() or 1]
+    if hasattr(os, "sched_getaffinity"):
+        cores = [len(os.sched_getaffinity(0))]
+    limits = [words for words in _control_group("cpu.max") if words[0] != "max"]
+    return max(1, math.ceil(min(cores + [int(limit) / int(period) for limit, period in limits])))
 
 
 def end_with_parent(parent: int) -> None:

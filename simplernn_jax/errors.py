@@ -1,8 +1,9 @@
 """The exception for everything that a user can fix, exit codes, and the wording of numbers."""
 
+import contextlib
 import errno
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
 """Bad input, or a condition of the machine that the user can fix: a `UserError`."""
@@ -31,11 +32,28 @@ class UserError(Exception):
     """Bad input, or a condition of the machine that the user can fix.
 
     The message is one line: where, what is wrong, and what to do. The scripts
-    print it as ``error: MESSAGE`` and exit with code 2 (`exit_codes`).
+    print it as ``error: MESSAGE`` and exit with code 2 (`cli.command_line`).
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+@contextlib.contextmanager
+def library_errors(problem: str, advice: str) -> Iterator[None]:
+    """Turn what a library raises for bad input, which can be anything, into a `UserError`.
+
+    Its message is ``PROBLEM (error); ADVICE``; `UserError` and `MemoryError` are raised unchanged.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        # Rust's PanicException is not an Exception, and cannot be imported.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{problem} ({type(error).__name__}: {error}); {advice}") from error
 
 
 def one_line(text: str, limit: int = MAX_MESSAGE) -> str:

@@ -31,6 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 from absl import flags
 
@@ -43,6 +44,18 @@ if version("jaxlib").startswith("0.10."):  # later ones share contexts: 7 % of t
     mlir.make_ir_context = lambda: _shared_context(threading.get_ident(), next(_programs) // 100)
 
 if sys.version_info < (3, 12):  # the checks take an eighth of the time of tests
+    import beartype
+    from jax import export
+
+    (_OPEN_SIZE,) = export.symbolic_shape("size")
+    check = beartype.beartype(
+        conf=beartype.BeartypeConf(
+            is_pep484_tower=True,  # an int is a float too, as for type checkers of source
+            # The size of an axis is an int, unless an exported program leaves it open. NumPy's
+            # integers count: of a sequence only one item, drawn at random, is checked.
+            hint_overrides=beartype.FrozenDict({int: int | np.integer | type(_OPEN_SIZE)}),
+        )
+    )
     # Annotations of these are checked at every call; nothing may have imported them before.
     jaxtyping.install_import_hook(
         [
@@ -55,7 +68,7 @@ if sys.version_info < (3, 12):  # the checks take an eighth of the time of tests
             "simplernn_jax.parallel",
             "simplernn_jax.training.losses",
         ],
-        "annotation_checks.check",
+        f"{__name__}.check",
     )
 
 
@@ -99,7 +112,7 @@ def chat_workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(chat_workdir):
     """A server of `chat_workdir`; a module may have another one."""
-    from serving_process import serving
+    from processes import serving
 
     with serving(chat_workdir, "--slots=3") as process:
         yield process

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from simplernn_jax import devices
-from simplernn_jax.data import tokenization
 from simplernn_jax.errors import UserError
 
 
@@ -66,4 +65,4 @@ def test_memory_is_the_least_of_machine_and_control_groups(monkeypatch, files, g
 def test_cores_are_at_most_those_of_the_control_groups(monkeypatch, files, group, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
     files.update({"/proc/self/cgroup": "0::/a"} | group)
-    assert tokenization.available_cores() == expected
+    assert devices.available_cores() == expected

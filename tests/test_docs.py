@@ -4,12 +4,14 @@ Commands run as written, in a folder whose configurations and texts are small an
 trained ``runs/base``; one that is on several pages runs once. An HTML comment before a block says
 otherwise: ``<!-- not run: reason -->`` has only its scripts, flags, extras and imports checked,
 ``<!-- devices: N -->`` simulates N devices; ``<!-- file: NAME -->`` is written to a file, not run.
+The cells of docs/tutorial.ipynb run with a short text and few steps.
 """
 
 import ast
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 import shlex
@@ -21,10 +23,11 @@ import tomllib
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from processes import ROOT, run_scripts
+from processes import ROOT, run_python, run_scripts
+from small_runs import write_corpus
 
-from simplernn_jax.__main__ import COMMANDS
-from simplernn_jax.serving.app import openapi_document
+from simplernn_jax.__main__ import commands
+from simplernn_jax.serving.app import OPERATIONS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_CODE = {"math", "text", "{note}", "{eval-rst}", "{literalinclude}", "{toctree}"}
@@ -135,25 +138,6 @@ def test_the_traces_name_what_their_files_define():
         assert all(re.search(rf"(def|class) {part}\b", text) for part in name.split(".")), path
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on the PATH")
-def test_a_long_command_breaks_between_its_words_and_a_flag_nowhere():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    words = ["python", "scripts/train.py", *["--config.mesh.fsdp=2"] * 20]
-    spans = " ".join(f'<span class="pre">{word}</span>' for word in words)  # as Sphinx writes it
-    style = (ROOT / "docs" / "_static" / "tables.css").read_text()
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page(viewport={"width": 800, "height": 600})
-        page.set_content(f'<style>{style}</style><p><code class="literal">{spans}</code></p>')
-        width = page.evaluate("document.documentElement.scrollWidth")
-        lines = page.locator(".pre").evaluate_all("all => all.map(x => x.getClientRects().length)")
-        browser.close()
-    assert width == 800
-    assert lines == [1] * len(words)
-
-
 def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = {line for line in index.splitlines() if re.fullmatch(r"[a-z_]+", line)}
@@ -209,12 +193,12 @@ def test_commands_in_sentences_and_tables_exist(page):
 def script_of(command):
     """The script of a command of `simplernn`."""
     name = command[1]
-    return f"python scripts/{name}.py" if name in COMMANDS else command[0]
+    return f"python scripts/{name}.py" if name in commands() else command[0]
 
 
 def check_route(path):
     """Check that the server has a route of this path."""
-    routes = [re.sub(r"{\w+}", "[^/]+", route) for route in openapi_document("model")["paths"]]
+    routes = [re.sub(r"{[\w:]+}", "[^/]+", route) for _, route, _ in OPERATIONS]
     assert any(re.fullmatch(route, path) for route in routes), path
     return True
 
@@ -332,3 +316,37 @@ def test_blocks_run(page, project, monkeypatch):
         else:
             assert block.language == "bash", f"{block}: cannot be run; mark it"
             run_shell(project, block.text, block.devices)
+
+
+CELLS = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+CELL_CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+
+
+def test_no_outputs_are_stored():
+    for cell in CELLS:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+@pytest.mark.slow
+@pytest.mark.oldest_python
+def test_the_cells_run(tmp_path):
+    write_corpus(tmp_path / "texts")
+    small = {'SOURCE = "stdlib"': 'SOURCE = "texts"', "STEPS = 900": "STEPS = 3"}
+    first = CELL_CODE[0]
+    for usual, replacement in small.items():
+        assert usual in first
+        first = first.replace(usual, replacement)
+    sizes = "config.model.num_layers, config.data.sequence_length = 1, 7\n"
+    sizes += "config.train.eval_tokens, config.train.eval_every = 14, 2"
+    train = next(number for number, code in enumerate(CELL_CODE) if "train(config" in code)
+    cells = [first, *CELL_CODE[1:train], sizes, *CELL_CODE[train:]]
+    end = "print(len(branches), [axes.get_title() for axes in plt.gcf().axes])"
+    result = run_python("-c", "\n".join([*cells, end]), cwd=tmp_path, MPLBACKEND="agg")
+    assert result.code == 0, result.errors
+    assert result.output.endswith("3 ['layer 1, head 1']\n")
+    assert "--- branch 3" in result.output
+    assert result.output.count("half-lives in tokens") == 1
+    assert (tmp_path / "prompt.state").exists()
+    assert "largest difference of logits" in result.output
+    assert (tmp_path / "shared_model" / "model.html").exists()

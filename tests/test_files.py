@@ -5,7 +5,7 @@ import stat
 from unittest import mock
 
 import pytest
-from damages import ODD_FILES, put_odd_file
+from corrupt_files import ODD_FILES, put_odd_file
 
 from simplernn_jax.files import (
     check_output,

@@ -11,7 +11,7 @@ from processes import ROOT
 
 import simplernn_jax
 from simplernn_jax import config, inference
-from simplernn_jax.__main__ import COMMANDS
+from simplernn_jax.__main__ import commands
 from simplernn_jax.cli import config_files
 from simplernn_jax.inference import loading
 from simplernn_jax.training import loop
@@ -59,4 +59,4 @@ def test_commands_of_a_workflow_exist_and_are_valid_bash(name):
         subprocess.run(["bash", "-n"], input=code, text=True, check=True)
         for script in re.findall(r"\bscripts/\S+", code):
             assert (ROOT / script).is_file()
-        assert set(re.findall(r"\bsimplernn (\w+)", code)) <= COMMANDS.keys()
+        assert set(re.findall(r"\bsimplernn (\w+)", code)) <= commands().keys()

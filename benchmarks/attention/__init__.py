@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from . import corpus, resources, synthetic
+from . import resources, synthetic
 from .aspects import Measurement
 
 MEASUREMENTS: Mapping[str, Measurement] = {
@@ -12,6 +12,5 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "memory": resources.measure_memory,
     "cost": resources.measure_cost,
     "communication": resources.measure_communication,
-    "corpus": corpus.measure_corpus,
-    "interpretability": corpus.measure_interpretability,
+    "corpus": resources.measure_corpus,
 }

@@ -1,27 +1,34 @@
-"""Time per token, FLOPs, memory, and communication of devices.
+"""Comparison of `base` with its variant of attention: time, FLOPs, memory, communication, loss.
 
-FLOPs are counted in the program before XLA (`program_work`), of the chunkwise recurrence.
+FLOPs are counted in the program before XLA, whose own `cost_analysis` counts the body of a loop
+once and does not see into C functions. Here loops count as often as they run, this package's
+operations count in the form for any platform, and other custom calls are rejected.
 """
 
+import math
+import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from simplernn_jax.analysis import decompose_layers
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
+from simplernn_jax.ops.primitive import as_list
 from simplernn_jax.training.train_step import abstract_train_model, make_grad_fn
 
 from .. import train_steps
 from ..decoding import decode_call, random_tokens, recompute_call
 from ..measure import Call, Effort, alternate, median, on_simulated_devices
-from ..tables import Curves, curves_of
-from ..train_steps import compile_quickly, with_method
-from .aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, lines_of
-from .program_work import count_flops
+from ..tables import Curves, Row, curves_of
+from ..train_steps import Trained, compile_quickly, count_parameters, train_on_corpus, with_method
+from .aspects import ATTENTION, RECURRENCE, VARIANTS, Measured, config_of, line, lines_of
 
 CHUNKS = f"{RECURRENCE} chunkwise"
 PROGRAMS: dict[str, tuple[str, str]] = {
@@ -184,3 +191,114 @@ def kilobytes_received(lengths: Sequence[int], devices: int) -> Curves:
         return sum(n * size * factors[kind] for (kind, size), n in found.items() if size > 8) / 1e3
 
     return curves_of(VARIANTS, lengths, received)
+
+
+_ARITHMETIC = frozenset({
+    "add", "add_any", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "square", "pow",
+    "integer_pow", "exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "cbrt", "logistic",
+    "tanh", "erf", "erf_inv", "sin", "cos",
+})  # fmt: skip
+_OVER_INPUTS = frozenset({
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "cumsum", "cummax",
+    "cumlogsumexp",
+})  # fmt: skip
+_OPAQUE = frozenset({"ffi_call", "pure_callback", "io_callback", "pallas_call", "while"})
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Operations of ``function(*arguments)``; arrays may be given by shape alone.
+
+    They are the additions and multiplications of matmuls, and one for each element of an
+    elementwise operation or a reduction. Copies, selections and reshapes do not count. Of the
+    branches of a condition, the one with the most counts.
+
+    Raises:
+      ValueError: the program has a custom call, or a loop of unknown length.
+    """
+    return _count_program(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count_program(program: Any) -> float:
+    return sum(_count(equation) for equation in program.eqns)
+
+
+def _count(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name in _OPAQUE:
+        raise ValueError(f"the work of {name} cannot be counted; trace a program without it")
+    if "op" in params:  # the primitive of `simplernn_jax.ops.primitive`
+        shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
+        return count_flops(as_list(params["op"].default), *shapes)
+    programs = params.get("branches") or [
+        params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params
+    ]
+    if programs:
+        inner = max(_count_program(getattr(program, "jaxpr", program)) for program in programs)
+        return inner * (params["length"] if name == "scan" else 1)
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+    if name in _ARITHMETIC or name in _OVER_INPUTS:
+        counted = equation.outvars if name in _ARITHMETIC else equation.invars
+        return float(counted[0].aval.size)
+    return 0.0
+
+
+LENGTH, BATCH = 256, 8
+
+
+def measure_corpus(quick: bool) -> Measured:
+    """Held-out bits/byte of text of the standard library, and relative error of the implicit map.
+
+    Text is scored document after document, the state carried; attention sees the last 256 bytes, as
+    in training. Weights of the recurrence's map times values must equal the output of the
+    definition, and, after norm, gate and projection, of the layer. Attention's weights are its
+    softmax.
+    """
+    fields = {"steps": 150, "eval_tokens": 65_536} if quick else {"steps": 1400, "eval_tokens": 0}
+    rows: list[Row] = []
+    lines: list[Row] = []
+    losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in VARIANTS:
+            for seed in range(1 if quick else 3):
+                config = config_of(variant, LENGTH, BATCH, **fields)
+                trained = train_on_corpus(config, folder, seed=seed)
+                print(f"  {variant}, seed {seed}: {trained.measured}", flush=True)
+                losses[variant].append(trained.measured["bits/byte"])
+                if variant == RECURRENCE and not seed:
+                    lines = map_lines(trained, 256 if quick else 1024)
+            row = {"variant": variant, "parameters": count_parameters(config_of(variant, LENGTH))}
+            rows.append(row | {"bits/byte by seed": losses[variant]})
+    lines = loss_lines(fields["steps"] * LENGTH * BATCH, losses) + lines
+    return Measured(lines, rows=rows)
+
+
+def loss_lines(num_bytes: int, losses: dict[str, list[float]]) -> list[Row]:
+    """Lines for mean and range of the loss; means within the larger range count as equal."""
+    seeds = len(losses[RECURRENCE])
+    means = {variant: statistics.mean(each) for variant, each in losses.items()}
+    ranges = {variant: max(each) - min(each) for variant, each in losses.items()}
+    what = f"held-out bits/byte after {num_bytes:,} bytes, mean of {counted(seeds, 'seed')}"
+    largest = max(ranges.values())
+    mean = line("scalability", what, means, tolerance=largest, is_decisive=seeds > 1)
+    what = "range over seeds; means that differ by less count as equal"
+    return [mean, line("scalability", what, ranges, is_decisive=False)][:seeds]
+
+
+def map_lines(trained: Trained, tokens: int) -> list[Row]:
+    """Lines for the errors of the recurrence's map of the first held-out tokens."""
+    held_out: Any = trained.corpus.validation
+    model = trained.model()
+    ids = np.array(held_out.tokens[:tokens])
+    layers = decompose_layers(model, ids, model.initial_state(1))
+    errors = {
+        "relative error of the implicit attention map": [x.operator_error for x in layers],
+        "the same after norm, gate and projection": [x.layer_error for x in layers],
+    }
+    lines = []
+    for what, each in errors.items():
+        values = {RECURRENCE: float(max(each)), ATTENTION: None}
+        lines.append(line("interpretability", f"{what}, worst layer", values))
+    return lines

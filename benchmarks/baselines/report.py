@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simplernn_jax import project
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
@@ -22,8 +21,7 @@ from simplernn_jax.errors import UserError
 
 from ..measure import call_isolated, describe_machine
 from ..tables import Curves, Row, Table
-from .programs import LABELS, NANOGPT, OURS, default_programs
-from .trainer import train_timed
+from .trainers import LABELS, NANOGPT, OURS, default_programs, train_timed
 
 TITLE = "baselines: "
 TARGETS = {
@@ -75,7 +73,7 @@ def make_requests(
         )
     requests = []
     for name, limit in zip(names, limits * len(names), strict=False):
-        config = config_files.load_config(project.ROOT / "configs" / f"{name}.py")
+        config = config_files.load_config(name)
         config.mesh.data = 1
         config.data.source = os.path.expanduser(source or config.data.source)
         if os.path.exists(config.data.source):  # results.json names it

@@ -1,13 +1,13 @@
-"""nanoGPT's architecture and an LSTM in PyTorch, and their training.
+"""nanoGPT's architecture, an LSTM and a GRU in PyTorch, and their training.
 
 The first is a transformer with learned positions, norms before attention and MLP, GELU, no biases,
 and the embedding as head.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from simplernn_jax.data.batches import Batch
-from simplernn_jax.data.evaluation_batches import Contexts, context_batches
+from simplernn_jax.data.evaluation_batches import Contexts, context_batches, evaluation_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.training.evaluate import BATCH_TOKENS, MAX_BATCH_SIZE
 from simplernn_jax.training.optimizer import learning_rate_schedule
 
-from .programs import Baseline
-from .trainer import Trainer
+from .trainers import Baseline, Trainer
 
 STRIDES = 4
 """Contexts of attention that overlap a token; each scores the last of this many parts of it."""
@@ -70,13 +69,14 @@ class GPT(nn.Module):
         return F.linear(self.norm(self.blocks(self.dropout(x))), self.tokens.weight), None
 
 
-class LSTM(nn.Module):
-    """``torch.nn.LSTM`` between embedding and head."""
+class Recurrent(nn.Module):
+    """``torch.nn.LSTM`` or ``GRU`` between embedding and head."""
 
     def __init__(self, baseline: Baseline, vocab: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, baseline.width)
-        self.layers = nn.LSTM(baseline.width, baseline.width, baseline.layers, batch_first=True)
+        layers = nn.LSTM if baseline.model == "lstm" else nn.GRU
+        self.layers = layers(baseline.width, baseline.width, baseline.layers, batch_first=True)
         self.head = nn.Linear(baseline.width, vocab)
 
     def forward(self, tokens: Any, carry: Any = None) -> Any:
@@ -95,7 +95,8 @@ class TorchTrainer(Trainer):
         torch.manual_seed(seed)
         rates = learning_rate_schedule(baseline.schedule(steps), steps)(jnp.arange(1.0 * steps))
         self._baseline, self._rates = baseline, iter(rates.tolist())
-        self._model = GPT(baseline, vocab) if baseline.model == "gpt" else LSTM(baseline, vocab)
+        make = GPT if baseline.model == "gpt" else Recurrent
+        self._model = make(baseline, vocab)
         self._trained: Any = torch.compile(self._model) if baseline.is_compiled else self._model
         self.parameters = sum(values.numel() for values in self._model.parameters())
         matrices = [values for values in self._model.parameters() if values.dim() == 2]
@@ -118,24 +119,25 @@ class TorchTrainer(Trainer):
             nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
 
+    @torch.no_grad()
     def evaluate(self, limit_tokens: int = 0) -> float:
         """See `Trainer.evaluate`; attention sees overlapping contexts."""
-        if self._baseline.model != "gpt":
-            return super().evaluate(limit_tokens)
-        contexts = Contexts(self._baseline.length, max(1, self._baseline.length // STRIDES))
         sizes = BATCH_TOKENS, MAX_BATCH_SIZE, self._pad_id, limit_tokens
-        return self.mean_loss(context_batches(self._held_out, contexts, *sizes)[0])
-
-    @torch.no_grad()
-    def mean_loss(self, batches: Iterable[Batch]) -> float:
-        """See `Trainer.mean_loss`; without dropout."""
+        if self._baseline.model == "gpt":
+            contexts = Contexts(self._baseline.length, max(1, self._baseline.length // STRIDES))
+            batches = context_batches(self._held_out, contexts, *sizes)
+        else:
+            batches = evaluation_batches(self._held_out, *sizes)
         self._model.eval()
-        loss = super().mean_loss(batches)
+        total, count, carry = 0.0, 0, None
+        for batch in batches:
+            nats, carry = self._score(batch, carry)
+            total, count = total + nats, count + int(np.sum(batch.loss_mask))
         self._model.train()
-        return loss
+        return total / count
 
-    def score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
-        """See `Trainer.score`."""
+    def _score(self, batch: Batch, carry: Any) -> tuple[float, Any]:
+        """Sum of the nats of a batch's predictions, and the carry; before the first it is None."""
         begins = np.diff(batch.segment_ids, axis=1, prepend=batch.segment_ids[:, :1]) != 0
         begins[:, 0] = batch.reset
         cuts: list[int] = []
@@ -143,9 +145,8 @@ class TorchTrainer(Trainer):
             cuts = [1 + int(place) for place in np.flatnonzero(begins[:, 1:].any(axis=0))]
         total = 0.0
         for start, end in zip([0, *cuts], [*cuts, begins.shape[1]], strict=True):
-            if carry is not None:
-                kept = torch.from_numpy(~begins[:, start]).float()[:, None]
-                carry = tuple(part * kept for part in carry)
+            kept = torch.from_numpy(~begins[:, start]).float()[:, None]
+            carry = jax.tree.map(lambda part, kept=kept: part * kept, carry)
             logits, carry = self._model(_ids(batch.tokens[:, start:end]), carry)
             targets = _ids(batch.targets[:, start:end])
             nats = F.cross_entropy(logits.mT, targets, reduction="none").numpy()

@@ -24,7 +24,7 @@ from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported
 from simplernn_jax.inference.state import load_state, save_state
 from simplernn_jax.models import LanguageModel
 
-from .experiment import Case, run_cases
+from . import Case, run_cases
 from .runs import bytes_of, quiet, read_checkpoint, run_quietly, small_config
 
 HANG_SECONDS = 120.0

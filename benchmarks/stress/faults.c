@@ -1,12 +1,9 @@
-/* Library for LD_PRELOAD: calls that write below a folder fail or end the process.
+/* Library for LD_PRELOAD: calls that write below a folder fail.
 
-   The environment variable FAULTS is "FIRST COUNT ACTION NUMBER RECORD FOLDER": of all calls that
-   write below FOLDER, by all processes together, the FIRST-th (from 1) and the COUNT - 1 that
-   follow it have a fault. ACTION is
-     f   fail with errno NUMBER. If the FIRST-th writes data and more than one call fails, it
-         writes half of the data, as on a disk that is full then.
-     s   send signal NUMBER to the process group, then succeed; calls that open a file to read it
-         or delete it count as well.
+   The environment variable FAULTS is "FIRST COUNT ERRNO RECORD FOLDER": of all calls that write
+   below FOLDER, by all processes together, the FIRST-th (from 1) and the COUNT - 1 that follow it
+   fail with ERRNO. If the FIRST-th writes data and more than one call fails, it writes half of the
+   data, as on a disk that is full then.
 
    RECORD is a file of RECORD_BYTES that the processes share: the number of calls, and the name and
    path of the FIRST-th. The standard streams are not counted. */
@@ -16,7 +13,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -37,14 +33,14 @@ struct record {
 
 static long first, count;
 static int number;
-static char action, folder[PATH_MAX];
+static char folder[PATH_MAX];
 static struct record *record; /* NULL before the constructor has run, and without FAULTS */
 
 __attribute__((constructor)) static void start(void) {
     const char *text = getenv("FAULTS");
     char path[PATH_MAX];
-    if (!text || sscanf(text, "%ld %ld %c %d %4095s %4095s", &first, &count, &action, &number, path,
-                        folder) != 6)
+    const char *format = "%ld %ld %d %4095s %4095s";
+    if (!text || sscanf(text, format, &first, &count, &number, path, folder) != 5)
         return;
     int file = open(path, O_RDWR | O_CLOEXEC);
     void *memory = mmap(NULL, RECORD_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
@@ -71,10 +67,7 @@ static int failure(const char *call, int file, const char *name) {
     long call_number = atomic_fetch_add(&record->calls, 1) + 1;
     if (call_number == first)
         snprintf(record->first, sizeof record->first, "%s %s", call, path + length + 1);
-    if (call_number < first || call_number - first >= count) return 0;
-    if (action == 'f') return number;
-    if (action == 's') kill(0, number);
-    return 0;
+    return call_number < first || call_number - first >= count ? 0 : number;
 }
 
 /* The function of the same name in the next library, as `next`. */
@@ -98,12 +91,6 @@ static int failure(const char *call, int file, const char *name) {
         NEXT(name);                                  \
         FAIL_OR_CALL(name, at, path, -1, __VA_ARGS__); \
     }
-#define DELETES(name, parameters, at, ...)                \
-    int name parameters {                                 \
-        NEXT(name);                                       \
-        if (action == 's') failure(#name, at, path);      \
-        return next(__VA_ARGS__);                         \
-    }
 #define OPENS(name, parameters, at, ...)                                                      \
     int name parameters {                                                                     \
         NEXT(name);                                                                           \
@@ -112,7 +99,7 @@ static int failure(const char *call, int file, const char *name) {
         mode_t mode = va_arg(rest, mode_t); /* without one, what happens to be in its place */ \
         va_end(rest);                                                                         \
         int writes = flags & (O_CREAT | O_TRUNC) || (flags & O_TMPFILE) == O_TMPFILE;         \
-        if (!writes && action != 's') return next(__VA_ARGS__, mode);                         \
+        if (!writes) return next(__VA_ARGS__, mode);                         \
         FAIL_OR_CALL(name, at, path, -1, __VA_ARGS__, mode);                                  \
     }
 
@@ -160,9 +147,6 @@ OF_PATH(mkdir, (const char *path, mode_t mode), AT_FDCWD, path, mode)
 OF_PATH(mkdirat, (int at, const char *path, mode_t mode), at, at, path, mode)
 OF_PATH(rename, (const char *old, const char *path), AT_FDCWD, old, path)
 OF_PATH(renameat, (int from, const char *old, int at, const char *path), at, from, old, at, path)
-DELETES(unlink, (const char *path), AT_FDCWD, path)
-DELETES(unlinkat, (int at, const char *path, int flags), at, at, path, flags)
-DELETES(rmdir, (const char *path), AT_FDCWD, path)
 OPENS(open, (const char *path, int flags, ...), AT_FDCWD, path, flags)
 OPENS(open64, (const char *path, int flags, ...), AT_FDCWD, path, flags)
 OPENS(openat, (int at, const char *path, int flags, ...), at, at, path, flags)

@@ -25,7 +25,7 @@ from simplernn_jax.training.train_step import (
 
 from ..measure import on_simulated_devices
 from ..train_steps import change, random_documents
-from .experiment import Case
+from . import Case
 from .runs import bytes_of
 
 VALUES = {"NaN": np.nan, "+inf": np.inf, "-inf": -np.inf, "overflow": 3e38}

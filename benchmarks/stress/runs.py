@@ -19,17 +19,21 @@ import jax
 import numpy as np
 from absl import logging
 
-from simplernn_jax.checkpoint.checkpointer import read_config
-from simplernn_jax.checkpoint.contents import read_arrays, read_json, saved_leaves
-from simplernn_jax.checkpoint.folder import NEWEST, CheckpointFolder
-from simplernn_jax.cli import config_files
+from simplernn_jax.checkpoint.folder import (
+    NEWEST,
+    CheckpointFolder,
+    read_arrays,
+    read_config,
+    read_json,
+    saved_leaves,
+)
 from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
 from simplernn_jax.project import ROOT
 from simplernn_jax.training import loop
 
-from ..train_steps import change
-from .experiment import Case, run_cases
+from ..train_steps import change, load_config
+from . import Case, run_cases
 
 STEPS, SAVE_EVERY = 24, 3
 PARALLEL = 2
@@ -168,11 +172,7 @@ class Run(NamedTuple):
     draw: random.Random
     variant: Variant
     workdir: Path
-    """In a folder that also has the tokenized text, and the compiled programs if it is cold."""
-    alone: Path
-    """The same folder of a run that nothing disturbed."""
-    is_cold: bool
-    """Whether it starts without the compiled programs that the others share."""
+    """In a folder that also has the tokenized text."""
     start: Callable[[Mapping[str, str]], contextlib.AbstractContextManager[list[Process]]]
     """Start or resume it, with more variables."""
 
@@ -184,40 +184,36 @@ def disturb_runs(
     variants: Sequence[Variant],
     disturb: Callable[[Run], tuple[str, str | None, str]],
     *,
-    is_cold: Callable[[int], bool] = lambda number: False,
     alone: Callable[[Path], Mapping[str, str]] = lambda above: {},
 ) -> Iterator[Case]:
     """Disturb and resume `count` runs, which must end as those that nothing disturbs.
 
-    `disturb` returns a description, a problem and a kind; `alone` gives runs that nothing disturbs
-    more variables of their environment.
+    `disturb` returns a description, a problem and a kind; `alone` gives runs that nothing disturbs,
+    in a folder named after their variant, more variables of their environment.
     """
-    shared = folder / "programs"
 
-    def options(variant: Variant, programs: Path, more: Mapping[str, str]) -> dict[str, Any]:
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(programs), **more}
+    def options(variant: Variant, more: Mapping[str, str]) -> dict[str, Any]:
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), **more}
         flags = [f"--config.{flag}" for flag in variant.flags]
         return {"size": variant.size, "flags": flags, "environment": environment}
 
     def run_alone(variant: Variant) -> dict[str, Any]:
         above = folder / variant.name
         above.mkdir()
-        train(above / "run", **options(variant, shared, alone(above)))
+        train(above / "run", **options(variant, alone(above)))
         return read_checkpoint(above / "run")
 
     def run_case(number: int, draw: random.Random) -> Case:
-        variant, above = variants[number % len(variants)], folder / str(number)
-        above.mkdir()
-        programs = above / "programs" if is_cold(number) else shared
+        variant, workdir = variants[number % len(variants)], folder / str(number) / "run"
+        workdir.parent.mkdir()
 
         def start(more: Mapping[str, str]) -> Any:
-            return start_run(above / "run", **options(variant, programs, more))
+            return start_run(workdir, **options(variant, more))
 
-        paths = above / "run", folder / variant.name
-        what, problem, kind = disturb(Run(number, draw, variant, *paths, is_cold(number), start))
+        what, problem, kind = disturb(Run(number, draw, variant, workdir, start))
         if problem is None:
-            problem = resume(above / "run", expected[variant], **options(variant, programs, {}))
-        shutil.rmtree(above)
+            problem = resume(workdir, expected[variant], **options(variant, {}))
+        shutil.rmtree(workdir.parent)
         return Case(f"run {number}, {variant.name}, {what}", problem, kind)
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -265,19 +261,12 @@ def wait_for_save(workdir: Path, processes: list[Process], save: int) -> None:
 
 def small_config(folder: Path, **fields: Any) -> Config:
     """``configs/tiny.py``, smaller, on a text in `folder`; `fields` of any section by name."""
-    config = config_files.load_config(ROOT / "configs" / "tiny.py")
+    config = load_config("tiny", 2, 16)
     sizes = {"num_layers": 1, "hidden_dim": 8, "key_dim": 8, "value_dim": 8, "mlp_dim": 12}
-    data = {
-        "source": str(write_text(folder / "corpus.txt", 3001)),
-        "cache_dir": str(folder / "tokens"),
-        "split": "position",
-        "mode": "stream",
-        "batch_size": 2,
-        "sequence_length": 16,
-    }
-    steps = {"epochs": 0, "save_every": 0, "eval_every": 0, "eval_tokens": 512, "data": 1}
-    change(config, **{**sizes, **data, **steps, **fields})
-    return config
+    text = {"source": str(write_text(folder / "corpus.txt", 3001)), "split": "position"}
+    text |= {"cache_dir": str(folder / "tokens"), "mode": "stream"}
+    steps = {"epochs": 0, "save_every": 0, "eval_every": 0, "eval_tokens": 512}
+    return change(config, **{**sizes, **text, **steps, **fields})
 
 
 def run_quietly(config: Config, workdir: Path) -> None:

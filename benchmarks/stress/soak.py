@@ -5,16 +5,15 @@ import contextlib
 import json
 import os
 import random
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..http_client import fetch
-from ..measure import resident_bytes
-from ..serving import save_untrained, serving
+from ..serving import fetch, save_untrained, serving
 from ..train_steps import load_config
-from .experiment import Case
+from . import Case
 from .runs import log_of, start_run, wait_for_save, write_text
 
 STEPS, REQUESTS = 1000, 100
@@ -133,9 +132,11 @@ async def _send(url: str, draw: random.Random) -> str | None:
 
 
 def _sample(pid: int) -> Sample:
+    """Read what a process uses; raises OSError once it has ended and was waited for."""
     folder = f"/proc/{pid}"
+    pages = int(Path(folder, "statm").read_text("ascii").split()[1])
     files, threads = (len(os.listdir(f"{folder}/{name}")) for name in ("fd", "task"))
-    return Sample(resident_bytes(pid), files, threads)
+    return Sample(pages * resource.getpagesize(), files, threads)
 
 
 def _compare(

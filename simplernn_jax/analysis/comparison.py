@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from simplernn_jax.analysis.plots import add_legend, new_figure, png
-from simplernn_jax.checkpoint.checkpointer import read_config
+from simplernn_jax.checkpoint.folder import read_config
 from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file

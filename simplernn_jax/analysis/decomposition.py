@@ -7,40 +7,108 @@ k_t v_t^T, y_t = S_t^T q_t`` is ::
     y_t = (q_t prod_{s<=t} g_s)^T S_0 + sum_{j<=t} A_tj v_j
     A_tj = sum_K q_t k_j prod_{j<s<=t} g_s
 
-(gated linear attention: Yang et al. 2023, arXiv:2312.06635, section 4.1). The products of gates
-are formed as in `ops/gated_linear_recurrence/intra_chunk.py`, where no factor overflows and nothing
-cancels. Softmax attention has its weights by definition. Memory grows with T^2: map an excerpt of a
-long text, given the state before it.
+(gated linear attention: Yang et al. 2023, arXiv:2312.06635, section 4.1). Softmax attention has its
+weights by definition. Memory grows with T^2: map an excerpt of a long text, given the state before
+it.
 
 A prediction is attributed through all layers by gradient times input, and in each layer by the
 shares of its map.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplernn_jax.analysis.recording import (
-    Mixer,
-    Record,
-    find_mixers,
-    record,
-    recurrence_inputs,
-    recurrent_state,
+from simplernn_jax.array_types import (
+    Activations,
+    Keys,
+    LogGates,
+    ModelState,
+    Queries,
+    Tokens,
+    Values,
 )
-from simplernn_jax.array_types import Keys, LogGates, ModelState, Queries, Values
-from simplernn_jax.models import LanguageModel, SimpleRNN
-from simplernn_jax.models.mixers.attention import Attention, KVCache
+from simplernn_jax.errors import UserError
+from simplernn_jax.models import Attention, GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
+from simplernn_jax.models.mixers.attention import KVCache, cached_in_order
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.attention import apply_rope, attend
+from simplernn_jax.ops.attention import apply_rope, sliding_attention
 from simplernn_jax.ops.checks import accumulator_dtype
-from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK, join_blocks
 
 MAX_ERROR = 1e-5
 """Largest relative error of an exact map in float32."""
+
+Recurrent = SimpleRNN | GatedLinearAttention
+"""Mixers with the state of `gated_linear_recurrence`."""
+
+Mixer = Recurrent | Attention
+
+
+class Record(NamedTuple):
+    """One call of one mixer."""
+
+    inputs: Activations
+    """``[B, T, D]``, in the compute dtype."""
+    state: Any
+    """Before the first token: a `RecurrentState`, a `GLAState`, or attention's `KVCache`."""
+    output: Activations
+    """``[B, T, D]``."""
+
+
+def find_mixers(model: LanguageModel) -> list[Mixer]:
+    """Return the mixer of every layer; raises `UserError` for one that cannot be decomposed."""
+    mixers = [layer.mixer for layer in model.layers]
+    for number, mixer in enumerate(mixers, 1):
+        if not isinstance(mixer, Recurrent | Attention):
+            raise UserError(
+                f"layer {number} has the mixer {type(mixer).__name__}, which cannot be explained; "
+                "use a model of simple_rnn, attention or gla"
+            )
+    return mixers
+
+
+def recurrence_inputs(
+    mixer: Recurrent, call: Record
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """Return (q, k, v, log_gate) of a recorded call, and the output gate's pre-activation."""
+    if isinstance(mixer, SimpleRNN):
+        return mixer.cell.project(call.inputs)
+    inputs, output_gate, _ = mixer.project(call.inputs, call.state.convolutions, None)
+    return inputs, output_gate
+
+
+def record(
+    model: LanguageModel, tokens: Tokens, state: ModelState | None = None
+) -> tuple[tuple[Record, ...], ModelState]:
+    """Run a forward pass on `tokens` ``[B, T]``; return the call of every mixer and the new state.
+
+    `model` is unchanged; without a `state` it starts from zero.
+    """
+    if state is None:
+        state = model.initial_state(tokens.shape[0])
+    model = nnx.merge(*nnx.split(model))  # a copy for the taps; arrays are shared
+    taps = [_Tap(mixer) for mixer in find_mixers(model)]
+    for layer, tap in zip(model.layers, taps, strict=True):
+        layer.mixer = tap
+    _, state = model.hidden_states(tokens, state)
+    return tuple(tap.record for tap in taps), state
+
+
+class _Tap:
+    """Wrapper of a mixer that records the call."""
+
+    record: Record
+
+    def __init__(self, mixer: Mixer):
+        self._mixer = mixer
+
+    def mix(self, x: Activations, state: Any, segment_ids: None) -> tuple[Activations, Any]:
+        y, new_state = self._mixer(x, state, segment_ids)
+        self.record = Record(x, state, y)
+        return y, new_state
 
 
 class LayerDecomposition(NamedTuple):
@@ -56,13 +124,16 @@ class LayerDecomposition(NamedTuple):
     """``[B, T, H, V]``: weights times values plus `from_state`."""
     operator_error: jax.Array
     """RMS(output - o) / RMS(o), where o is the operator's float32 output from the same inputs:
-    `scan`, which defines the recurrence, or `attend`."""
+    `scan`, which defines the recurrence, or `sliding_attention`."""
     layer_error: jax.Array
     """Relative error of the layer's output after norm, gate and projection, against the model's."""
 
 
 def attention_map(q: Queries, k: Keys, log_gate: LogGates) -> tuple[jax.Array, Queries]:
     """Return the implicit attention of ``gated_linear_recurrence(q, k, v, log_gate)``, for any v.
+
+    The recurrence is linear in its values and its state: unit vectors in their place give the
+    weight of each.
 
     Args:
       q: queries, ``[B, T, H, K]``, float32, float64 or bfloat16.
@@ -75,52 +146,12 @@ def attention_map(q: Queries, k: Keys, log_gate: LogGates) -> tuple[jax.Array, Q
     """
     batch, length, heads, key_dim = q.shape
     dtype = accumulator_dtype(q, k, log_gate)
-    size = max(BLOCK, 1 << max(length - 1, 0).bit_length())
-
-    def by_head(x: jax.Array) -> jax.Array:
-        """``[B, T, H, K]`` as ``[B * H, size, K]``, padded with zeros."""
-        x = jnp.pad(x.astype(dtype), ((0, 0), (0, size - length), (0, 0), (0, 0)))
-        return jnp.moveaxis(x, 2, 1).reshape(-1, size, key_dim)
-
-    levels = join_blocks(by_head(q), by_head(k), by_head(log_gate))
-    weights = levels.attention[:, :length, :length].reshape(batch, heads, length, length)
-    state_queries = levels.decayed_q[:, :length].reshape(batch, heads, length, key_dim)
-    return weights, jnp.moveaxis(state_queries, 1, 2)
-
-
-def softmax_map(
-    attention: Attention, q: Queries, k: Keys, v: Values, cache: KVCache
-) -> tuple[jax.Array, jax.Array, Values]:
-    """Compute the weights of softmax attention by definition, before the rotary embedding.
-
-    Returns:
-      The weight of the P = `context` - 1 cached tokens, oldest first, and of the T new ones in
-      every output, ``[B, H, T, P + T]``; the values of these tokens, ``[B, P + T, H, V]``; and the
-      output of the layer's operator. float32 (float64 if the layer's dtype is).
-    """
-    context, length = attention.context, q.shape[1]
-    past = context - 1
-    steps = jnp.arange(length, dtype=jnp.int32)[None]
-    positions = cache.length[:, None] + steps
-    # The token at position p is in slot p modulo the number of slots.
-    slots = (cache.length[:, None] + 1 + jnp.arange(past, dtype=jnp.int32)[None]) % context
-    # Rounded to the layer's dtype, as in the layer; then computed in float32 at least.
-    dtype = accumulator_dtype(attention.dtype)
-
-    def with_cached(cached: jax.Array, x: jax.Array) -> jax.Array:
-        cached = jnp.take_along_axis(jnp.swapaxes(cached, 1, 2), slots[..., None, None], axis=1)
-        return jnp.concatenate([cached, x.astype(attention.dtype)], axis=1).astype(dtype)
-
-    q = apply_rope(q, positions).astype(attention.dtype).astype(dtype)
-    keys = with_cached(cache.keys, apply_rope(k, positions))
-    values = with_cached(cache.values, v)
-    columns = jnp.arange(past + length, dtype=jnp.int32)[None]
-    distance = past + steps.T - columns
-    is_filled = columns >= past - cache.length[:, None]
-    mask = ((distance >= 0) & (distance < context))[None] & is_filled[:, None]
-    scores = jnp.einsum("bthk,bshk->bhts", q, keys) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
-    return weights, values, attend(q, keys, values, mask)
+    units = jnp.eye(length + key_dim, dtype=dtype)
+    values = jnp.broadcast_to(units[None, :length, None], (batch, length, heads, len(units)))
+    state = jnp.broadcast_to(units[None, None, length:], (batch, heads, key_dim, len(units)))
+    inputs = q.astype(dtype), k.astype(dtype), values, log_gate.astype(dtype)
+    outputs, _ = gated_linear_recurrence(*inputs, initial_state=state, method="scan")
+    return jnp.moveaxis(outputs[..., :length], 2, 1), outputs[..., length:]
 
 
 def decompose_layer(mixer: Mixer, call: Record) -> LayerDecomposition:
@@ -132,28 +163,54 @@ def decompose_layer(mixer: Mixer, call: Record) -> LayerDecomposition:
     """
     if isinstance(mixer, Attention):
         (q, k, v), output_gate = mixer.project_inputs(call.inputs)
-        dtype, past = mixer.dtype, mixer.context - 1
-        weights, values, expected = softmax_map(mixer, q, k, v, call.state)
-        from_state = _apply(weights[..., :past], values[:, :past])
-        weights, values = weights[..., past:], values[:, past:]
+        dtype = mixer.dtype
+        weights, values, from_state, expected = _decompose_attention(mixer, q, k, v, call.state)
     else:
         (q, k, v, log_gate), output_gate = recurrence_inputs(mixer, call)
-        state = recurrent_state(call.state)
+        state = call.state.recurrent if isinstance(call.state, GLAState) else call.state
         weights, state_queries = attention_map(q, k, log_gate)
         dtype, values = v.dtype, v.astype(weights.dtype)
         from_state = jnp.einsum("bthk,bhkv->bthv", state_queries, state.astype(weights.dtype))
         expected, _ = gated_linear_recurrence(
             q, k, values, log_gate, initial_state=state, method="scan"
         )
-    output = _apply(weights, values) + from_state
+    output = jnp.einsum("bhts,bshv->bthv", weights, values) + from_state
     projections = mixer.cell if isinstance(mixer, SimpleRNN) else mixer
     layer_output = projections.project_outputs(output.astype(dtype), output_gate)
     errors = _relative_error(output, expected), _relative_error(layer_output, call.output)
     return LayerDecomposition(weights, values, from_state, output, *errors)
 
 
-def _apply(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.einsum("bhts,bshv->bthv", weights, values)
+def _decompose_attention(
+    attention: Attention, q: Queries, k: Keys, v: Values, cache: KVCache
+) -> tuple[jax.Array, Values, Values, Values]:
+    """Decompose softmax attention, before the rotary embedding, as it is linear in the values.
+
+    Returns:
+      Weights, values and part of the cache, as in `LayerDecomposition`, and the output of the
+      layer's operator; float32 (float64 if the layer's dtype is).
+    """
+    dtype = accumulator_dtype(attention.dtype)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        """Round to the layer's dtype, as in the layer; what follows is float32 at least."""
+        return x.astype(attention.dtype).astype(dtype)
+
+    positions = cache.length[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    visible = jnp.minimum(positions + 1, attention.context)
+    past_k, past_v = (rounded(cached) for cached in cached_in_order(cache))
+    q, k, v = rounded(apply_rope(q, positions)), rounded(apply_rope(k, positions)), rounded(v)
+    keys = jnp.concatenate([past_k, k], axis=1)
+
+    def operator(past: jax.Array, new: jax.Array) -> jax.Array:
+        """Attend to these values of the cached and of the new tokens."""
+        values = jnp.concatenate([past, new], axis=1)
+        return sliding_attention(q, keys, values, visible, attention.context)
+
+    length = v.shape[1]
+    units = jnp.broadcast_to(jnp.eye(length, dtype=dtype)[None, :, None], (*v.shape[:3], length))
+    weights = operator(jnp.zeros((*past_v.shape[:3], length), dtype), units)
+    return jnp.moveaxis(weights, 2, 1), v, operator(past_v, jnp.zeros_like(v)), operator(past_v, v)
 
 
 def _relative_error(actual: jax.Array, expected: jax.Array) -> jax.Array:

@@ -12,18 +12,17 @@ from simplernn_jax.analysis.decomposition import (
     Contributions,
     LayerDecomposition,
     decompose_layers,
+    find_mixers,
     gradient_contributions,
     map_contributions,
 )
-from simplernn_jax.analysis.memory import Memory, measure_memory
-from simplernn_jax.analysis.recording import find_mixers
-from simplernn_jax.analysis.state_value import (
+from simplernn_jax.analysis.memory import (
     SHORT_CONTEXT,
     PositionLoss,
     context_gains,
     document_split,
     loss_by_position,
-    loss_by_reset,
+    measure_half_lives,
     token_losses,
 )
 from simplernn_jax.config import Config
@@ -108,8 +107,8 @@ class Explanation:
     """Mixer of each layer, ``simple_rnn``, ``attention`` or ``gla``."""
     layers: tuple[LayerDecomposition, ...]
     """Decomposition of each layer, of tokens ``start .. stop - 1``, B = 1."""
-    memory: Memory
-    """Over the whole text."""
+    half_lives: tuple[np.ndarray | None, ...]
+    """See `measure_half_lives`; over the whole text."""
     chosen: ChosenToken
     """The prediction whose contributions are shown."""
     evaluated: str
@@ -120,7 +119,7 @@ class Explanation:
     by_reset: dict[int, Evaluation]
     """Evaluations by tokens between two resets; 0 is never."""
     context_gains: np.ndarray
-    """Of the last predictions of the text; see `state_value.context_gains`."""
+    """Of the last predictions of the text; see `memory.context_gains`."""
 
     @property
     def layer_names(self) -> list[str]:
@@ -197,8 +196,8 @@ def explain(
         from_all=gradient_contributions(model, ids[start:token], state, int(ids[token])),
         by_layer=tuple(map_contributions(layer, token - 1 - start) for layer in layers),
     )
-    logging.info("measuring the memory along the text ...")
-    memory = measure_memory(model, ids)
+    logging.info("measuring the half-lives of the memory ...")
+    half_lives = measure_half_lives(model, ids)
     logging.info("measuring the loss with the state carried and reset ...")
     split, name = document_split(ids, len(text.encode("utf-8"))), "the given text"
     if validation is not None and len(ids) < min(LONG_TEXT, validation.num_predictions + 1):
@@ -206,7 +205,7 @@ def explain(
         split, name = validation, f"the validation split of the run (documents: {documents:,})"
     scored = counted(split.num_predictions, "prediction")
     window = config.data.sequence_length
-    evaluated = evaluator, params, split, EVALUATED_TOKENS
+    evaluated = params, split, EVALUATED_TOKENS
     longest = int(np.max(document_ends(split) - split.document_starts))
     powers = [4**n for n in range(1, 8) if n == 1 or 4**n < longest]
     return Explanation(
@@ -216,11 +215,11 @@ def explain(
         units=split_into_units(tokenizer, ids[start:stop], ids[:start]),
         mixers=config.model.mixers,
         layers=layers,
-        memory=memory,
+        half_lives=half_lives,
         chosen=chosen,
         evaluated=f"{name}: {min(EVALUATED_TOKENS, split.num_predictions):,} of its {scored}",
         window=window,
-        by_position=loss_by_position(*evaluated, window),
-        by_reset=loss_by_reset(*evaluated, [0, *sorted({*powers, window})]),
+        by_position=loss_by_position(evaluator, *evaluated, window),
+        by_reset={n: evaluator(*evaluated, n) for n in [0, *sorted({*powers, window})]},
         context_gains=gains,
     )

@@ -10,22 +10,20 @@ import numpy as np
 
 from simplernn_jax.analysis import plots
 from simplernn_jax.analysis.explanation import Explanation
-from simplernn_jax.analysis.state_value import SHORT_CONTEXT
+from simplernn_jax.analysis.memory import SHORT_CONTEXT
 from simplernn_jax.errors import counted
 
 
 def draw_plots(explanation: Explanation) -> dict[str, bytes]:
     """Draw all plots; return PNG files by name."""
-    memory, window, chosen = explanation.memory, explanation.window, explanation.chosen
+    window, chosen = explanation.window, explanation.chosen
     position = chosen.position - 1 - explanation.start
     drawn = {
         f"map_layer_{number}": plots.draw_map(layer, explanation.units, explanation.start, position)
         for number, layer in enumerate(explanation.layers, 1)
     }
-    if any(memory.layers):
-        drawn["half_lives"] = plots.draw_half_lives(memory, window)
-        drawn["state_norm"] = plots.draw_state(memory, "norms", "norm of the state")
-        drawn["state_rank"] = plots.draw_state(memory, "ranks", "effective rank")
+    if any(lives is not None for lives in explanation.half_lives):
+        drawn["half_lives"] = plots.draw_half_lives(explanation.half_lives, window)
     drawn["loss_by_position"] = plots.draw_position_loss(explanation.by_position, window)
     panels = [("all layers, by gradient", "gradient times input (nats)", chosen.from_all)]
     for name, shares in zip(explanation.layer_names, chosen.by_layer, strict=True):
@@ -40,7 +38,7 @@ def make_page(
     """Return the HTML of the page of the text `name`; `facts` describe the model by name."""
     chosen = explanation.chosen
     gradient = plots.sum_by_unit(chosen.units, chosen.from_all.tokens)
-    lives = [layer.half_lives.ravel() for layer in explanation.memory.layers if layer is not None]
+    lives = [layer.ravel() for layer in explanation.half_lives if layer is not None]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simplernn_jax.analysis", ""),
         autoescape=True,
@@ -75,53 +73,30 @@ def _shown(text: str) -> str:
 
 
 def to_numbers(explanation: Explanation) -> dict[str, Any]:
-    """Return everything the plots show as JSON: lists, six digits, None for non-finite."""
-    chosen = explanation.chosen
+    """Return the fields of an explanation as JSON: lists, six digits, None for non-finite.
+
+    Of each layer's decomposition, its map up to the diagonal and its errors.
+    """
     layers = [
         {
-            "mixer": mixer,
+            "map": [[row[: t + 1] for t, row in enumerate(head)] for head in layer.weights[0]],
             "operator_error": layer.operator_error,
             "layer_error": layer.layer_error,
-            "map": [[row[: t + 1] for t, row in enumerate(head)] for head in layer.weights[0]],
-            "contributions": shares._asdict(),
-            **({} if memory is None else memory._asdict()),
         }
-        for mixer, layer, memory, shares in zip(
-            explanation.mixers,
-            explanation.layers,
-            explanation.memory.layers,
-            chosen.by_layer,
-            strict=True,
-        )
+        for layer in explanation.layers
     ]
-    numbers = {
-        "tokens": explanation.tokens,
-        "map_start": explanation.start,
-        "map_stop": explanation.stop,
-        "state_positions": explanation.memory.positions,
-        "layers": layers,
-        "prediction": {
-            "token": chosen.position,
-            "reason": chosen.reason,
-            "nats": chosen.nats,
-            "contributions": chosen.from_all._asdict(),
-        },
-        "context_gains": explanation.context_gains,
-        "evaluated": explanation.evaluated,
-        "window": explanation.window,
-        "loss_by_position": explanation.by_position._asdict(),
-        "loss_by_reset": [
-            {"reset_every": interval, **dataclasses.asdict(result)}
-            for interval, result in explanation.by_reset.items()
-        ],
-    }
-    return {name: _plain(value) for name, value in numbers.items()}
+    numbers: dict[str, Any] = _plain(vars(explanation) | {"layers": layers})
+    return numbers
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _plain(vars(value))
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())

@@ -1,8 +1,8 @@
 """Plots of an explanation as PNG files, and the style that all share."""
 
-import functools
 import io
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +11,7 @@ import numpy as np
 
 from simplernn_jax.analysis.decomposition import Contributions, LayerDecomposition
 from simplernn_jax.analysis.explanation import Unit
-from simplernn_jax.analysis.memory import Memory
-from simplernn_jax.analysis.state_value import PositionLoss
+from simplernn_jax.analysis.memory import PositionLoss
 from simplernn_jax.errors import counted
 
 _DPI = 130
@@ -57,7 +56,8 @@ def new_figure(width: float, height: float) -> Iterator[Any]:
 def png(figure: Any) -> bytes:
     """Return the figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    with warnings.catch_warnings(action="ignore"):  # of glyphs that the font lacks: it has a box
+        figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
 
 
@@ -95,30 +95,27 @@ def add_legend(figure: Any, axes: Any, most: int = _MAX_NAMED) -> None:
 
 
 @contextmanager
-def _panels(
-    count: int, columns: int, width: float, height: float, **options: Any
-) -> Iterator[tuple[Any, Any]]:
+def _panels(count: int, columns: int, width: float, height: float) -> Iterator[tuple[Any, Any]]:
     """Create a figure of `count` axes in rows of at most `columns`, each of this size."""
     columns = min(count, columns)
     rows = -(-count // columns)
     with new_figure(width * columns, 0.4 + height * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid[count:]:
             axes.set_axis_off()
         yield figure, grid[:count]
 
 
-def draw_half_lives(memory: Memory, window: int) -> bytes:
+def draw_half_lives(layers: Sequence[np.ndarray | None], window: int) -> bytes:
     """Draw the sorted half-lives of each layer, and the training window for comparison."""
     with new_figure(_WIDTH, 4) as figure:
         axes = figure.subplots()
         label = f"training window ({window:,})"
         axes.axhline(window, color="grey", linestyle="--", linewidth=1, label=label)
-        key_channels = max(part.half_lives.size for part in memory.layers if part is not None)
-        styles = line_styles(len(memory.layers), key_channels)
-        for number, (part, style) in enumerate(zip(memory.layers, styles, strict=True), 1):
-            if part is not None:
-                lives = np.sort(part.half_lives.ravel())[::-1]
+        styles = line_styles(len(layers), max(x.size for x in layers if x is not None))
+        for number, (layer, style) in enumerate(zip(layers, styles, strict=True), 1):
+            if layer is not None:
+                lives = np.sort(layer.ravel())[::-1]
                 lives = np.where(np.isfinite(lives), lives, np.nan)
                 axes.plot(np.arange(1, len(lives) + 1), lives, label=f"layer {number}", **style)
         axes.set_yscale("log", subs=[2, 5])
@@ -127,25 +124,6 @@ def draw_half_lives(memory: Memory, window: int) -> bytes:
         axes.set(xlabel="key channels of all heads, by half-life", ylabel="half-life (tokens)")
         axes.grid(axis="y", which="both")
         add_legend(figure, axes)
-        return png(figure)
-
-
-def draw_state(memory: Memory, field: str, label: str) -> bytes:
-    """Draw a field of `LayerMemory` along the text: a panel per layer, a curve per head."""
-    layers = [(n, part) for n, part in enumerate(memory.layers, 1) if part is not None]
-    width = _WIDTH / min(len(layers), 2)
-    with _panels(len(layers), 2, width, 2.3, sharex=True, sharey=True) as (figure, grid):
-        for axes, (number, part) in zip(grid, layers, strict=True):
-            points, heads = getattr(part, field).shape
-            curves = zip(getattr(part, field).T, line_styles(heads, points), strict=True)
-            for head, (values, style) in enumerate(curves, 1):
-                axes.plot(memory.positions, values, label=f"head {head}", **style)
-            axes.set(title=f"layer {number}")
-            axes.grid(axis="y")
-        grid[0].set_ylim(bottom=0)
-        figure.supxlabel("tokens read", fontsize="medium")
-        figure.supylabel(label, fontsize="medium")
-        add_legend(figure, grid[0])
         return png(figure)
 
 
@@ -262,7 +240,7 @@ def _label_tokens(axis: Any, units: Sequence[Unit], offset: int, most: int) -> N
         if not ticks or start - ticks[-1] >= step:
             text = "".join(unit.text for unit in units[place : place + _LABEL])
             ticks.append(start)
-            names.append(f"{_drawn(text.strip()[:_LABEL])} {offset + start}")
+            names.append(f"{visible(text.strip()[:_LABEL])} {offset + start}")
     axis.set_ticks(ticks, names, **_MONOSPACE)
 
 
@@ -270,18 +248,5 @@ def _label_unit(units: Sequence[Unit], index: int) -> str:
     """Return a unit in brackets between its neighbors, and its distance to the end."""
     before = "".join(unit.text for unit in units[max(0, index - 8) : index])[-8:]
     after = "".join(unit.text for unit in units[index + 1 : index + 7])[:6]
-    text = f"{_drawn(before)}[{_drawn(units[index].text[:_LABEL])}]{_drawn(after)}"
+    text = f"{visible(before)}[{visible(units[index].text[:_LABEL])}]{visible(after)}"
     return f"{text} {units[-1].stop - units[index].start:>4}"
-
-
-def _drawn(text: str) -> str:
-    """Return `text` with a box in place of each character that the font lacks."""
-    return "".join(c if ord(c) in _glyphs() else "\u25a1" for c in visible(text))
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib import font_manager
-
-    font = font_manager.get_font(font_manager.findfont(str(_MONOSPACE["fontfamily"])))
-    return frozenset(font.get_charmap())

@@ -23,17 +23,21 @@ import jax
 import orbax.checkpoint as ocp
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.contents import (
+from simplernn_jax.checkpoint.folder import (
+    CheckpointFolder,
     Quality,
-    quality_item,
     read_json,
     read_texts,
     read_tree,
 )
-from simplernn_jax.checkpoint.folder import NEWEST, CheckpointFolder, choose_checkpoint
 from simplernn_jax.config import Config
 from simplernn_jax.errors import DISK_ADVICE, UserError
-from simplernn_jax.parallel.distributed import barrier, broadcast_from_coordinator, is_coordinator
+from simplernn_jax.parallel.distributed import (
+    barrier,
+    broadcast_from_coordinator,
+    check_same,
+    is_coordinator,
+)
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 _FAILED_RUN_TIMEOUT_SECONDS = 5.0
@@ -42,30 +46,17 @@ _TIMEOUT_SECONDS = 24 * 3600
 """Limit on a save and on waiting for other processes; a failed one ends all of them long before."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """Result of `Checkpointer.restore`."""
-
-    step: int
-    state: Any
-    """Tree like `abstract_state`, with the saved values."""
-    data_state: Any
-    """`data_state` of `Checkpointer.save`."""
-    config: Config
-    tokenizer_json: str
-
-
 class Checkpointer:
     """Checkpoints of one run. Only one run at a time may hold it for a workdir.
 
     All processes of a run construct it and call `save` and `restore`, with the same arguments;
     `workdir` is on a file system that they share.
 
-    Keeps the `keep_last` newest checkpoints (at least 2, so that a corrupt one has a
-    predecessor) and additionally the `keep_best` ones of lowest validation loss.
+    Keeps the `keep_last` newest checkpoints and additionally the `keep_best` ones of lowest
+    validation loss.
 
     Raises:
-      UserError: another process is training in `workdir`.
+      UserError: another process is training in `workdir`, or a process does not see it.
     """
 
     def __init__(
@@ -73,11 +64,16 @@ class Checkpointer:
     ) -> None:
         self._config = config
         self._tokenizer_json = tokenizer_json
-        self._keep = (max(keep_last, 2), keep_best)
+        self._keep = (keep_last, keep_best)
         self._folder = CheckpointFolder(workdir)
         if is_coordinator():
             self._folder.open_for_training()
         barrier("checkpoints_open")
+        check_same(
+            str(os.path.isdir(self._folder.path)),
+            f"does not see {self._folder.path} of process 0; use a --workdir on a shared file "
+            "system",
+        )
         self._writer = _make_writer()
         self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete_checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -116,7 +112,7 @@ class Checkpointer:
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(json.loads(config_lib.to_json(self._config))),
             tokenizer=ocp.args.JsonSave(self._tokenizer_json),
-            quality=ocp.args.JsonSave(quality_item(step, quality)),
+            quality=ocp.args.JsonSave(dataclasses.asdict(quality) if quality else {}),
         )
         try:
             self._writer.save(self._folder.unfinished_path(step), args=items)
@@ -126,7 +122,7 @@ class Checkpointer:
         if wait:
             self._finish()
 
-    def restore(self, abstract_state: Any, shardings: Any = None) -> Restored | None:
+    def restore(self, abstract_state: Any, shardings: Any = None) -> tuple[Any, Any, Config] | None:
         """Restore the newest intact checkpoint; quarantine corrupt ones with a warning.
 
         Args:
@@ -136,23 +132,20 @@ class Checkpointer:
             the default device.
 
         Returns:
-          None if there is no checkpoint in this workdir. The arrays are bit-exact;
-          without `shardings` they are committed to no device.
+          The state, bit-exact and without `shardings` committed to no device; the `data_state` of
+          `save`; and the configuration that it was saved with. None if there is no checkpoint.
 
         Raises:
           UserError: there are checkpoints and none is intact, or the newest intact one is of
             a different model or optimizer.
         """
-        self._finish()
         newest = self._folder.newest_intact() if is_coordinator() else None
         step = broadcast_from_coordinator(-1 if newest is None else newest)
         if step < 0:
             return None
         path = self._folder.step_path(step)
-        config, tokenizer_json = read_texts(path)
-        check_same_model(self._config, config)
         state = read_tree(path, abstract_state, shardings)
-        return Restored(step, state, read_json(path, "data"), config, tokenizer_json)
+        return state, read_json(path, "data"), read_texts(path)[0]
 
     def close(self, *, failed: bool = False) -> None:
         """Wait for the last save and release the workdir.
@@ -171,12 +164,10 @@ class Checkpointer:
         try:
             self._finish()
         finally:
-            try:
-                with contextlib.suppress(Exception):  # Orbax raises again what `save` has raised
-                    self._writer.close()
-                self._completer.shutdown()
-            finally:
-                self._folder.release()  # last: nothing is written any more
+            with contextlib.suppress(Exception):  # Orbax raises again what `save` has raised
+                self._writer.close()
+            self._completer.shutdown()
+            self._folder.release()  # last: nothing is written any more
 
     def _complete(self, step: int) -> None:
         self._writer.wait_until_finished()
@@ -216,26 +207,6 @@ class Checkpointer:
         )
 
 
-def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
-    """Read ``(config, tokenizer_json, step)`` of a checkpoint by `choose_checkpoint`; no arrays.
-
-    Raises:
-      UserError: `workdir` has no such checkpoint, or none that is intact.
-    """
-    step, _ = choose_checkpoint(workdir, checkpoint)
-    return *read_texts(CheckpointFolder(workdir).step_path(step)), step
-
-
-def check_same_model(current: Config, saved: Config) -> None:
-    """Raise `UserError` that names every field in which the models of two configurations differ."""
-    fields = config_lib.differing_fields(current.model, saved.model)
-    if fields:
-        raise UserError(
-            f"the checkpoint has a different model: {'; '.join(fields)}; use the same "
-            "config.model values, or another workdir"
-        )
-
-
 @functools.cache
 def _drop_repeated_reports() -> None:
     """Drop the reports of a failed save other than the exception that it raises.
@@ -262,22 +233,20 @@ def _make_writer() -> ocp.AsyncCheckpointer:
     interfere with training when another thread starts them.
     """
     _drop_repeated_reports()
-    if jax.process_count() == 1:
-        # Created in the background, a folder that the disk rejects leaves threads that wait for it
-        # up to the timeout, and the process does not end.
-        options = ocp.options.AsyncOptions(
-            timeout_secs=_TIMEOUT_SECONDS, create_directories_asynchronously=False
-        )
-        items = ocp.CompositeOptions(async_options=options)
-        handler = ocp.CompositeCheckpointHandler(composite_options=items)
-        return ocp.AsyncCheckpointer(handler, async_options=options)
-    everybody = set(range(jax.process_count()))
+    # Created in the background, a folder that the disk rejects leaves threads that wait for it up
+    # to the timeout, and the process does not end.
+    options = ocp.options.AsyncOptions(
+        timeout_secs=_TIMEOUT_SECONDS,
+        barrier_sync_fn=_wait_unless_failing,
+        create_directories_asynchronously=False,
+    )
+    everybody = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(),
-        async_options=ocp.options.AsyncOptions(
-            timeout_secs=_TIMEOUT_SECONDS, barrier_sync_fn=_wait_unless_failing
+        ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=options)
         ),
-        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everybody),
+        async_options=options,
+        multiprocessing_options=everybody,
     )
 
 

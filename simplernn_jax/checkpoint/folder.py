@@ -1,30 +1,56 @@
-"""Checkpoints of a run on disk: which are intact, which to use, and which to keep.
+"""Checkpoints of a run on disk: what they hold, which are intact, and which to use and to keep.
 
     WORKDIR/checkpoints/N/              complete checkpoint of step N, with its manifest
     WORKDIR/checkpoints/N.unfinished/   being saved or deleted: a killed run loses nothing else
     WORKDIR/checkpoints_damaged/N/      quarantined corrupt checkpoints, never deleted
 
-A checkpoint gets its final name only after its manifest is written, which lists every file with its
-size and SHA-256, and ends in a line with the SHA-256 of the lines above it (`files.write_sealed`).
+A checkpoint has the items ``state`` (arrays named by their path), ``data`` (position), ``config``,
+``tokenizer`` and ``quality`` (JSON). Nothing in them is executed. It gets its final name only after
+its manifest is written, which lists every file with its size and SHA-256, and ends in a line with
+the SHA-256 of the lines above it (`files.write_sealed`).
 """
 
+import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
-from simplernn_jax.checkpoint.contents import QUALITY_ITEM, Quality, read_quality
+from simplernn_jax import config as config_lib
+from simplernn_jax.config import Config
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import check_damage, open_file, read_sealed, sync, take_lock, write_sealed
+from simplernn_jax.files import (
+    check_damage,
+    open_file,
+    read_file,
+    read_sealed,
+    sync,
+    take_lock,
+    write_sealed,
+)
+from simplernn_jax.parallel.named_leaves import named_leaves
 
 BEST = "best"
 NEWEST = "newest"
 
 UNFINISHED_MARK = ".unfinished"
+
+TEXTS = ("config", "tokenizer")
+"""Items that `read_texts` reads."""
+_QUALITY = "quality"
+_MAX_JSON_BYTES = 1 << 30
 
 _MANIFEST = "manifest.sha256"
 _STEP = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -42,11 +68,8 @@ def check_workdir(workdir: str) -> None:
     """
     if not isinstance(workdir, str) or not workdir or "\0" in workdir:
         raise UserError(f"workdir={workdir!r}: must be the path of a folder, as text")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", workdir):
-        raise UserError(
-            f"workdir={workdir}: not a folder; mount the bucket and use its mount point, "
-            "or choose a local folder"
-        )
+    if "://" in workdir:
+        raise UserError(f"workdir={workdir}: a URL; mount the bucket and use its mount point")
     path = os.path.abspath(workdir)
     found = [part for part in _UNSUPPORTED if part in f"{path}/"]
     if path != path.encode("utf-8", "replace").decode("utf-8"):
@@ -56,6 +79,20 @@ def check_workdir(workdir: str) -> None:
             f"workdir={path}: has {' and '.join(found)} in its path, which checkpoints do "
             "not support; rename that folder, or use a symbolic link without them"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Evaluation by which checkpoints are ranked."""
+
+    validation_loss: float
+    """Nats per token, finite; lower is better."""
+    predictions: int
+    """Number of predictions scored: equal numbers mean equal tokens."""
+
+    def __str__(self) -> str:
+        """Return both, for messages."""
+        return f"{self.validation_loss:.4f} on {self.predictions:,} predictions"
 
 
 class CheckpointFolder:
@@ -78,10 +115,10 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """List the steps of all complete checkpoints, intact or not, ascending."""
-        if not os.path.isdir(self.path):
-            return []
-        names = [name for name in os.listdir(self.path) if _STEP.fullmatch(name)]
-        return sorted(int(name) for name in names if os.path.isdir(os.path.join(self.path, name)))
+        found = Path(self.path).glob("[0-9]*")
+        return sorted(
+            int(path.name) for path in found if _STEP.fullmatch(path.name) and path.is_dir()
+        )
 
     def open_for_training(self) -> None:
         """Lock the folder, or raise `UserError`, and delete what a killed run left unfinished."""
@@ -126,22 +163,10 @@ class CheckpointFolder:
     def qualities(self) -> dict[int, Quality | None]:
         """Read the evaluation, None if there was none, of checkpoints that do not look corrupt."""
         return {
-            step: read_quality(self.step_path(step))[1]
+            step: read_quality(self.step_path(step))
             for step in self.steps()
-            if self.find_corruption(step, [QUALITY_ITEM]) is None
+            if find_corruption(self.step_path(step), [_QUALITY]) is None
         }
-
-    def find_corruption(self, step: int, parts: Collection[str] | None = None) -> str | None:
-        """Return a phrase that says how the checkpoint of `step` is corrupted, or None.
-
-        `parts` is as in `newest_intact`.
-        """
-        path = self.step_path(step)
-        defect = find_corruption(path, None if parts is None else {*parts, QUALITY_ITEM})
-        if defect is not None:
-            return defect
-        inside, _ = read_quality(path)
-        return None if inside == step else f"it is a copy of step {inside}"
 
     def newest_intact(self, parts: Collection[str] | None = None) -> int | None:
         """Find the newest step whose files are all as written; quarantine corrupt newer ones.
@@ -156,7 +181,7 @@ class CheckpointFolder:
           UserError: there are corrupt checkpoints only.
         """
         for step in reversed(self.steps()):
-            defect = self.find_corruption(step, parts)
+            defect = find_corruption(self.step_path(step), parts)
             if defect is None:
                 return step
             self.quarantine(step, defect)
@@ -200,8 +225,8 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> tuple[int, 
 
     Args:
       workdir: folder of a training run.
-      checkpoint: ``best``, the lowest validation loss if all checkpoints that were evaluated were
-        so on the same tokens, else the newest; ``newest``; or a step.
+      checkpoint: ``best``, the first of `by_loss`, or the newest if none was evaluated;
+        ``newest``; or a step.
 
     Returns:
       Its step, and the reason for choosing it, empty where there was nothing to choose.
@@ -213,39 +238,44 @@ def choose_checkpoint(workdir: str, checkpoint: str | int = BEST) -> tuple[int, 
     checkpoint = str(checkpoint)  # also an array, which does not compare with a text
     if checkpoint not in (BEST, NEWEST):
         return _intact_step(folder, checkpoint), ""
-    while checkpoint == BEST and (best := _best(folder.qualities())) is not None:
-        step, quality = best
-        defect = folder.find_corruption(step)
+    while checkpoint == BEST and (ranked := by_loss(qualities := folder.qualities())):
+        step, quality = ranked[0], qualities[ranked[0]]
+        defect = find_corruption(folder.step_path(step))
         if defect is None:
-            loss = f"{quality.validation_loss:.4f} on {quality.predictions:,} predictions"
-            return step, _reason(folder, step, f"the best by validation loss ({loss})")
+            return step, _reason(folder, step, f"the best by validation loss ({quality})")
         folder.quarantine(step, defect)
     newest = folder.newest_intact()
     if newest is None:
         raise UserError(f"no checkpoint in {workdir}: train there first, or use another workdir")
     if checkpoint == NEWEST:
         return newest, ""
-    why = "the newest (validation losses are missing or not comparable)"
-    return newest, _reason(folder, newest, why)
+    return newest, _reason(folder, newest, "the newest (none was evaluated)")
+
+
+def _reason(folder: CheckpointFolder, step: int, why: str) -> str:
+    return f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else ""
+
+
+def by_loss(qualities: Mapping[int, Quality | None]) -> list[int]:
+    """Return the evaluated steps, lowest loss first, and of equal ones the newest.
+
+    Only those that scored as many predictions as the newest of them: others scored other tokens.
+    """
+    measured = {step: quality for step, quality in qualities.items() if quality is not None}
+    predictions = measured[max(measured)].predictions if measured else 0
+    losses = [
+        (quality.validation_loss, -step)
+        for step, quality in measured.items()
+        if quality.predictions == predictions
+    ]
+    return [-step for _, step in sorted(losses)]
 
 
 def steps_to_keep(
     qualities: Mapping[int, Quality | None], keep_last: int, keep_best: int
 ) -> set[int]:
-    """Return the `keep_last` newest steps (at least 1) and the `keep_best` of lowest loss.
-
-    Losses over a different number of predictions than the newest one's are of different tokens and
-    do not count.
-    """
-    steps = sorted(qualities)
-    measured = _measured(qualities)
-    predictions = measured[max(measured)].predictions if measured else None
-    by_loss = sorted(
-        (quality.validation_loss, -step)
-        for step, quality in measured.items()
-        if quality.predictions == predictions
-    )
-    return {-step for _, step in by_loss[:keep_best]} | set(steps[-keep_last:])
+    """Return the `keep_last` newest steps (at least 1) and the first `keep_best` of `by_loss`."""
+    return {*by_loss(qualities)[:keep_best], *sorted(qualities)[-keep_last:]}
 
 
 def _intact_step(folder: CheckpointFolder, checkpoint: str) -> int:
@@ -256,28 +286,12 @@ def _intact_step(folder: CheckpointFolder, checkpoint: str) -> int:
     if step is None:
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"--checkpoint={checkpoint}: {folder.path} has only these steps: {found}")
-    defect = folder.find_corruption(step)
+    defect = find_corruption(folder.step_path(step))
     if defect is not None:
         raise UserError(
             f"--checkpoint={step}: {folder.step_path(step)} is corrupted: {defect}; choose another"
         )
     return step
-
-
-def _reason(folder: CheckpointFolder, step: int, why: str) -> str:
-    return f"checkpoint: step {step}, {why}" if len(folder.steps()) > 1 else ""
-
-
-def _measured(qualities: Mapping[int, Quality | None]) -> dict[int, Quality]:
-    return {step: quality for step, quality in qualities.items() if quality is not None}
-
-
-def _best(qualities: Mapping[int, Quality | None]) -> tuple[int, Quality] | None:
-    """Return the newest step of lowest loss; None if losses are missing or not comparable."""
-    measured = _measured(qualities)
-    if len({quality.predictions for quality in measured.values()}) != 1:
-        return None
-    return min(measured.items(), key=lambda item: (item[1].validation_loss, -item[0]))
 
 
 def write_manifest(folder: str) -> None:
@@ -349,3 +363,108 @@ def _read_digest(path: str) -> tuple[int, str]:
     with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
+
+
+def read_json(path: str, item: str) -> Any:
+    """Read a JSON item of a checkpoint folder; `UserError` if it cannot be read or parsed."""
+    file = os.path.join(path, item, "metadata")
+    try:
+        return json.loads(read_file(file, _MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file}: {reason}; use another checkpoint") from error
+
+
+def read_texts(path: str) -> tuple[Config, str]:
+    """Read the configuration and the tokenizer's JSON text."""
+    config = config_lib.from_json(json.dumps(read_json(path, "config")))
+    return config, read_json(path, "tokenizer")
+
+
+def read_quality(path: str) -> Quality | None:
+    """Read the evaluation of a checkpoint; None if there was none."""
+    try:
+        saved = read_json(path, _QUALITY)
+        return Quality(float(saved["validation_loss"]), int(saved["predictions"]))
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
+    """Read ``(config, tokenizer_json, step)`` of a checkpoint by `choose_checkpoint`; no arrays.
+
+    Raises:
+      UserError: `workdir` has no such checkpoint, or none that is intact.
+    """
+    step, _ = choose_checkpoint(workdir, checkpoint)
+    return *read_texts(CheckpointFolder(workdir).step_path(step)), step
+
+
+def saved_leaves(path: str) -> dict[str, Any]:
+    """Return ``shape`` and ``dtype`` of every array in the checkpoint folder `path`, by name."""
+    handler = ocp.PyTreeCheckpointHandler()
+    return dict(handler.metadata(epath.Path(path) / "state").tree)
+
+
+def read_arrays(
+    path: str, names: Sequence[str], shardings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read the named arrays of the checkpoint folder `path`, bit-exactly; 0 for a missing one.
+
+    Those that have a sharding in `shardings` are JAX arrays with that sharding, the others numpy's.
+    """
+
+    def restore_args(name: str) -> ocp.RestoreArgs:
+        sharding = shardings.get(name) if shardings else None
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=sharding)
+
+    args = ocp.args.PyTreeRestore(
+        dict.fromkeys(names, 0),
+        restore_args={name: restore_args(name) for name in names},
+        partial_restore=True,
+    )
+    arrays: dict[str, Any] = ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(path) / "state", args=args
+    )
+    return arrays
+
+
+def read_tree(path: str, abstract: Any, shardings: Any = None, *, partial: bool = False) -> Any:
+    """Read a tree of arrays of the checkpoint folder `path`, bit-exactly.
+
+    Args:
+      path: folder of a checkpoint.
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`.
+      shardings: sharding of each array; None is the default device.
+      partial: whether the checkpoint may hold other arrays too.
+
+    Raises:
+      UserError: an array is missing or of another shape or dtype.
+    """
+    wanted, saved = named_leaves(abstract), saved_leaves(path)
+    if partial:
+        saved = {name: leaf for name, leaf in saved.items() if name in wanted}
+    _check_leaves(path, wanted, saved)
+    by_name = None if shardings is None else named_leaves(shardings)
+    arrays = read_arrays(path, list(wanted), by_name)
+    # A copy that JAX owns: an alias of numpy's memory could not be donated.
+    leaves = [jnp.array(arrays[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _check_leaves(path: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the first leaf of two sets that differs in name, shape or dtype."""
+
+    def describe(leaves: Mapping[str, Any], name: str) -> str:
+        leaf = leaves.get(name)
+        return "missing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+    for name in [*wanted, *saved]:
+        current, stored = describe(wanted, name), describe(saved, name)
+        if current != stored:
+            raise UserError(
+                f"{path}: does not match this configuration: {name} is {current}, checkpoint has "
+                f"{stored}; use the configuration it was saved with, or another --workdir"
+            )

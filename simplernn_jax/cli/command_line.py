@@ -1,16 +1,20 @@
-"""Command line of the scripts: shared flags, help, input texts and logs.
+"""Command line of the scripts: shared flags, help, input texts, logs, errors and exit codes.
 
-A script defines its flags at module level and ends with ``command_line.run(main)``. For its exit
-codes see `simplernn_jax.cli.exit_codes`.
+A script defines its flags at module level and ends with ``command_line.run(main)``. Its exit codes
+are in docs/training.md.
 """
 
+import contextlib
 import difflib
+import errno
 import io
 import logging
 import math
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from simplernn_jax.cli.exit_codes import exit_with
 from simplernn_jax.config import Config, by_field
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import DISK_ADVICE, EXIT_USER_ERROR, UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.project import PACKAGE, name_commands, usage
 
@@ -34,6 +37,9 @@ flags.disclaim_key_flags()  # --help lists these flags under the script that def
 
 _MAX_TEXT_BYTES = 1 << 30
 
+_ADVICE = DISK_ADVICE | {errno.ENOENT: "create it", errno.EISDIR: "specify a file"}
+"""Advice for a file-system error. One without a path that is not listed here is a bug and keeps its
+traceback."""
 
 _OTHER_NAMES = {
     "learning_rate": "lr",
@@ -96,8 +102,8 @@ class ModelFlags:
         self._checkpoint = flags.DEFINE_string(
             "checkpoint",
             "best",
-            "Checkpoint to load: best (lowest validation loss, or newest if losses are not "
-            "comparable), newest, or a step number.",
+            "Checkpoint to load: best (lowest validation loss, or newest if none was evaluated), "
+            "newest, or a step number.",
         )
         flags.register_validator(
             self._checkpoint,
@@ -242,12 +248,10 @@ def expand_path(path: str, flag: str) -> str:
     """Return the absolute path that ``--FLAG`` names, ``~`` and ``~USER`` replaced.
 
     Raises:
-      UserError: no such user, or `path` has a zero byte or is the URL of a bucket.
+      UserError: no such user, or `path` is the URL of a bucket.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"--{flag}={path}: a URL, not a path; mount the bucket or use a local path")
-    if "\0" in path:
-        raise UserError(f"--{flag}={path}: a path cannot contain a zero byte; use another")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(f"--{flag}={path}: no such user; use ./{path} for a name with a ~")
@@ -261,6 +265,64 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
 
     exit_with(lambda: app.run(lambda _: main(), flags_parser=_parse_flags))
+
+
+def exit_with(
+    main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Run `main` and exit with its code (None is 0), by ``leave(code)``.
+
+    A `UserError`, a wrong flag, a file-system error that the user can fix, or lack of memory is one
+    line on stderr and code 2; Ctrl-C is code 130. Anything else is a bug and keeps its traceback.
+    """
+    leave(_run(main))
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    """Run `main`, report its error and return the exit code."""
+    try:
+        try:
+            return main() or 0
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        return _report(str(error))
+    except flags.Error as error:
+        return _report(f"{error}; --help shows the flags")
+    except BrokenPipeError:  # closed by the reader, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None and error.errno not in _ADVICE:
+            traceback.print_exc()
+            return 1
+        what = (error.strerror or str(error)).lower()
+        advice = _ADVICE.get(error.errno or 0, "")
+        advice = f"{advice}, or choose another path" if advice else "choose another path"
+        is_named = isinstance(error.filename, str | bytes)
+        path = error.filename if is_named else "writing a file"  # by a failed write()
+        return _report(f"{os.fsdecode(path)}: {what}; {advice}")
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # by JAX
+            return _report(f"not enough memory: {error}; choose smaller sizes, or free some")
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+            return _report("~: no such user, or one without a home directory; use absolute paths")
+        traceback.print_exc()
+        return 1
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def _report(message: str) -> int:
+    # The library names fields as Python does.
+    message = re.sub(
+        r"(?<![\w./-])config(?=\.(model|data|optimizer|train|mesh)\b)", "--config", message
+    )
+    with contextlib.suppress(OSError):
+        print(f"error: {one_line(name_commands(message))}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -8,7 +8,6 @@ before JAX loads any.
 
 import contextlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,6 @@ def delete_invalid_entries(folder: Path) -> None:
             entry, time_of_use, seal = (folder / f"{key}{suffix}" for suffix in _SUFFIXES)
             if not (time_of_use.is_file() and _is_sealed(entry, seal)):
                 for path in (entry, time_of_use, seal):
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
                     path.unlink(missing_ok=True)
 
 

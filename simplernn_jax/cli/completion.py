@@ -6,10 +6,7 @@ argcomplete and shtab complete parsers of argparse, not absl's flags.
 
 import runpy
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
 from absl import flags
 
@@ -25,15 +22,25 @@ autoload -U +X bashcompinit && bashcompinit
 SHELLS = {"bash": "", "zsh": _ZSH}
 """Shells, and what their scripts begin with."""
 
+_FUNCTION = """\
+_simplernn() {{
+  local command="${{COMP_WORDS[1]}}" flag="${{COMP_WORDS[COMP_CWORD - 1]}}" words=""
+  local cur="${{COMP_WORDS[COMP_CWORD]}}"
+  [[ $COMP_CWORD == 1 ]] && command=""
+  [[ $flag == "=" ]] && flag="${{COMP_WORDS[COMP_CWORD - 2]}}" # bash splits words at =
+  [[ $cur == "=" ]] && cur=""
+  [[ $flag == --* && $cur != -* ]] || flag=""
+  case "$command $flag" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}}
+complete -o default -F _simplernn simplernn
+"""
+"""Where no word fits, the shell completes file names."""
+
 _SAME_FLAGS = {"launch_local": "train"}
 """Commands that pass their flags on to another."""
-
-
-class _Flags(NamedTuple):
-    """Flags of a command with their choices (None: file names), and words that are no flags."""
-
-    choices: dict[str, list[str] | None]
-    words: list[str]
 
 
 def completion_script(shell: str, commands: list[str]) -> str:
@@ -48,47 +55,34 @@ def completion_script(shell: str, commands: list[str]) -> str:
     """
     if shell not in SHELLS:
         raise UserError(f"{shell!r}: no such shell; run: simplernn completion bash, or zsh")
-    tables = {name: _flags_of(_SAME_FLAGS.get(name, name)) for name in commands}
-    tables["completion"] = _Flags({}, list(SHELLS))
-    lines = ["_simplernn_tables() {", f"  commands={_quoted(tables)}"]
-    lines += [f"  configs={_quoted(config_names())}", "  case $1 in"]
-    for name, (choices, words) in tables.items():
-        files = [flag for flag, values in choices.items() if values is None]
-        flags_and_files = f"flags={_quoted(choices)} file_flags={_quoted(files)}"
-        lines.append(f"    {name}) {flags_and_files} words={_quoted(words)} ;;")
-    lines += ["  esac", '  case "$1 $2" in']
-    for name, (choices, _) in tables.items():
-        for flag, values in choices.items():
-            if values:
-                lines.append(f"    {quote(f'{name} {flag}')}) choices={_quoted(values)} ;;")
-    lines += ["  esac", "}"]
-    function = Path(__file__).with_suffix(".bash").read_text(encoding="utf-8")
-    return SHELLS[shell] + "\n".join(lines) + "\n" + function
+    words = {" ": [*commands, "completion"], "completion ": list(SHELLS)}
+    for name in commands:
+        words |= _words_of(name)
+    cases = "\n".join(f"    {quote(key)}) words={quote(' '.join(words[key]))} ;;" for key in words)
+    return SHELLS[shell] + _FUNCTION.format(cases=cases)
 
 
-def _quoted(words: Iterable[str]) -> str:
-    return quote(" ".join(words))
+def _words_of(command: str) -> dict[str, list[str]]:
+    """Return the words that may follow ``COMMAND`` and ``COMMAND --FLAG``.
 
-
-def _flags_of(name: str) -> _Flags:
-    """Read the flags that a script defines; they are removed again from absl's."""
-    path = ROOT / "scripts" / f"{name}.py"
+    They are from the flags that the script defines, which are removed again from absl's.
+    """
+    path = ROOT / "scripts" / f"{_SAME_FLAGS.get(command, command)}.py"
     known = set(flags.FLAGS)
     sys.path.insert(0, str(path.parent))
     try:
-        module = runpy.run_path(str(path), run_name=f"simplernn_script_{name}")
+        module = runpy.run_path(str(path), run_name=f"simplernn_script_{command}")
     finally:
         sys.path.remove(str(path.parent))
-    choices: dict[str, list[str] | None] = {"--help": []}
-    for flag_name in [flag_name for flag_name in flags.FLAGS if flag_name not in known]:
-        flag = flags.FLAGS[flag_name]
-        kind = flag.flag_type()
-        choices[f"--{flag_name}"] = None if kind == "string" else []
-        if kind == "bool":
-            choices[f"--no{flag_name}"] = []
-        elif kind == "string enum":
-            choices[f"--{flag_name}"] = list(flag.parser.enum_values)
-        delattr(flags.FLAGS, flag_name)
+    names, words = ["--help"], {}
+    for name in [name for name in flags.FLAGS if name not in known]:
+        flag = flags.FLAGS[name]
+        names += [f"--{name}", f"--no{name}"] if flag.flag_type() == "bool" else [f"--{name}"]
+        if flag.flag_type() == "string enum":
+            words[f"{command} --{name}"] = list(flag.parser.enum_values)
+        elif flag.flag_type() != "bool":
+            words[f"{command} --{name}"] = config_names() if name == "config" else []
+        delattr(flags.FLAGS, name)
     usages = [value.usage for value in module.values() if isinstance(value, Arguments)]
-    words = " ".join(usages).replace("|", " ").split()
-    return _Flags(choices, [word for word in words if word.islower()])
+    arguments = " ".join(usages).replace("|", " ").split()
+    return words | {f"{command} ": names + [word for word in arguments if word.islower()]}

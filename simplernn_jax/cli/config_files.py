@@ -35,17 +35,13 @@ def load_config(name_or_path: str | os.PathLike[str]) -> Config:
     """
     given = os.fspath(name_or_path)
     path = _find(given)
-    try:
-        content = read_file(path)  # a regular file, which the import below reads again
-    except FileNotFoundError as error:
-        raise UserError(f"--config={given}: no such file{_near(path)}") from error
-    except OSError as error:
-        raise UserError(
-            f"--config={given}: {error.strerror}; specify a file such as configs/base.py"
-        ) from error
+    if not path.is_file():
+        names = config_names()
+        near = nearest_name(path.stem, names) or f"; there are {', '.join(names)}"
+        raise UserError(f"--config={given}: no such file{near}")
     if path.suffix == ".json":
         try:
-            return from_json(content.decode("utf-8", "replace"))
+            return from_json(read_file(path).decode("utf-8", "replace"))
         except UserError as error:
             raise UserError(f"--config={given}: {error}") from error
     with importing(path, "--config", "simplernn_config") as module:
@@ -65,12 +61,6 @@ def _find(path: str) -> Path:
         return given
     in_project = _CONFIGS / f"{path}.py" if path.isidentifier() else ROOT / given
     return in_project if in_project.is_file() else given
-
-
-def _near(path: Path) -> str:
-    """Suggest a configuration of this project in place of a missing file."""
-    names = config_names()
-    return nearest_name(path.stem, names) or f"; there are {', '.join(names)}"
 
 
 class _OptionsParser(flags.ArgumentParser):

@@ -35,11 +35,6 @@ def start(root: str, *, resumes: bool = False) -> None:
       root: folder that holds ``.venv``, if there is one.
       resumes: an interrupted command resumes when it is run again.
     """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: the next opened file would get its number
-            null = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(null, True)
-            setattr(sys, name, os.fdopen(null, "r" if name == "stdin" else "w"))
     _use_python_with_packages(root)
     _use_huge_pages()
     if not _is_observed():  # a debugger expects Python's own handlers

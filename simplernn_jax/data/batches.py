@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.token_split import MixedSplit, TokenSplit
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -96,11 +96,15 @@ class BatchSource:
     each epoch and each from a zero state, padded with `pad_id`; sequences of padding fill the last
     batch. Every prediction is made exactly once an epoch.
 
+    Of a mixture, the source of each random window is drawn with the probabilities of the mixture.
+    Otherwise each source has a fixed share of the sequences (by the largest remainder), which pass
+    through it as if it were alone, in separate epochs.
+
     With `sequences`, an item has these sequences of the batch only, bit for bit, and no other is
     read: each of several processes makes its own part.
 
     Raises:
-      UserError: the split is too short (`steps_per_epoch`).
+      UserError: a source is too short (`steps_per_epoch`), or has a weight but no sequence.
     """
 
     def __init__(
@@ -111,74 +115,105 @@ class BatchSource:
         pad_id: int,
         sequences: slice = slice(None),
     ):
-        self._steps_per_epoch = steps_per_epoch(split, data_config)
-        self._mode = data_config.mode
+        self._seed = seed
         self._batch_size = data_config.batch_size
-        self._length = data_config.sequence_length
-        self._stride = data_config.stride
-        self._reset_probability = data_config.reset_probability
+        self._local = np.arange(self._batch_size)[sequences]
+        weighted = zip(split.parts or (split,), split.weights or (1.0,), strict=True)
+        used = [(part, weight) for part, weight in weighted if weight]
+        self._until = np.cumsum([weight for _, weight in used])[:-1]
+        self._is_drawn = data_config.mode == "window" and not data_config.stride
+        counts = np.full(len(used), self._batch_size)
+        self._first = np.zeros_like(counts)
+        """First sequence of each source, unless they are drawn."""
+        if not self._is_drawn:
+            counts = _shares(used, self._batch_size)
+            self._first = np.cumsum(counts) - counts
+        self._sources = [
+            _SourceBatches(part, dataclasses.replace(data_config, batch_size=int(n)), seed, pad_id)
+            for (part, _), n in zip(used, counts, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: Any) -> Batch:
+        if len(self._sources) == 1:
+            return self._sources[0].take(int(index), self._local)
+        if self._is_drawn:
+            draws = _random_draws(self._seed, _SOURCES, int(index)).random(self._batch_size)
+            chosen = np.searchsorted(self._until, draws[self._local], side="right")
+        else:
+            chosen = np.searchsorted(self._first, self._local, side="right") - 1
+        batches = [
+            self._sources[n].take(int(index), self._local[chosen == n] - self._first[n])
+            for n in np.unique(chosen)
+        ]
+        place = np.argsort(np.argsort(chosen, kind="stable"))
+        return Batch(*(np.concatenate(arrays)[place] for arrays in zip(*batches, strict=True)))
+
+
+class _SourceBatches:
+    """Sequences of one source in each batch, by `BatchSource`."""
+
+    def __init__(self, split: TokenSplit, data_config: DataConfig, seed: int, pad_id: int) -> None:
+        self._steps_per_epoch = steps_per_epoch(split, data_config)
+        self._config = data_config
+        self._batch_size, self._length = data_config.batch_size, data_config.sequence_length
         self._seed = seed
         self._pad_id = pad_id
-        self._sequences = sequences
         self._split = split
-        self._tokens, self._targets = split.tokens, split.targets
+        self._tokens = np.asarray(split.tokens)
+        self._targets = None if split.targets is None else np.asarray(split.targets)
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-        if self._mode == "document":
+        if self._config.mode == "document":
             per_document = _pieces_per_document(split, self._length)
             self._pieces_until = np.cumsum(per_document)
             self._pieces_before = self._pieces_until - per_document
             self._document_ends = document_ends(split)
             self._pieces = int(self._pieces_until[-1])
         else:
-            if self._stride:
-                self._pieces = divide_up(len(self._tokens), self._stride)
+            if self._config.stride:
+                self._pieces = divide_up(len(self._tokens), self._config.stride)
             # A sequence may continue from the end of the ring into its beginning, once.
             starts = split.document_starts
             early = starts[starts <= self._length]
             self._boundaries = np.concatenate([starts, early + len(self._tokens)])
 
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: Any) -> Batch:
-        index = int(index)
-        if self._mode == "document":
-            return self._document_batch(index)
-        if self._mode == "stream":
-            return self._stream_batch(index)
-        return self.examples(index, self._sequences)
-
-    def examples(self, index: int, sequences: slice | np.ndarray) -> Batch:
-        """Return these sequences of batch `index` (mode ``window``)."""
-        batch, _ = self._ring_batch(self._example_starts(index)[sequences])
-        return batch._replace(reset=~batch.reset)
+    def take(self, index: int, sequences: np.ndarray) -> Batch:
+        """Return these sequences of batch `index`."""
+        if self._config.mode == "document":
+            return self._document_batch(index, sequences)
+        if self._config.mode == "stream":
+            return self._stream_batch(index, sequences)
+        batch = self._ring_batch(self._example_starts(index)[sequences])
+        return batch._replace(reset=np.ones_like(batch.reset))
 
     def _example_starts(self, index: int) -> np.ndarray:
         num_tokens = len(self._tokens)
-        if not self._stride:
+        if not self._config.stride:
             draws = _random_draws(self._seed, _EXAMPLES, index)
             return draws.integers(0, num_tokens, self._batch_size)
         epoch, step = divmod(index, self._steps_per_epoch)
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
         places = step * self._batch_size + np.arange(self._batch_size)
         nth = self._order(epoch).take(places, mode="wrap")
-        return (turn + nth * self._stride) % num_tokens
+        return (turn + nth * self._config.stride) % num_tokens
 
-    def _stream_batch(self, index: int) -> Batch:
+    def _stream_batch(self, index: int, sequences: np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         num_tokens = len(self._tokens)
         turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
-        starts = np.arange(self._batch_size)[self._sequences] * num_tokens // self._batch_size
+        starts = np.arange(self._batch_size)[sequences] * num_tokens // self._batch_size
         starts = (turn + starts + step * self._length) % num_tokens
-        batch, begins_document = self._ring_batch(starts)
-        reset = begins_document | (step == 0)
-        if self._reset_probability:
+        batch = self._ring_batch(starts)
+        reset = batch.reset | (step == 0)
+        if self._config.reset_probability:
             draws = _random_draws(self._seed, _RESETS, index).random(self._batch_size)
-            reset |= draws[self._sequences] < self._reset_probability
+            reset |= draws[sequences] < self._config.reset_probability
         return batch._replace(reset=reset)
 
-    def _ring_batch(self, starts: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """Return the batch from positions `starts` [B], and whether a document begins at each."""
+    def _ring_batch(self, starts: np.ndarray) -> Batch:
+        """Return the batch from positions `starts` [B], reset where a document begins there."""
         positions = starts[:, None] + np.arange(self._length + 1)
         tokens = self._tokens.take(positions, mode="wrap")
         first = np.searchsorted(self._boundaries, starts)
@@ -190,19 +225,18 @@ class BatchSource:
         loss_mask = ~begins[:, 1:]
         if self._targets is not None:
             loss_mask &= self._targets.take(positions[:, 1:], mode="wrap")
-        batch = Batch(
+        return Batch(
             tokens=tokens[:, :-1].astype(np.int32),
             targets=tokens[:, 1:].astype(np.int32),
             loss_mask=loss_mask,
             segment_ids=np.cumsum(begins[:, :-1], axis=1, dtype=np.int32),
-            reset=np.zeros(len(starts), bool),
+            reset=begins[:, 0],
         )
-        return batch, begins[:, 0]
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return _random_draws(self._seed, _ORDER, epoch).permutation(self._pieces)
 
-    def _document_batch(self, index: int) -> Batch:
+    def _document_batch(self, index: int, sequences: np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
         pieces = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
         document = np.searchsorted(self._pieces_until, pieces, side="right")
@@ -210,77 +244,15 @@ class BatchSource:
         starts = self._split.document_starts[document] + nth * self._length
         counts = np.minimum(self._length, self._document_ends[document] - 1 - starts)
         padding = np.zeros(self._batch_size - len(pieces), np.int64)
-        starts = np.append(starts, padding)[self._sequences]
-        counts = np.append(counts, padding)[self._sequences]
+        starts = np.append(starts, padding)[sequences]
+        counts = np.append(counts, padding)[sequences]
         along = np.arange(self._length)
         is_real = along < counts[:, None]
         positions = starts[:, None] + along
         return gather(self._split, positions, is_real, self._pad_id)
 
 
-class MixedBatchSource:
-    """Random-access source whose item ``i`` is batch ``i`` of a mixture, a function of seed and i.
-
-    Random windows: the source of each sequence is drawn with the probabilities of the mixture, and
-    its window as `BatchSource` does. Otherwise each source has a fixed share of the sequences (by
-    the largest remainder), which pass through it as if it were alone, in separate epochs.
-
-    Raises:
-      UserError: a source is too short, or has a weight but no sequence.
-    """
-
-    def __init__(
-        self,
-        split: MixedSplit,
-        data_config: DataConfig,
-        seed: int,
-        pad_id: int,
-        sequences: slice = slice(None),
-    ):
-        self._seed = seed
-        self._batch_size = data_config.batch_size
-        self._local = np.arange(self._batch_size)[sequences]
-        self._is_drawn = data_config.mode == "window" and not data_config.stride
-        weighted = zip(split.parts, split.weights, strict=True)
-        used = [(part, weight) for part, weight in weighted if weight]
-        self._until = np.cumsum([weight for _, weight in used])[:-1]
-        if self._is_drawn:
-            self._sources = [BatchSource(part, data_config, seed, pad_id) for part, _ in used]
-            return
-        self._sources = []
-        first = 0
-        for (part, _), count in zip(used, _shares(used, self._batch_size), strict=True):
-            config = dataclasses.replace(data_config, batch_size=count)
-            steps_per_epoch(part, config)  # every process rejects a source that is too short
-            here = self._local[(self._local >= first) & (self._local < first + count)] - first
-            if len(here):
-                own = slice(int(here[0]), int(here[-1]) + 1)
-                self._sources.append(BatchSource(part, config, seed, pad_id, own))
-            first += count
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: Any) -> Batch:
-        index = int(index)
-        if not self._is_drawn:
-            return _concatenate([source[index] for source in self._sources])
-        draws = _random_draws(self._seed, _SOURCES, index).random(self._batch_size)[self._local]
-        chosen = np.searchsorted(self._until, draws, side="right")
-        order = np.argsort(chosen, kind="stable")
-        batches = [
-            self._sources[number].examples(index, self._local[chosen == number])
-            for number in np.unique(chosen)
-        ]
-        place = np.argsort(order)
-        return Batch(*(array[place] for array in _concatenate(batches)))
-
-
-def _concatenate(batches: Sequence[Batch]) -> Batch:
-    return Batch(*map(np.concatenate, zip(*batches, strict=True)))
-
-
-def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> list[int]:
+def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> np.ndarray:
     """Divide the sequences of a batch among sources with weights, by the largest remainder."""
     exact = np.array([weight for _, weight in used]) * batch_size
     counts = np.floor(exact).astype(np.int64)
@@ -292,7 +264,7 @@ def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> list[i
                 f"config.data.batch_size={batch_size}: use larger batches, a larger weight, or "
                 "random windows, whose source is drawn"
             )
-    return [int(count) for count in counts]
+    return counts
 
 
 def make_batches(
@@ -312,11 +284,7 @@ def make_batches(
     """
     import grain  # slow
 
-    source: BatchSource | MixedBatchSource
-    if isinstance(split, MixedSplit):
-        source = MixedBatchSource(split, data_config, seed, pad_id, sequences)
-    else:
-        source = BatchSource(split, data_config, seed, pad_id, sequences)
+    source = BatchSource(split, data_config, seed, pad_id, sequences)
     flags.FLAGS.mark_as_parsed()  # for Grain, which reads its own; scripts have parsed them
     # One thread: a batch takes far less time than a step, and further threads would only
     # compete with the computation for cores.

@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simplernn_jax.data.documents import Piece, cut_text, pieces_of
+from simplernn_jax.data.documents import MalformedRecord, Piece, cut_text, pieces_of
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 
 Message = dict[str, str]
 """``role`` and ``content``, as in OpenAI's API."""
 
-_BUILT_IN = {
-    "roles": """\
+_ROLES = """\
 {%- set tokens = {'system': '\\x01', 'user': '\\x02', 'assistant': '\\x03'} -%}
 {%- for message in messages -%}
 {%- for token in ['\\x01', '\\x02', '\\x03', '\\x04']
@@ -31,22 +30,21 @@ _BUILT_IN = {
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ tokens['assistant'] }}{% endif -%}
 """
-}
-"""Templates by name. In ``roles``, a message is a control character for its role, its content, and
-U+0004 (end of transmission): one token each in byte-level vocabularies, and absent from text."""
+"""The template ``roles``: a message is a control character for its role, its content, and U+0004
+(end of transmission): one token each in byte-level vocabularies, and absent from text."""
 
 _PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "answer"},
 )
-_ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("system", "user", "assistant")}
+_ROLE_OF = {"human": "user", "gpt": "assistant"} | {x: x for x in ("system", "user", "assistant")}
 """Roles by their names, with ShareGPT's."""
 _WORKER = str(Path(__file__).with_name("template_worker.py"))
 _MAX_ANSWER, _EXPANSION = 1 << 24, 16
 """Bytes of an answer, and further ones for each byte of the request."""
 
 
-class TemplateError(Exception):
+class TemplateError(MalformedRecord):
     """Reason why messages cannot be rendered."""
 
 
@@ -59,15 +57,14 @@ def load_template(spec: str) -> str:
     Raises:
       UserError: no such file, or the template cannot be used.
     """
-    text = _BUILT_IN.get(spec, spec)
+    text = _ROLES if spec == "roles" else spec
     if "{{" not in text:
         try:
             text = read_file(os.path.expanduser(spec)).decode("utf-8")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"config.data.template={spec}: {reason}; name a Jinja file, or use "
-                f"{' or '.join(_BUILT_IN)}"
+                f"config.data.template={spec}: {reason}; name a Jinja file, or use roles"
             ) from error
     ChatTemplate(text)
     return text
@@ -137,22 +134,17 @@ class ChatTemplate:
     ) -> list[list[Piece]]:
         """Render whole conversations, and each message after their first answer on its own."""
         tails = [_from_first_answer(x) if only_assistant else [] for x in conversations]
-        # Equal messages, which come again and again in small data sets, are rendered once.
-        different = dict.fromkeys(key for tail in tails for key in tail)
-        requests = [*conversations, *map(_after_probe, different)]
+        requests = [*conversations, *(_after_probe(message) for tail in tails for message in tail)]
         texts = iter(_RENDERER.render(self.source, [(one, False) for one in requests]))
         wholes = [next(texts) for _ in conversations]
-        alone = {
-            key: _after(self._asked if key[0] == "assistant" else self._prefix, next(texts))
-            for key in different
-        }
         found = []
         for whole, tail in zip(wholes, tails, strict=True):
             parts: list[tuple[str, bool]] = []
-            for key in tail:
-                is_assistant = key[0] == "assistant"
+            for message in tail:
+                is_assistant = message["role"] == "assistant"
                 prompt = self._generation_prompt if is_assistant else ""
-                parts += [(prompt, False), (alone[key], is_assistant)]
+                before = self._asked if is_assistant else self._prefix
+                parts += [(prompt, False), (_after(before, next(texts)), is_assistant)]
             rest = "".join(text for text, _ in parts)
             if not whole.endswith(rest):
                 raise TemplateError("a message is not rendered alike everywhere in a conversation")
@@ -161,18 +153,15 @@ class ChatTemplate:
         return found
 
 
-def _from_first_answer(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return role and content of the first answer and of all messages after it."""
-    keys = [(message["role"], message["content"]) for message in messages]
-    first = next((n for n, (role, _) in enumerate(keys) if role == "assistant"), len(keys))
-    return keys[first:]
+def _from_first_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    roles = [message["role"] for message in messages]
+    return messages[roles.index("assistant") :] if "assistant" in roles else []
 
 
-def _after_probe(message: tuple[str, str]) -> Sequence[Message]:
+def _after_probe(message: Message) -> Sequence[Message]:
     """Return a conversation that ends with a message."""
-    role, content = message
-    before = (*_PROBE, _PROBE[0]) if role == "assistant" else _PROBE
-    return *before, {"role": role, "content": content}
+    before = (*_PROBE, _PROBE[0]) if message["role"] == "assistant" else _PROBE
+    return *before, message
 
 
 def _after(before: str, whole: str) -> str:
@@ -297,10 +286,10 @@ def messages_of(record: Mapping[str, Any], field: str = "messages") -> list[Mess
             raise TemplateError(f"message {number} is of type {type(message).__name__}")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        if not isinstance(role, str) or role not in _ROLES:
-            known = ", ".join(_ROLES)
+        if not isinstance(role, str) or role not in _ROLE_OF:
+            known = ", ".join(_ROLE_OF)
             raise TemplateError(f"message {number} has the role {role!r}; known are {known}")
         if not isinstance(content, str):
             raise TemplateError(f"message {number} has no text as its content")
-        found.append({"role": _ROLES[role], "content": content})
+        found.append({"role": _ROLE_OF[role], "content": content})
     return found

@@ -16,15 +16,7 @@ from typing import Any
 
 from simplernn_jax.config import DataConfig, PythonSource
 from simplernn_jax.data.chat_template import load_template
-from simplernn_jax.data.documents import (
-    PIECE_SIZE,
-    Corpus,
-    Document,
-    Piece,
-    Record,
-    cut_text,
-    pieces_of,
-)
+from simplernn_jax.data.documents import PIECE_SIZE, Corpus, Piece, Record, cut_text, pieces_of
 from simplernn_jax.data.prepared_dataset import PreparedDataset, find_prepared
 from simplernn_jax.data.record_files import (
     ConversationFiles,
@@ -42,21 +34,12 @@ class TextFiles(Corpus):
 
     kind = "text"
 
-    def documents(self) -> Iterator[Document]:
-        """See `Corpus.documents`."""
-        self._begin()
-        for file in self._files:
-            yield Document(file.name, self._file_pieces(file))
-
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Piece, int]]:
-        for piece in self._file_pieces(file):
+        for piece in pieces_of((text, True) for text in self._texts(file)):
             yield "", piece, len(piece.text)
 
     def _pieces(self, content: Piece) -> Iterable[Piece]:
         return [content]
-
-    def _file_pieces(self, file: SourceFile) -> Iterator[Piece]:
-        return pieces_of((text, True) for text in self._texts(file))
 
     def _texts(self, file: SourceFile) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._config.encoding_errors)
@@ -114,6 +97,8 @@ class PythonTexts(Corpus):
         return digest.hexdigest()
 
 
+_WEIGHTED = re.compile(r"(.+?):([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf))(?:,|$)", re.I)
+"""A source of a mixture and its weight."""
 _READERS: dict[str, type[JsonFiles] | type[ParquetFiles] | type[TextFiles]] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonFiles),
     **dict.fromkeys((".csv", ".tsv"), CsvFiles),
@@ -142,20 +127,40 @@ def open_corpus(config: DataConfig, exclude: Iterable[str] = ()) -> Corpus:
         raise UserError(f"{source}: no path holds a NUL or half a surrogate pair; correct it")
     if split_mixture(source):
         raise UserError(f"{source}: a mixture, which only training takes; give one source")
-    is_python = isinstance(source, PythonSource)
-    if config.template and (is_python or source == "stdlib" or source.startswith("tfds:")):
-        raise UserError(f"{source}: no conversations (data.template), which come as JSONL")
-    if is_python:
+    try:
+        corpus = _open(config, exclude)
+    except OSError as error:  # such as a folder that is not readable
+        problem = f"{error.filename or source}: {error.strerror or error}"
+        raise UserError(f"{problem}; correct it, or select the text with a glob") from error
+    if config.template and not isinstance(corpus, ConversationFiles):
+        raise UserError(f"{source}: {corpus.kind}; conversations (data.template) come as JSONL")
+    return corpus
+
+
+def _open(config: DataConfig, exclude: Iterable[str]) -> Corpus:
+    source = config.source
+    if isinstance(source, PythonSource):
         return PythonTexts([], config)
     if source == "stdlib":
         # The user cannot correct a file of a distribution.
         return TextFiles(stdlib_files(), dataclasses.replace(config, encoding_errors="replace"))
-    try:
-        if source.startswith("tfds:"):
-            return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
-        return _open_files(config, find_files(source, frozenset(map(os.path.realpath, exclude))))
-    except OSError as error:  # such as from a current folder that was deleted
-        raise UserError(f"{source}: {error.strerror or error}; correct the source") from error
+    if source.startswith("tfds:"):
+        return PreparedDataset(find_prepared(source.removeprefix("tfds:")), config)
+    files = find_files(source, frozenset(map(os.path.realpath, exclude)))
+    suffixes = [suffix_of(file.path) for file in files]
+    readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
+    if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program
+        others = _READERS.keys() - {".json", ".csv", ".tsv"}
+        readers = [_READERS[suffix] if suffix in others else TextFiles for suffix in suffixes]
+    kinds = {reader.kind: file.name for reader, file in zip(readers, files, strict=True)}
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise UserError(f"{source}: both {found}; specify one kind with a glob such as '*.jsonl'")
+    if readers[0] is JsonFiles and config.template:
+        field = "messages" if config.field == DataConfig.field else config.field
+        template = load_template(config.template)
+        return ConversationFiles(files, dataclasses.replace(config, field=field, template=template))
+    return readers[0](files, config)
 
 
 def split_mixture(source: str) -> list[tuple[str, str]]:
@@ -169,17 +174,10 @@ def split_mixture(source: str) -> list[tuple[str, str]]:
     """
     if "," not in source or "\0" in source or os.path.lexists(os.path.expanduser(source)):
         return []
-    entries: list[tuple[str, str]] = []
-    pending: list[str] = []
-    for part in source.split(","):
-        name, _, weight = part.rpartition(":")
-        is_end = bool(name) and _is_number(weight)
-        pending.append(name if is_end else part)
-        if is_end:
-            entries.append((",".join(pending), weight))
-            pending = []
-    if entries and (pending or len(entries) < 2):
-        raise _mixture_error(source, f"no weight for {','.join(pending) or source}")
+    entries = [(found[1], found[2]) for found in _WEIGHTED.finditer(source)]
+    rest = _WEIGHTED.sub("", source)
+    if entries and (rest or len(entries) < 2):
+        raise _mixture_error(source, f"no weight for {rest or source}")
     return entries
 
 
@@ -196,14 +194,6 @@ def parse_mixture(source: str) -> list[tuple[str, float]] | None:
     if weights and not 0 < total < math.inf:
         raise _mixture_error(source, f"the sum of the weights is {total}")
     return [(name, weight / total) for name, weight in weights] or None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _mixture_error(source: str, problem: str) -> UserError:
@@ -226,25 +216,3 @@ def absolute_source(source: str) -> str:
     if os.path.exists(path) or not glob.has_magic(path):
         return os.path.abspath(path)
     return os.path.join(glob.escape(os.getcwd()), path)
-
-
-def _open_files(config: DataConfig, files: list[SourceFile]) -> Corpus:
-    source = config.source
-    if all(os.path.getsize(file.path) == 0 for file in files):
-        raise UserError(f"{source}: empty; put text into it or choose another source")
-    suffixes = [suffix_of(file.path) for file in files]
-    readers = [_READERS.get(suffix, TextFiles) for suffix in suffixes]
-    if TextFiles in readers and config.field == DataConfig.field:  # such as the data of a program
-        others = _READERS.keys() - {".json", ".csv", ".tsv"}
-        readers = [_READERS[suffix] if suffix in others else TextFiles for suffix in suffixes]
-    kinds = {reader.kind: file.name for reader, file in zip(readers, files, strict=True)}
-    if len(kinds) > 1:
-        found = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
-        raise UserError(f"{source}: both {found}; specify one kind with a glob such as '*.jsonl'")
-    if not config.template:
-        return readers[0](files, config)
-    if readers[0] is not JsonFiles:
-        raise UserError(f"{source}: {readers[0].kind}; conversations (data.template) come as JSONL")
-    field = "messages" if config.field == DataConfig.field else config.field
-    template = load_template(config.template)
-    return ConversationFiles(files, dataclasses.replace(config, field=field, template=template))

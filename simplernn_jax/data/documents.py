@@ -1,10 +1,10 @@
-"""Documents, which every corpus yields, and whose text comes in pieces."""
+"""Corpora: documents in a fixed order, whose text comes in pieces."""
 
-import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import IO, Any, NamedTuple
 
 from absl import logging
@@ -38,15 +38,6 @@ Record = tuple[SourceFile, str, Any]
 """A file, the place of a record in it, for messages, and its content, not parsed."""
 
 
-class Document(NamedTuple):
-    """One text. A document without text has no pieces."""
-
-    name: str
-    """The source, for messages."""
-    pieces: Iterator[Piece]
-    """The text, cut after a line end where there is one."""
-
-
 class Corpus:
     """Documents in a fixed order, read from files; text that cannot be read is a `UserError`.
 
@@ -58,9 +49,9 @@ class Corpus:
 
     kind: str
 
-    def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
+    def __init__(self, files: Sequence[SourceFile], config: DataConfig, **settings: Any) -> None:
         """Measure `files`; the text depends on them and on `settings`, part of the fingerprint."""
-        self._files = {file: _file_status(file.path).st_size for file in files}
+        self._files = {file: os.path.getsize(file.path) for file in files}
         self._config = config
         self._settings = {"kind": self.kind, **settings}
         self.total_bytes = sum(self._files.values())
@@ -69,7 +60,7 @@ class Corpus:
 
     def _begin(self) -> None:
         """Begin an iteration."""
-        self.bytes_read = 0
+        self.bytes_read = self._bytes_before = 0  # in all, and of the files before the present one
         self._num_malformed, self._first_problem = 0, ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,9 +73,11 @@ class Corpus:
         A record is a document, or a piece of one that may be larger than memory.
         """
         self._begin()
-        for file in self._files:
+        for file, num_bytes in self._files.items():
             for place, content, size in self._read(file):
                 yield (file, place, content), size
+            self._bytes_before += num_bytes
+            self.bytes_read = self._bytes_before
 
     def parse(self, records: Sequence[Record]) -> Iterator[Iterable[Piece] | MalformedRecord]:
         """Yield the pieces of each record, in another process perhaps, or what is to `skip`."""
@@ -94,15 +87,15 @@ class Corpus:
                 found = MalformedRecord(one_line(f"{file.path}{place}: {found}"))
             yield found
 
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents. Read the pieces of one before taking the next one."""
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Yield the pieces of all documents, each with the name of its document for messages."""
         for record, _ in self.records():
-            (found,) = self.parse([record])
-            if isinstance(found, MalformedRecord):
-                self.skip(str(found))
-            else:
-                file, place, _ = record
-                yield Document(f"{file.name}{place}", iter(found))
+            for found in self.parse([record]):
+                if isinstance(found, MalformedRecord):
+                    self.skip(str(found))
+                else:
+                    file, place, _ = record
+                    yield from ((f"{file.name}{place}", piece) for piece in found)
         self.warn_of_skipped()
 
     def skip(self, problem: str) -> None:
@@ -125,7 +118,11 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 hex over the settings and the files' present names, sizes and times."""
-        status = [(file.name, _file_status(file.path)) for file in self._files]
+        try:
+            status = [(file.name, os.stat(file.path)) for file in self._files]
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}"
+            raise UserError(f"{problem}; put it back and run again") from error
         files = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
         text = json.dumps([self._settings, files], sort_keys=True)
         return sha256_hex(text.encode("utf-8", "surrogateescape"))
@@ -145,18 +142,14 @@ class Corpus:
         """Return the text of a record; raises `MalformedRecord`."""
         raise NotImplementedError
 
-    @contextlib.contextmanager
-    def _opened(self, file: SourceFile) -> Iterator[IO[bytes]]:
+    def _opened(self, file: SourceFile) -> AbstractContextManager[IO[bytes]]:
         """Open a file, decompressed; count what is read of it, and check its expansion."""
-        before = self.bytes_read
 
         def on_read(position: int, num_bytes: int) -> None:
-            self.bytes_read = before + position
+            self.bytes_read = self._bytes_before + position
             self._check_expansion(file, num_bytes)
 
-        with open_source(file.path, self._config.encoding_errors, on_read) as stream:
-            yield stream
-        self.bytes_read = before + self._files[file]
+        return open_source(file.path, self._config.encoding_errors, on_read)
 
     def _check_expansion(self, file: SourceFile, num_bytes: int) -> None:
         """Raise `UserError` if a file becomes far more text than it has bytes, and over 1 MiB."""
@@ -166,13 +159,6 @@ class Corpus:
                 f"{file.path}: it expands to more than {most:,} times its size; if you expect "
                 "that, raise config.data.max_expansion"
             )
-
-
-def _file_status(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; put it back and run again") from error
 
 
 def pieces_of(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:

@@ -1,14 +1,13 @@
 """Batches of evaluation: each prediction of a split once, with a carried state or in contexts."""
 
+import dataclasses
 import heapq
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
-from simplernn_jax.data.batches import Batch, document_ends, gather, round_up
-from simplernn_jax.data.token_split import ShardedArray
-from simplernn_jax.data.token_store import TokenSplit
+from simplernn_jax.data.batches import Batch, divide_up, document_ends, gather, round_up
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.errors import UserError, counted
 
 _ORDER_SEED = 20240229
@@ -18,12 +17,16 @@ _MIN_DOCUMENTS = 8
 """Documents that a limited evaluation covers at least, if there are as many."""
 
 
-class Contexts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Contexts:
     """Overlapping contexts, each from a zero state, for a model without a carried state.
 
     A context begins every `stride` tokens of a document. The first one scores all its predictions,
     each other one only its last `stride`, which no earlier context scores and which see at least
     ``length - stride + 1`` tokens, or all that precede them in the document.
+
+    Raises:
+      UserError: the contexts do not advance, or leave tokens out.
     """
 
     length: int
@@ -32,15 +35,12 @@ class Contexts(NamedTuple):
     """Tokens between the starts of consecutive contexts, in [1, length]; `length` resets the state
     every `length` tokens."""
 
-
-def check_contexts(contexts: Contexts) -> None:
-    """Raise `UserError` for contexts that do not advance, or leave tokens out."""
-    length, stride = contexts
-    if not 1 <= stride <= length:
-        raise UserError(
-            f"contexts of {length} tokens, one every {stride}: the stride must be at least 1 and "
-            "at most the length, or tokens would be left out"
-        )
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.length:
+            raise UserError(
+                f"contexts of {self.length} tokens, one every {self.stride}: the stride must be at "
+                "least 1 and at most the length, or tokens would be left out"
+            )
 
 
 def evaluation_batches(
@@ -51,7 +51,7 @@ def evaluation_batches(
     limit_tokens: int = 0,
     reset_every: int = 0,
     divisible_by: tuple[int, int] = (1, 1),
-) -> tuple[Iterator[Batch], int]:
+) -> Iterator[Batch]:
     """Lay out whole documents so that each prediction of `split` is scored once, in full context.
 
     Documents are concatenated in B sequences whose state is carried from batch to batch: each
@@ -70,7 +70,7 @@ def evaluation_batches(
       divisible_by: divisors of B and T, at the cost of padding.
 
     Returns:
-      The batches, all of one shape [B, T], and their number.
+      The batches, all of one shape [B, T].
 
     Raises:
       UserError: the split has no prediction.
@@ -80,11 +80,32 @@ def evaluation_batches(
     batch_size = round_up(batch_size, divisible_by[0])
     sequence_of, loads = _assign(counts, batch_size)
     order = np.argsort(sequence_of, kind="stable")
-    longest = int(loads.max())
-    length = round_up(min(max(1, batch_tokens // batch_size), longest), divisible_by[1])
-    shape = length, -(-longest // length)
-    batches = _lay_out(split, starts[order], counts[order], loads, shape, pad_id, reset_every)
-    return batches, shape[1]
+    starts, counts = starts[order], counts[order]
+    length = min(max(1, batch_tokens // batch_size), int(loads.max()))
+    length = round_up(length, divisible_by[1])
+    # All predictions are on one line, document after document and sequence after sequence. An EOS
+    # predicts nothing and has no place on it.
+    document_from = np.cumsum(counts) - counts
+    sequence_from = np.cumsum(loads) - loads
+
+    def lay_out() -> Iterator[Batch]:
+        for step in range(divide_up(int(loads.max()), length)):
+            along = np.arange(step * length, (step + 1) * length)
+            is_real = along < loads[:, None]
+            line = np.where(is_real, sequence_from[:, None] + along, 0)
+            document = np.searchsorted(document_from, line, side="right") - 1
+            within = line - document_from[document]
+            batch = gather(split, starts[document] + within, is_real, pad_id)
+            segments = document
+            if reset_every:
+                within = within % reset_every
+                segments = line - within
+            yield batch._replace(
+                segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
+                reset=(within[:, 0] == 0) | (step == 0),
+            )
+
+    return lay_out()
 
 
 def context_batches(
@@ -95,19 +116,18 @@ def context_batches(
     pad_id: int,
     limit_tokens: int = 0,
     divisible_by: tuple[int, int] = (1, 1),
-) -> tuple[Iterator[Batch], int]:
+) -> Iterator[Batch]:
     """Lay out overlapping contexts that score each prediction of `split` once.
 
     Args and returns are the same as of `evaluation_batches`, which scores the same predictions;
     at least one context is in a batch.
 
     Raises:
-      UserError: the split has no prediction, or no such contexts are possible.
+      UserError: the split has no prediction.
     """
-    check_contexts(contexts)
-    length, stride = contexts
+    length, stride = contexts.length, contexts.stride
     starts, counts = _scored_documents(split, limit_tokens)
-    per_document = 1 + np.maximum(0, -(-(counts - length) // stride))
+    per_document = 1 + np.maximum(0, divide_up(counts - length, stride))
     document = np.repeat(np.arange(len(counts)), per_document)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
     begins = starts[document] + nth * stride
@@ -116,7 +136,7 @@ def context_batches(
     longest = round_up(int(lengths.max()), divisible_by[1])
     batch_size = max(1, min(max_batch_size, batch_tokens // longest, len(document)))
     batch_size = round_up(batch_size, divisible_by[0])
-    number = -(-len(document) // batch_size)
+    number = divide_up(len(document), batch_size)
 
     def lay_out() -> Iterator[Batch]:
         along = np.arange(longest)
@@ -126,21 +146,35 @@ def context_batches(
             batch = gather(split, begin + along, along < count, pad_id)
             yield batch._replace(loss_mask=batch.loss_mask & (along >= skip))
 
-    return lay_out(), number
+    return lay_out()
 
 
 def _scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose the documents to score; return their starts and numbers of predictions."""
     check_scorable(split)
-    starts = np.asarray(split.document_starts)
+    starts = split.document_starts
     counts = document_ends(split) - starts - 1
     if limit_tokens and limit_tokens < split.num_predictions:
-        targets = split.targets
-        numbers = counts if targets is None else _count_targets(targets, starts, counts)
-        order, numbers = _choose(numbers, min(limit_tokens, int(numbers.sum())))
-        starts, counts = starts[order], counts[order]
-        counts = numbers if targets is None else _tokens_until(targets, starts, counts, numbers)
+        if split.targets is None:
+            order, counts = _choose(counts, limit_tokens)
+            starts = starts[order]
+        else:
+            numbers = [len(places) for places in _target_places(split, starts, counts)]
+            order, chosen = _choose(np.array(numbers), limit_tokens)
+            starts, counts = starts[order], counts[order]
+            places_of = zip(_target_places(split, starts, counts), chosen, strict=True)
+            # Up to the last one of its targets that are scored.
+            counts = np.array([places[n - 1] + 1 if n else 0 for places, n in places_of])
     return starts[counts > 0], counts[counts > 0]
+
+
+def _target_places(
+    split: TokenSplit, starts: np.ndarray, counts: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield where the targets are among the `counts` tokens after each of the `starts`."""
+    assert split.targets is not None
+    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        yield np.flatnonzero(split.targets[start + 1 : start + 1 + count])
 
 
 def check_scorable(split: TokenSplit) -> None:
@@ -154,30 +188,11 @@ def check_scorable(split: TokenSplit) -> None:
         )
 
 
-def _count_targets(
-    targets: np.ndarray | ShardedArray, starts: np.ndarray, counts: np.ndarray
-) -> np.ndarray:
-    """Return how many of the `counts` tokens after each of the `starts` are targets."""
-    spans = zip((starts + 1).tolist(), counts.tolist(), strict=True)
-    return np.array([np.count_nonzero(targets[at : at + count]) for at, count in spans], np.int64)
-
-
-def _tokens_until(
-    targets: np.ndarray | ShardedArray, starts: np.ndarray, counts: np.ndarray, taken: np.ndarray
-) -> np.ndarray:
-    """Return how many tokens after each of the `starts` hold its first `taken` targets."""
-    lengths = np.zeros_like(taken)
-    for n in np.flatnonzero(taken):
-        at = int(starts[n]) + 1
-        lengths[n] = np.flatnonzero(targets[at : at + int(counts[n])])[taken[n] - 1] + 1
-    return lengths
-
-
 def _choose(counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose documents and their numbers of targets, which add up to `limit`."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(_ORDER_SEED)))
     order = random.permutation(len(counts))
-    most = -(-limit // _MIN_DOCUMENTS)
+    most = divide_up(limit, _MIN_DOCUMENTS)
     while np.minimum(counts, most).sum() < limit:
         most *= 2
     taken = np.minimum(counts[order], most)
@@ -198,37 +213,3 @@ def _assign(counts: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray
         loads[sequence] += counts[document]
         heapq.heapreplace(heap, (int(loads[sequence]), sequence))
     return sequence_of, loads
-
-
-def _lay_out(
-    split: TokenSplit,
-    starts: np.ndarray,
-    counts: np.ndarray,
-    loads: np.ndarray,
-    shape: tuple[int, int],
-    pad_id: int,
-    reset_every: int,
-) -> Iterator[Batch]:
-    """Yield the batches of documents, which are given in the order of their sequences.
-
-    All predictions are on one line, document after document and sequence after sequence. An EOS
-    predicts nothing and has no place on it.
-    """
-    length, num_batches = shape
-    document_from = np.cumsum(counts) - counts
-    sequence_from = np.cumsum(loads) - loads
-    for step in range(num_batches):
-        along = np.arange(step * length, (step + 1) * length)
-        is_real = along < loads[:, None]
-        line = np.where(is_real, sequence_from[:, None] + along, 0)
-        document = np.searchsorted(document_from, line, side="right") - 1
-        within = line - document_from[document]
-        batch = gather(split, starts[document] + within, is_real, pad_id)
-        segments = document
-        if reset_every:
-            within = within % reset_every
-            segments = line - within
-        yield batch._replace(
-            segment_ids=np.where(is_real, segments, counts.sum()).astype(np.int32),
-            reset=(within[:, 0] == 0) | (step == 0),
-        )

@@ -16,9 +16,9 @@ import numpy as np
 from absl import logging
 
 from simplernn_jax.data.documents import utf8
-from simplernn_jax.data.token_split import MixedSplit, TokenSplit
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import read_file
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "[CLS]")
@@ -100,7 +100,7 @@ class PretrainedTokenizer(Tokenizer):
         """
         import tokenizers
 
-        with _library_errors("be loaded"):
+        with library_errors("the tokenizer cannot be loaded", "use another"):
             parsed = json.loads(tokenizer_json)
             _check_merges(parsed["model"])
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -152,7 +152,7 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode`; raises `UserError` also for a part without a token."""
         utf8(text)
-        with _library_errors("encode this text"):
+        with library_errors("the tokenizer cannot encode this text", "use another"):
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
             ids = np.array(encoding.ids, np.int64)
             if (largest := int(np.max(ids, initial=0))) >= self._vocabulary_end:
@@ -161,20 +161,17 @@ class PretrainedTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """See `Tokenizer.decode_bytes`."""
-        specials = (self.bos_id, self.eos_id, self.pad_id)
-        kept = [
-            number
-            for number in np.asarray(ids, np.int64).tolist()
-            if 0 <= number < self._vocabulary_end and number not in specials
-        ]
+        numbers = np.asarray(ids, np.int64).tolist()
         if self._byte_level:
-            return b"".join(self._bytes_of_id.get(number, b"") for number in kept)
+            return b"".join(self._bytes_of_id.get(number, b"") for number in numbers)
+        specials, end = (self.bos_id, self.eos_id, self.pad_id), self._vocabulary_end
+        kept = [number for number in numbers if 0 <= number < end and number not in specials]
         # Byte tokens at the end may be an unfinished character, which the library would replace;
         # as bytes they can be completed later.
         stop = len(kept)
         while stop and kept[stop - 1] in self._bytes_of_id:
             stop -= 1
-        with _library_errors("decode these ids"):
+        with library_errors("the tokenizer cannot decode these ids", "use another"):
             text = self._tokenizer.decode(kept[:stop], skip_special_tokens=True)
         return text.encode("utf-8") + b"".join(self._bytes_of_id[number] for number in kept[stop:])
 
@@ -184,19 +181,6 @@ class PretrainedTokenizer(Tokenizer):
         return json.dumps(
             {"kind": "pretrained", "tokenizer": self.tokenizer_json, "special_ids": special_ids}
         )
-
-
-@contextlib.contextmanager
-def _library_errors(action: str) -> Iterator[None]:
-    """Turn exceptions of the library, and panics of Rust, into a `UserError`."""
-    try:
-        yield
-    except BaseException as error:
-        # PanicException is not an Exception and cannot be imported.
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"the tokenizer cannot {action} ({problem}); use another") from error
 
 
 def _check_merges(model: dict[str, Any]) -> None:
@@ -233,14 +217,13 @@ def byte_level_alphabet() -> dict[str, int]:
 
 def bpe_size(spec: str) -> int:
     """Return the vocabulary size of ``bpe:SIZE``, specials included; raises `UserError`."""
-    is_bpe, digits = spec.startswith(BPE_PREFIX), spec.removeprefix(BPE_PREFIX)
-    is_number = is_bpe and digits.isascii() and digits.isdecimal() and len(digits) <= 8
-    if not is_number or not _MIN_BPE_SIZE <= int(digits) <= _MAX_BPE_SIZE:
+    digits = re.fullmatch(BPE_PREFIX + "([0-9]{1,8})", spec)
+    if not digits or not _MIN_BPE_SIZE <= int(digits[1]) <= _MAX_BPE_SIZE:
         raise UserError(
             f"--config.data.tokenizer={spec}: give a vocabulary size from {_MIN_BPE_SIZE} to "
             f"{_MAX_BPE_SIZE:,}, such as {BPE_PREFIX}8192"
         )
-    return int(digits)
+    return int(digits[1])
 
 
 def train_bpe(split: TokenSplit, vocab_size: int) -> str:
@@ -266,7 +249,8 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    limits = _training_limits(split)
+    weighted = zip(split.parts, split.weights, strict=True) if split.parts else [(split, 1.0)]
+    limits = [(part, int(MAX_TRAINING_BYTES * weight)) for part, weight in weighted]
     num_bytes = sum(min(limit, part.num_bytes) for part, limit in limits)
     logging.info("training a BPE of %s ids on %s bytes", f"{vocab_size:,}", f"{num_bytes:,}")
     texts = itertools.chain.from_iterable(itertools.starmap(training_texts, limits))
@@ -277,14 +261,6 @@ def train_bpe(split: TokenSplit, vocab_size: int) -> str:
     if found < vocab_size:
         logging.warning("this text gives only %s of %s ids", f"{found:,}", f"{vocab_size:,}")
     return json
-
-
-def _training_limits(split: TokenSplit) -> list[tuple[TokenSplit, int]]:
-    """Return each source of a split with the maximum number of its bytes that are used."""
-    if isinstance(split, MixedSplit):
-        pairs = zip(split.parts, split.weights, strict=True)
-        return [(part, int(MAX_TRAINING_BYTES * weight)) for part, weight in pairs]
-    return [(split, MAX_TRAINING_BYTES)]
 
 
 def training_texts(split: TokenSplit, limit: int) -> Iterator[str]:

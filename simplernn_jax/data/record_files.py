@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from simplernn_jax.config import DataConfig
-from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError, messages_of
+from simplernn_jax.data.chat_template import ChatTemplate, Message, messages_of
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Piece, cut_text, pieces_of
-from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile, library_errors
-from simplernn_jax.errors import UserError
+from simplernn_jax.data.source_files import COMPRESSED_SUFFIXES, SourceFile
+from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import open_file
 
 MAX_RECORD_BYTES = 1 << 26
@@ -37,6 +37,8 @@ class RecordFiles(Corpus):
     def __init__(self, files: list[SourceFile], config: DataConfig, **settings: Any) -> None:
         super().__init__(files, config, field=config.field, **settings)
         self._field = config.field
+        # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
+        self._decode_errors = config.encoding_errors.replace("strict", "surrogateescape")
 
     def _field_of(self, content: Any) -> Any:
         """Return the field of a record, or raise `MalformedRecord`."""
@@ -45,11 +47,7 @@ class RecordFiles(Corpus):
     def _pieces(self, content: Any) -> Iterator[Piece]:
         text = self._field_of(content)
         if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8", self._config.encoding_errors)
-            except UnicodeDecodeError as error:
-                where = f"at byte {error.start} of field {self._field!r}"
-                raise MalformedRecord(f"invalid UTF-8 {where}") from error
+            text = text.decode("utf-8", self._decode_errors)
         if not isinstance(text, str):
             found = type(text).__name__
             hint = _CHAT_ADVICE if self._field in _CHAT_FIELDS else ""
@@ -112,9 +110,7 @@ class JsonFiles(RecordFiles):
 
     def _parsed(self, content: bytes) -> Any:
         try:
-            return json.loads(content.decode("utf-8", self._config.encoding_errors))
-        except UnicodeDecodeError as error:
-            raise MalformedRecord(f"invalid UTF-8 at byte {error.start}") from error
+            return json.loads(content.decode("utf-8", self._decode_errors))
         except (ValueError, RecursionError) as error:
             raise MalformedRecord(f"not JSON ({error})") from error
 
@@ -129,8 +125,6 @@ class CsvFiles(JsonFiles):
     kind = "csv"
 
     def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
-        # Half surrogates, in place of invalid bytes, are bad where they matter: in the field.
-        errors = self._config.encoding_errors.replace("strict", "surrogateescape")
         csv.field_size_limit(MAX_RECORD_BYTES)
         is_tsv = suffix_of(file.path) == ".tsv"
         size = 0
@@ -141,7 +135,7 @@ class CsvFiles(JsonFiles):
                 size += len(line)
                 if size > MAX_RECORD_BYTES:
                     raise _too_long(f"{file.path}: a row")
-                yield line.decode("utf-8", errors)
+                yield line.decode("utf-8", self._decode_errors)
 
         with self._opened(file) as stream:
             lines = decoded(stream)
@@ -183,18 +177,16 @@ class ConversationFiles(JsonFiles):
             some = [self._messages(one) for one in contents[start : start + _RENDERED_TOGETHER]]
             chats = [one for one in some if isinstance(one, list)]
             rendered = iter(self._template.pieces(chats, only_assistant=self._only_assistant))
-            for one in some:
-                pieces = next(rendered) if isinstance(one, list) else one
-                yield pieces if isinstance(pieces, list) else MalformedRecord(str(pieces))
+            yield from (next(rendered) if isinstance(one, list) else one for one in some)
 
     def _messages(self, content: Any) -> list[Message] | MalformedRecord:
         try:
             messages = messages_of(self._record(content), self._field)
             for message in messages:
                 message["content"] = self._without_surrogates(message["content"])
-            return messages
-        except (MalformedRecord, TemplateError) as error:
-            return MalformedRecord(str(error))
+        except MalformedRecord as error:
+            return error
+        return messages
 
 
 class ParquetFiles(RecordFiles):
@@ -217,44 +209,39 @@ class ParquetFiles(RecordFiles):
             )
         super().__init__(files, config)
 
-    def _read(self, file: SourceFile) -> Iterator[tuple[str, bytes | None, int]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, Any, int]]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        number = num_bytes = 0
         with (
             library_errors(f"{file.path}: not a whole Parquet file", "use an intact copy"),
             open_file(file.path) as raw,
         ):
-            yield from self._rows(file, raw)
-
-    def _rows(self, file: SourceFile, raw: Any) -> Iterator[tuple[str, Any, int]]:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        before = self.bytes_read
-        # Without a pre-buffer, a column is read page by page.
-        table = parquet.ParquetFile(
-            raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
-        )
-        metadata, names = table.metadata, table.schema_arrow.names
-        if self._field not in names:
-            raise UserError(f"{file.path}: {missing_field(self._field, names)}")
-        groups = map(metadata.row_group, range(metadata.num_row_groups))
-        self._check_expansion(file, sum(group.total_byte_size for group in groups))
-        number = num_bytes = 0
-        for batch in table.iter_batches(_ROWS, columns=[self._field], use_threads=False):
-            column = batch.column(0)
-            kind = getattr(column.type, "value_type", column.type)  # of a dictionary
-            if str(kind) in ("string", "large_string", "string_view"):
-                column = column.cast(pa.large_binary())  # it may be invalid UTF-8
-            for value in column.to_pylist():
-                length = len(value) if isinstance(value, str | bytes) else 0
-                if length > MAX_RECORD_BYTES:
-                    raise _too_long(f"{file.path}: row {number}: a text")
-                num_bytes += length
-                self._check_expansion(file, num_bytes)
-                number += 1
-                share = number / max(metadata.num_rows, number)
-                self.bytes_read = before + int(self._files[file] * share)
-                yield f": row {number - 1}", value, length
-        self.bytes_read = before + self._files[file]
+            # Without a pre-buffer, a column is read page by page.
+            table = parquet.ParquetFile(
+                raw, pre_buffer=False, buffer_size=_READ_BUFFER, page_checksum_verification=True
+            )
+            metadata, names = table.metadata, table.schema_arrow.names
+            if self._field not in names:
+                raise UserError(f"{file.path}: {missing_field(self._field, names)}")
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            self._check_expansion(file, sum(group.total_byte_size for group in groups))
+            for batch in table.iter_batches(_ROWS, columns=[self._field], use_threads=False):
+                column = batch.column(0)
+                kind = getattr(column.type, "value_type", column.type)  # of a dictionary
+                if str(kind) in ("string", "large_string", "string_view"):
+                    column = column.cast(pa.large_binary())  # it may be invalid UTF-8
+                for value in column.to_pylist():
+                    length = len(value) if isinstance(value, str | bytes) else 0
+                    if length > MAX_RECORD_BYTES:
+                        raise _too_long(f"{file.path}: row {number}: a text")
+                    num_bytes += length
+                    self._check_expansion(file, num_bytes)
+                    yield f": row {number}", value, length
+                    number += 1
+                share = number / max(metadata.num_rows, number, 1)
+                self.bytes_read = self._bytes_before + int(self._files[file] * share)
 
 
 def suffix_of(path: str) -> str:

@@ -53,7 +53,8 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
       exclude: real paths of folders that are left out below a folder or a glob's folder.
 
     Raises:
-      UserError: nothing there, a folder in it cannot be read, or `source` is an excluded folder.
+      UserError: nothing there, or `source` is an excluded folder.
+      OSError: a folder in it cannot be read.
     """
     path = os.path.expanduser(source)
     if os.path.isfile(path):
@@ -74,7 +75,7 @@ def find_files(source: str, exclude: frozenset[str]) -> list[SourceFile]:
 
 
 def stdlib_files() -> list[SourceFile]:
-    """Find the running Python's own modules, without tests and packages; `UserError` if none."""
+    """Find the running Python's own modules, without tests and packages."""
     root = sysconfig.get_path("stdlib")
     files = []
     for folder, subfolders, names in os.walk(root):
@@ -83,10 +84,6 @@ def stdlib_files() -> list[SourceFile]:
             path = os.path.join(folder, name)
             if name.endswith(".py") and os.path.isfile(path):
                 files.append(SourceFile(os.path.relpath(path, root), path))
-    if not files:
-        raise UserError(
-            f"stdlib: no Python source in {root}; use your own text with config.data.source=PATH"
-        )
     return sorted(files)
 
 
@@ -96,13 +93,12 @@ def _glob_files(source: str, pattern: str, exclude: frozenset[str]) -> list[Sour
     if not found:
         what = "no such file or folder" if top is None else "no file matches this glob"
         advice = ""
-        if source.startswith("hf://") or re.fullmatch(r"[\w-]+/[\w.-]+", source):
-            hub = "hf download --repo-type dataset USER/NAME --local-dir FOLDER"
-            advice = f"; a dataset of the Hugging Face hub is downloaded first, with {hub}"
-        elif "://" in source:
-            advice = "; download it first, and give its path"
-        shown = one_line(source, 200)  # so that what is wrong with it is not left out
-        raise UserError(f"{shown}: {what} (looked from {os.getcwd()}){advice}")
+        if "://" in source or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            advice = (
+                "; nothing is downloaded: fetch a file yourself, or a dataset of the Hugging Face "
+                "hub with hf download --repo-type dataset USER/NAME --local-dir FOLDER"
+            )
+        raise UserError(f"{source}: {what} (looked from {os.getcwd()}){advice}")
     root = os.path.commonpath(found) if len(found) > 1 else os.path.dirname(found[0])
     return [SourceFile(os.path.relpath(match, root or "."), match) for match in found]
 
@@ -137,7 +133,7 @@ def _matching_files(top: Path, pattern: str, exclude: frozenset[str]) -> Iterato
 def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     files: list[SourceFile] = []
     left_out: list[str] = []
-    for folder, subfolders, names in os.walk(root, onerror=_reject_unreadable):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         is_workdir = "checkpoints" in subfolders and "metrics.jsonl" in names
         if folder != root and (is_workdir or {"meta.json", "train.tokens"} <= {*names}):
             logging.info("%s: left out, %s of a run", folder, "workdir" if is_workdir else "tokens")
@@ -163,11 +159,8 @@ def _folder_files(root: str, exclude: frozenset[str]) -> list[SourceFile]:
     return sorted(files)
 
 
-def _reject_unreadable(error: OSError) -> None:
-    raise UserError(
-        f"{error.filename}: {error.strerror}; make this folder readable, or select the text with "
-        "a glob"
-    ) from error
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_binary(path: str) -> bool:
@@ -219,20 +212,6 @@ def open_source(
         ) from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it readable or leave it out") from error
-
-
-@contextlib.contextmanager
-def library_errors(problem: str, advice: str) -> Iterator[None]:
-    """Turn what a library raises for corrupted files, which can be anything, into a `UserError`.
-
-    Its message is ``PROBLEM (error); ADVICE``; `MemoryError` is raised unchanged.
-    """
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{problem} ({type(error).__name__}: {error}); {advice}") from error
 
 
 def _blocks(path: str, file: BinaryIO) -> Iterator[bytes]:

@@ -22,15 +22,7 @@ from simplernn_jax.data.pretrained_tokenizer import (
     bpe_size,
     train_bpe,
 )
-from simplernn_jax.data.store_files import (
-    CorruptStore,
-    content_hashes,
-    new_store,
-    open_store,
-    split_by_document,
-    split_by_position,
-    write_store,
-)
+from simplernn_jax.data.store_files import CorruptStore, open_store, plan_splits, write_store
 from simplernn_jax.data.token_split import TokenSplit, union
 from simplernn_jax.data.tokenization import tokenize
 from simplernn_jax.data.tokenizer import Tokenizer, check_round_trip, load_tokenizer
@@ -39,11 +31,10 @@ from simplernn_jax.files import read_sealed, sha256_hex, take_lock, write_sealed
 
 __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "train_tokenizer"]
 
-_FORMAT = 2
+_FORMAT = 3
 """Incremented when the tokens or the split change, so that old stores are left to old runs."""
-_STORE_NAME = re.compile("[0-9a-f]{32}")
-_MIXTURE = ".mixture-"
-"""Prefix of a file, next to the stores, that names the stores of a mixture."""
+_NAME = re.compile("[0-9a-f]{32}")
+"""Name of a store, and the beginning of a hash."""
 _FEW_TOKENS = 10_000
 """Validation tokens below which the loss is noisy: its standard error is some hundredths."""
 
@@ -62,37 +53,33 @@ class TokenizedCorpus:
     """SHA-256 over the tokenizer and both splits: equal hashes, equal data."""
 
     @classmethod
-    def from_splits(cls, tokenizer: Tokenizer, splits: Sequence[TokenSplit]) -> "TokenizedCorpus":
-        """Create the corpus of one source from its one or two splits."""
-        by_name = {split.name: split for split in splits}
-        whole = _hash_splits(tokenizer, [split.content_hash for split in splits])
-        return cls(tokenizer, by_name["train"], by_name.get("validation"), whole)
-
-    @classmethod
-    def from_mixture(
-        cls, corpora: "Sequence[TokenizedCorpus]", sources: Sequence[str], weights: Sequence[float]
+    def from_splits(
+        cls,
+        tokenizer: Tokenizer,
+        splits: Sequence[Sequence[TokenSplit]],
+        mixture: Sequence[tuple[str, float]] | None,
     ) -> "TokenizedCorpus":
-        """Create the corpus of a mixture from the corpora of its sources, all of one tokenizer."""
-        held_out = [one.validation for one in corpora if one.validation is not None]
-        parts = [[corpus.content_hash for corpus in corpora], list(weights)]
+        """Create the corpus of one source, or of a mixture, from the splits of each source."""
+        start = sha256_hex(tokenizer.to_json())
+        hashes = [sha256_hex(start + "".join(x.content_hash for x in one)) for one in splits]
+        train = [x for one in splits for x in one if x.name == "train"]
+        held_out = [x for one in splits for x in one if x.name == "validation"]
+        if mixture is None:
+            return cls(tokenizer, train[0], held_out[0] if held_out else None, hashes[0])
+        sources, weights = zip(*mixture, strict=True)
         return cls(
-            corpora[0].tokenizer,
-            union("train", [corpus.train for corpus in corpora], sources, weights),
+            tokenizer,
+            union("train", train, sources, weights),
             union("validation", held_out, sources, weights) if held_out else None,
-            sha256_hex(json.dumps(parts)),
+            sha256_hex(json.dumps([hashes, weights])),
         )
 
     @property
     def summary(self) -> str:
         """``12,345 training tokens in 3 documents; no validation tokens``."""
-        sides = {"training": self.train, "validation": self.validation}
-        return "; ".join(
-            f"no {name} tokens"
-            if split is None
-            else f"{counted(len(split.tokens), f'{name} token')} in "
-            f"{counted(len(split.document_starts), 'document')}"
-            for name, split in sides.items()
-        )
+        held_out = self.validation
+        validation = "no validation tokens" if held_out is None else _size(held_out, "validation")
+        return f"{_size(self.train, 'training')}; {validation}"
 
     def warning(self, validation_fraction: float) -> str:
         """Warn of a validation split that is small, or far larger than asked; empty if neither."""
@@ -106,6 +93,11 @@ class TokenizedCorpus:
         if share > max(2 * validation_fraction, 0.3):
             return f"{share:.0%} of the text is held out; config.data.split=position holds out less"
         return ""
+
+
+def _size(split: TokenSplit, kind: str) -> str:
+    documents = counted(len(split.document_starts), "document")
+    return f"{counted(len(split.tokens), f'{kind} token')} in {documents}"
 
 
 def prepare_corpus(
@@ -151,10 +143,19 @@ def prepare_corpus(
             _open_or_write(cache, one, seed, corpus, tokenizer)
             for one, corpus in zip(configs, corpora, strict=True)
         ]
-        prepared = [TokenizedCorpus.from_splits(tokenizer, splits) for _, splits in stores]
-        if mixture is None:
-            return prepared[0]
-        return _mix(cache, mixture, [name for name, _ in stores], prepared)
+        prepared = TokenizedCorpus.from_splits(tokenizer, [splits for _, splits in stores], mixture)
+        path = _record_path(cache, prepared.content_hash)
+        body = json.dumps([[name for name, _ in stores], mixture]) + "\n"
+        if read_sealed(path) != body:
+            write_sealed(path, body)
+    for part, weight in zip(prepared.train.parts, prepared.train.weights, strict=True):
+        logging.info("%s: probability %.4g, %s", part.name, weight, _size(part, "training"))
+    return prepared
+
+
+def _record_path(cache: Path, content_hash: str) -> Path:
+    """File that names the stores of a corpus for `find_corpus`; hidden, unlike them."""
+    return cache / f".corpus-{content_hash[:32]}.json"
 
 
 def train_tokenizer(
@@ -196,28 +197,22 @@ def find_corpus(cache_dir: str, content_hash: str, tokenizer: Tokenizer) -> Toke
       UserError: it cannot be read.
     """
     cache = Path(cache_dir).expanduser()
-    corrupt = None
-    for path in sorted(cache.glob("*")):
-        try:
-            if path.name.startswith(_MIXTURE):
-                if mixture := _open_mixture(path, content_hash, tokenizer):
-                    return mixture
-            elif not _STORE_NAME.fullmatch(path.name):
-                continue
-            elif _hash_splits(tokenizer, content_hashes(path)) == content_hash:
-                return TokenizedCorpus.from_splits(tokenizer, open_store(path))
-        except CorruptStore as error:  # perhaps another one
-            corrupt = error
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; make it readable") from error
-    if corrupt is not None:
-        raise corrupt
-    return None
-
-
-def _hash_splits(tokenizer: Tokenizer, splits: Sequence[str]) -> str:
-    """Hash a tokenizer and the content hashes of the splits of one source."""
-    return sha256_hex("".join([sha256_hex(tokenizer.to_json()), *splits]))
+    path = _record_path(cache, content_hash)
+    # The hash is a checkpoint's, and the folder may be a stranger's: no path leads out of it.
+    if not _NAME.fullmatch(content_hash[:32]) or not os.path.lexists(path):
+        return None
+    try:
+        body = read_sealed(path)
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            stores, mixture = json.loads(body or "")
+            if all(map(_NAME.fullmatch, stores)):
+                splits = [open_store(cache / name) for name in stores]
+                corpus = TokenizedCorpus.from_splits(tokenizer, splits, mixture)
+                if corpus.content_hash == content_hash:
+                    return corpus
+    except OSError as error:
+        raise UserError(f"{cache}: {error.strerror}; make it readable") from error
+    raise CorruptStore(f"{path}: was changed, or belongs to other stores")
 
 
 def _open_or_write(
@@ -239,30 +234,22 @@ def _open_or_write(
             try:
                 return folder.name, open_store(folder)  # which another process has just written
             except CorruptStore as error:
-                what = f"the tokenized corpus is corrupted ({error}); the text is re-tokenized"
-                logging.warning("%s: %s", folder, what)
-                is_folder = folder.is_dir() and not folder.is_symlink()
-                shutil.rmtree(folder) if is_folder else folder.unlink()
-        with new_store(folder) as (temporary, result):
+                logging.warning("%s (corrupted); the text is re-tokenized", error)
+                shutil.rmtree(folder)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir()
+        try:
             tokens = tokenize(temporary / "tokens", corpus, tokenizer, config.source)
-            if not tokens.num_documents:
+            if not len(tokens.documents):
                 raise UserError(f"{config.source}: no text in it; choose another source")
             if corpus.fingerprint() != fingerprint:
                 raise UserError(f"{config.source}: changed while it was being read; run again")
-            by_position = config.split == "position"
-            if not by_position and config.validation_fraction and tokens.num_documents == 1:
-                by_position = True
-                logging.info("%s: a single document, so its end is held out", config.source)
-            if by_position:
-                plans = split_by_position(tokens, config.validation_fraction, tokenizer)
-            else:
-                plans = split_by_document(tokens, config.validation_fraction, seed)
-            write_store(result, folder.name, plans, tokens)
-    try:
-        return folder.name, open_store(folder)
-    except CorruptStore as error:
-        problem = f"{error} right after it was written; check this disk"
-        raise UserError(f"{folder}: {problem}") from error
+            plans = plan_splits(tokens, config, seed, tokenizer)
+            write_store(folder, temporary / "store", plans, tokens)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder.name, open_store(folder)
 
 
 @contextlib.contextmanager
@@ -292,51 +279,6 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
         "max_malformed_records": config.max_malformed_records,
     }
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
-
-
-def _mix(
-    cache: Path, sources: list[tuple[str, float]], stores: list[str], corpora: list[TokenizedCorpus]
-) -> TokenizedCorpus:
-    """Create the corpus of a mixture, and record it for `find_corpus`."""
-    names, weights = zip(*sources, strict=True)
-    mixed = TokenizedCorpus.from_mixture(corpora, names, weights)
-    for (source, weight), corpus in zip(sources, corpora, strict=True):
-        size = counted(len(corpus.train.tokens), "training token")
-        logging.info("%s: probability %.4g, %s", source, weight, size)
-    record = {
-        "content_hash": mixed.content_hash,
-        "sources": list(names),
-        "weights": list(weights),
-        "stores": stores,
-    }
-    body = json.dumps(record, indent=2) + "\n"
-    path = cache / f"{_MIXTURE}{mixed.content_hash[:32]}.json"
-    if read_sealed(path) != body:
-        write_sealed(path, body)
-    return mixed
-
-
-def _open_mixture(path: Path, content_hash: str, tokenizer: Tokenizer) -> TokenizedCorpus | None:
-    """Open a mixture by the file that `_mix` wrote; None if it has another content hash.
-
-    Raises:
-      CorruptStore: the file or a store is corrupted.
-    """
-    body = read_sealed(path)
-    if body is None:
-        raise CorruptStore(f"{path.name} was changed")
-    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        record = json.loads(body)
-        if record["content_hash"] != content_hash:
-            return None
-        # The folder may be a stranger's: no path leads out of it.
-        if all(map(_STORE_NAME.fullmatch, record["stores"])):
-            stores = [open_store(path.parent / name) for name in record["stores"]]
-            corpora = [TokenizedCorpus.from_splits(tokenizer, splits) for splits in stores]
-            mixed = TokenizedCorpus.from_mixture(corpora, record["sources"], record["weights"])
-            if mixed.content_hash == content_hash:
-                return mixed
-    raise CorruptStore(f"{path.name} belongs to other stores")
 
 
 @contextlib.contextmanager

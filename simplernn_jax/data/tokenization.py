@@ -7,32 +7,28 @@ reads the text and writes the tokens, in order.
 import collections
 import contextlib
 import functools
-import math
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from simplernn_jax.data.documents import Corpus, MalformedRecord, Record
-from simplernn_jax.data.token_split import token_dtype
 from simplernn_jax.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
     tokenizer_from_json,
 )
-from simplernn_jax.devices import core_limits, end_with_parent
+from simplernn_jax.devices import available_cores, end_with_parent
 from simplernn_jax.errors import UserError, format_bytes
 
 PART_CHARACTERS = 1 << 23
@@ -44,13 +40,8 @@ SECONDS_PER_LINE = 30
 _MAX_WORKERS = 32
 """More than that wait for the process that reads the text."""
 _BLOCK_TOKENS = 1 << 20
-_ENVIRONMENT = {
-    "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder
-    "RAYON_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-}
-"""Environment variables of the processes."""
-_SPAWNING = threading.Lock()
+# Nothing is imported from the current folder.
+_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 _PIECES = np.dtype(
     [("tokens", "<i4"), ("num_bytes", "<i4"), ("is_target", np.bool_), ("begins", np.bool_)]
 )
@@ -58,24 +49,20 @@ _PIECES = np.dtype(
 whether it is a target and begins a document."""
 
 
-class Part(NamedTuple):
-    """Consecutive pieces of text that were tokenized."""
-
-    tokens: bytes
-    pieces: np.ndarray
-    """[pieces] of the dtype `_PIECES`."""
-    malformed: list[str]
-    """Problems of the malformed records."""
+Part = tuple[bytes, np.ndarray, list[str]]
+"""Tokens of consecutive pieces of text; the pieces, [n] of the dtype `_PIECES`; and the problems of
+the malformed records between them."""
 
 
 class SourceTokens:
-    """Tokens of all documents in source order, in a file.
+    """Tokens of all documents that have text, in source order, in a file.
 
     Attributes:
       dtype: dtype of the token ids.
-      document_starts: [documents + 1] int64, the last one the number of tokens.
-      document_bytes: [documents + 1] int64, UTF-8 bytes of the targets of all documents before.
-      piece_starts: [pieces + 1] int64, position of each piece's first token.
+      documents: [documents, 2] int64, start and stop of each document.
+      document_bytes: [documents] int64, UTF-8 bytes of its targets.
+      piece_starts: [pieces + 1] int64, position of each piece's first token, BOS included; the last
+        one is the number of tokens.
       piece_bytes: [pieces + 1] int64, UTF-8 bytes of all pieces before that are targets.
       piece_targets: [pieces] bool, whether its tokens are targets of the loss.
     """
@@ -86,18 +73,9 @@ class SourceTokens:
         self.piece_bytes = np.append(0, np.cumsum(pieces["num_bytes"], dtype=np.int64))
         self.piece_targets = pieces["is_target"]
         begins = np.append(np.flatnonzero(pieces["begins"]), len(pieces))
-        self.document_starts = self.piece_starts[begins]
-        self.document_bytes = self.piece_bytes[begins]
-
-    @property
-    def num_documents(self) -> int:
-        """Documents that have text."""
-        return len(self.document_starts) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents, BOS and EOS included."""
-        return int(self.document_starts[-1])
+        starts = self.piece_starts[begins]
+        self.documents = np.stack([starts[:-1], starts[1:]], axis=1)
+        self.document_bytes = np.diff(self.piece_bytes[begins])
 
     def blocks(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the tokens of [n, 2] ranges (start, stop), in order, a bounded number at a time.
@@ -125,14 +103,6 @@ def _cut_ranges(ranges: np.ndarray) -> Iterator[tuple[int, int, int]]:
             yield first, start, min(end, start + _BLOCK_TOKENS)
 
 
-def available_cores() -> int:
-    """Number of cores that this process may use, by its affinity and its control groups."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, math.ceil(min([cores, *core_limits()])))
-
-
 def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> SourceTokens:
     """Tokenize a corpus into the file `path`; `source` is its name in the progress.
 
@@ -143,30 +113,29 @@ def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> S
       UserError: the corpus cannot be read, the tokenizer cannot encode it, or a process died.
       OSError: the disk is full or not writable.
     """
-    # A process takes as long to start as several parts take as bytes or characters.
-    is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
-    num_parts = corpus.total_bytes // PART_CHARACTERS
-    num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
     tables = [np.empty(0, _PIECES)]
-    with contextlib.ExitStack() as stack:
-        progress = _reading_progress(f"tokenizing {source}", corpus.total_bytes)
-        parts = _parts(corpus, tokenizer, stack.enter_context(progress), num_workers)
-        stack.enter_context(contextlib.closing(parts))
-        file = stack.enter_context(open(path, "wb"))
+    with (
+        _reading_progress(f"tokenizing {source}", corpus.total_bytes) as show_progress,
+        contextlib.closing(_parts(corpus, tokenizer)) as parts,
+        open(path, "wb") as file,
+    ):
         for tokens, pieces, malformed in parts:
             for problem in malformed:
                 corpus.skip(problem)
             file.write(tokens)
             tables.append(pieces)
+            show_progress(corpus.bytes_read)
     corpus.warn_of_skipped()
-    return SourceTokens(path, token_dtype(tokenizer.vocab_size), np.concatenate(tables))
+    return SourceTokens(path, _token_dtype(tokenizer), np.concatenate(tables))
 
 
-def _parts(
-    corpus: Corpus, tokenizer: Tokenizer, on_progress: Callable[[int], None], num_workers: int
-) -> Generator[Part, None, None]:
+def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Generator[Part, None, None]:
     """Tokenize the parts of a corpus in this process or in others; yield them in order."""
-    texts = _cut(corpus, on_progress)
+    # A process takes as long to start as several parts take as bytes or characters.
+    is_fast = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
+    num_parts = corpus.total_bytes // PART_CHARACTERS
+    num_workers = min(available_cores(), num_parts // 8 if is_fast else num_parts, _MAX_WORKERS)
+    texts = _cut(corpus)
     if num_workers < 2:
         yield from (_tokenized(corpus, tokenizer, records) for records in texts)
         return
@@ -190,14 +159,13 @@ def _parts(
             pool.shutdown(cancel_futures=True)
 
 
-def _cut(corpus: Corpus, on_progress: Callable[[int], None]) -> Iterator[list[Record]]:
+def _cut(corpus: Corpus) -> Iterator[list[Record]]:
     """Cut a corpus into lists of its `Corpus.records`."""
     part: list[Record] = []
     size = 0
     for record, characters in corpus.records():
         part.append(record)
         size += characters + _RECORD_CHARACTERS
-        on_progress(corpus.bytes_read)
         if size >= PART_CHARACTERS:
             yield part
             part, size = [], 0
@@ -205,10 +173,15 @@ def _cut(corpus: Corpus, on_progress: Callable[[int], None]) -> Iterator[list[Re
         yield part
 
 
+def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Smallest unsigned dtype that holds every id."""
+    return np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
+
+
 def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> Part:
     """Tokenize the `Corpus.records` of a part."""
     tokens, rows, malformed = [], [], []
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = _token_dtype(tokenizer)
     bos, eos = (np.array([x], dtype).tobytes() for x in (tokenizer.bos_id, tokenizer.eos_id))
     for pieces in corpus.parse(records):
         if isinstance(pieces, MalformedRecord):
@@ -220,7 +193,7 @@ def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> P
             size = len(text) if text.isascii() else len(text.encode("utf-8"))
             rows.append((len(data) // dtype.itemsize, size if is_target else 0, is_target, begins))
             tokens.append(data)
-    return Part(b"".join(tokens), np.array(rows, _PIECES), malformed)
+    return b"".join(tokens), np.array(rows, _PIECES), malformed
 
 
 @contextlib.contextmanager
@@ -229,18 +202,17 @@ def _spawning() -> Iterator[None]:
 
     A script without ``if __name__ == "__main__"`` would run again in each of them.
     """
-    with _SPAWNING:
-        main, before = sys.modules["__main__"], {x: os.environ.get(x) for x in _ENVIRONMENT}
-        os.environ.update(_ENVIRONMENT)
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+    main, before = sys.modules["__main__"], {x: os.environ.get(x) for x in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class _Process:
@@ -264,15 +236,19 @@ def _run(records: list[Record]) -> Part:
 
 @contextlib.contextmanager
 def _reading_progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the bytes read so far."""
-    yield from (_bar if sys.stderr.isatty() else _lines)(task, total_bytes)
+    """Yield a function that shows the bytes read so far: in a bar on a terminal, else in lines."""
+    if sys.stderr.isatty():
+        from rich import markup, progress
+        from rich.console import Console
 
-
-def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        with progress.Progress(console=Console(stderr=True)) as bar:
+            handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
+            yield lambda bytes_read: bar.update(handle, completed=bytes_read)
+        return
     start = latest = time.monotonic()
     logging.info("%s: %s ...", task, format_bytes(total_bytes))
 
-    def update(bytes_read: int) -> None:
+    def show(bytes_read: int) -> None:
         nonlocal latest
         now = time.monotonic()
         if now - latest >= SECONDS_PER_LINE:
@@ -281,24 +257,5 @@ def _lines(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
             left = (now - start) * (1 - done) / max(done, 1e-9)
             logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
 
-    yield update
+    yield show
     logging.info("%s: done in %.1f s", task, time.monotonic() - start)
-
-
-def _bar(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    from rich import markup, progress
-    from rich.console import Console
-
-    with progress.Progress(console=Console(stderr=True)) as bar:
-        handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
-        shown = 0
-
-        def update(bytes_read: int) -> None:
-            nonlocal shown
-            # An update costs more than a small document.
-            if bytes_read - shown > total_bytes // 1000:
-                shown = bytes_read
-                bar.update(handle, completed=bytes_read)
-
-        yield update
-        bar.update(handle, completed=total_bytes)

@@ -124,7 +124,7 @@ def _code_points(text: str) -> np.ndarray:
         raise
 
 
-def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
+def load_tokenizer(spec: str, *corpora: Corpus) -> Tokenizer:
     """Create the tokenizer of a new run.
 
     Args:
@@ -139,7 +139,7 @@ def load_tokenizer(spec: str, *corpora: Corpus | None) -> Tokenizer:
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
-        return CharTokenizer(_alphabet_of(corpus for corpus in corpora if corpus is not None))
+        return CharTokenizer(_alphabet_of(corpora))
     if spec == "bpe":
         raise UserError("tokenizer 'bpe' needs a vocabulary size; use bpe:8192, for example")
     from simplernn_jax.data.pretrained_tokenizer import load_pretrained
@@ -175,9 +175,8 @@ def _alphabet_of(corpora: Iterable[Corpus]) -> str:
     """Return all characters of corpora, sorted by code point."""
     seen = np.zeros(_CODE_POINTS, np.bool_)
     for corpus in corpora:
-        for document in corpus.documents():
-            for piece in document.pieces:
-                seen[_code_points(piece.text)] = True
+        for _, piece in corpus.pieces():
+            seen[_code_points(piece.text)] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
 
 
@@ -194,19 +193,18 @@ def check_round_trip(tokenizer: Tokenizer, spec: str, corpus: Corpus) -> None:
     if isinstance(tokenizer, ByteTokenizer | CharTokenizer):
         return
     left = _SAMPLE_CHARACTERS
-    for document in corpus.documents():
-        for piece in document.pieces:
-            text = piece.text[:left]
-            found = tokenizer.decode(tokenizer.encode(text))
-            if found != text:
-                raise UserError(
-                    f"tokenizer {spec}: loses text: {_difference(text, found)} in {document.name}; "
-                    "use one that gives back what it is given (byte-level, neither lower-casing "
-                    "nor adding a space), or config.data.tokenizer=byte"
-                )
-            left -= len(text)
-            if not left:
-                return
+    for name, piece in corpus.pieces():
+        text = piece.text[:left]
+        found = tokenizer.decode(tokenizer.encode(text))
+        if found != text:
+            raise UserError(
+                f"tokenizer {spec}: loses text: {_difference(text, found)} in {name}; use one that "
+                "gives back what it is given (byte-level, neither lower-casing nor adding a "
+                "space), or config.data.tokenizer=byte"
+            )
+        left -= len(text)
+        if not left:
+            return
 
 
 def _difference(text: str, found: str) -> str:

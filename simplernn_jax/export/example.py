@@ -4,10 +4,9 @@ python example.py "The beginning of a text, or a message to a chat model"
 """
 
 import functools
-import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +73,6 @@ class ExportedModel:
         """Compute the logits after each of [T] tokens: [T, vocab]."""
         return self._feed(self._initial_state, tokens)[0]
 
-    def greedy(self, token: int, count: int) -> list[int]:
-        """Generate the `count` tokens that follow `token`, each the likeliest."""
-        return list(itertools.islice(self._generate([token]), count))
-
     def text(self, prompt: str, max_new_tokens: int) -> str:
         """Continue a text greedily; a chat model answers it."""
         chat = self._config["chat"]
@@ -86,22 +81,16 @@ class ExportedModel:
             prompt = prompt.strip().join(chat["first"])
         ids = [self._config["bos_token_id"], *self.encode(prompt)]
         generated: list[int] = []
-        text = ""
-        tokens = self._generate(ids, self._config["suppress_tokens"])
-        for token in itertools.islice(tokens, max_new_tokens):
-            if token == self._config["eos_token_id"] or (stop and stop in text):
+        text, state = "", self._initial_state
+        while len(generated) < max_new_tokens and not (stop and stop in text):
+            logits, state = self._feed(state, ids)
+            logits[-1, self._config["suppress_tokens"]] = -np.inf
+            ids = [int(logits[-1].argmax())]
+            if ids[0] == self._config["eos_token_id"]:
                 break
-            generated.append(token)
+            generated += ids
             text = self._tokenizer.decode(generated)
         return text.partition(stop)[0] if stop else text
-
-    def _generate(self, ids: Sequence[int], suppressed: Sequence[int] = ()) -> Iterator[int]:
-        state: Any = self._initial_state
-        while True:
-            logits, state = self._feed(state, ids)
-            logits[-1, list(suppressed)] = -np.inf
-            ids = [int(logits[-1].argmax())]
-            yield ids[0]
 
     def _feed(self, state: Any, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, Any]:
         tokens, parts = np.asarray(ids)[None], []

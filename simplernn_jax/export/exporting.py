@@ -5,7 +5,6 @@ import dataclasses
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,18 +23,15 @@ from simplernn_jax.export.formats import (
     compute_logits,
     find_format,
     float32_model,
-    last_part,
     rounded_weights,
 )
 from simplernn_jax.inference.engine import split_model
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, named_weights
 
 TOLERANCE = 1e-3
 """Largest difference of logits between an export and the model, relative to the largest logit: far
 above the rounding of float32 in another order, far below any mistake."""
-
-_TIMED_TOKENS = 128
 
 
 class Report(NamedTuple):
@@ -45,18 +41,14 @@ class Report(NamedTuple):
     """Size of all files."""
     difference: float
     """Largest difference of logits, relative to the largest logit."""
-    tokens_per_second: float
-    """Decoding of one sequence."""
     loss: float
     """Mean loss of the predictions of the checked text, in nats."""
     rounded_loss: float
     """The same with the weights of the export."""
 
     def __str__(self) -> str:
-        text = (
-            f"{format_bytes(self.num_bytes)}   largest difference of logits: {self.difference:.1e} "
-            f"(relative)   {self.tokens_per_second:,.0f} tokens/s"
-        )
+        size = format_bytes(self.num_bytes)
+        text = f"{size}   largest difference of logits: {self.difference:.1e} (relative)"
         if self.rounded_loss != self.loss:
             change = self.rounded_loss - self.loss
             text += f"   loss {self.loss:.4f} -> {self.rounded_loss:.4f} nats ({change:+.4f})"
@@ -91,9 +83,9 @@ def export(
       UserError: the format is unknown or needs a missing package, `out` exists or cannot be
         written, the model is not supported by it, or the exported one does not compute the same.
     """
-    module = find_format(format_name)
     if format_name not in (formats := QUANTIZATIONS[quantize]):
         raise UserError(f"--quantize={quantize}: only with --format={' or '.join(formats)}")
+    module = find_format(format_name)
     split_model(model)  # which checks the parameters
     model = float32_model(model)
     trained = TrainedModel(
@@ -126,15 +118,11 @@ def _check(
             f"--format={format_name}: the exported tokenizer encodes the held-out text "
             "differently; use another format"
         )
-    loaded.greedy(int(tokens[0]), _TIMED_TOKENS)  # compiles
-    start = time.perf_counter()
-    loaded.greedy(int(tokens[0]), _TIMED_TOKENS)
-    rate = _TIMED_TOKENS / (time.perf_counter() - start)
     losses = (
         float(softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]).mean())
         for logits in (compute_logits(trained.model, tokens), expected)
     )
-    return Report(num_bytes, difference, rate, *losses)
+    return Report(num_bytes, difference, *losses)
 
 
 def without_paths(config: Config) -> Config:
@@ -142,24 +130,21 @@ def without_paths(config: Config) -> Config:
     data, tokenizer = config.data, config.data.tokenizer
     is_file = tokenizer.startswith(("/", "~", ".")) or tokenizer.endswith(".json")
     if is_file or os.path.lexists(tokenizer):
-        tokenizer = last_part(tokenizer)
+        tokenizer = Path(tokenizer).name
     source = _without_folders(data.source)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(data, source=source, tokenizer=tokenizer, cache_dir=""),
-        train=dataclasses.replace(config.train, init_from=last_part(config.train.init_from)),
+        train=dataclasses.replace(config.train, init_from=Path(config.train.init_from).name),
     )
 
 
 def _without_folders(source: str) -> str:
     """Return the last part of a path, or of each path of a mixture."""
-    try:
-        mixture = parse_mixture(source)
-    except UserError:
-        mixture = None
+    mixture = parse_mixture(source)
     if mixture is None:
-        return last_part(source)
-    return ",".join(f"{last_part(path)}:{weight:.4g}" for path, weight in mixture)
+        return Path(source).name
+    return ",".join(f"{Path(path).name}:{weight:.4g}" for path, weight in mixture)
 
 
 @contextlib.contextmanager

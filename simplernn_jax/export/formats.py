@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -25,13 +26,13 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from simplernn_jax.data.pretrained_tokenizer import byte_level_alphabet
 from simplernn_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ids_without_text
-from simplernn_jax.errors import UserError, nearest_name, one_line
-from simplernn_jax.export import FORMATS, example
+from simplernn_jax.errors import UserError, one_line
+from simplernn_jax.export import example
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import complete_options
-from simplernn_jax.models.named_weights import Weights
+from simplernn_jax.models.pytorch_weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,7 @@ class TrainedModel:
     @property
     def name(self) -> str:
         """The name of the run, one printable line."""
-        return one_line(last_part(self.workdir))
-
-
-def last_part(path: str) -> str:
-    """Return the last part of a path."""
-    return path.rstrip("/").rpartition("/")[2]
+        return one_line(Path(self.workdir).name)
 
 
 class Loaded(Protocol):
@@ -69,19 +65,12 @@ class Loaded(Protocol):
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Compute the logits after each of [T] tokens from a zero state: [T, vocab]."""
 
-    def greedy(self, token: int, count: int) -> list[int]:
-        """Generate the `count` tokens that follow `token`, each the likeliest."""
-
     def encode(self, text: str) -> list[int]:
         """Encode `text` without BOS."""
 
 
 def find_format(name: str) -> ModuleType:
-    """Import the module of a format; raises `UserError` for an unknown name."""
-    if name not in FORMATS:
-        raise UserError(
-            f"--format={name}: must be one of {', '.join(FORMATS)}{nearest_name(name, FORMATS)}"
-        )
+    """Import the module of one of `FORMATS`."""
     return importlib.import_module(f"simplernn_jax.export.{name}")
 
 
@@ -92,9 +81,7 @@ def check_architecture(format_name: str, model: LanguageModel) -> None:
     if not mixers <= supported.get(block, set()):
         raise UserError(
             f"--format={format_name}: not possible with model.block={block!r} and "
-            f"model.mixer={model.config.mixer!r}; use safetensors"
-            + (", which flash-linear-attention loads" if is_fla(model.config) else "")
-            + ", or stablehlo"
+            f"model.mixer={model.config.mixer!r}; use safetensors or stablehlo"
         )
 
 
@@ -169,23 +156,50 @@ def library_tokenizer(tokenizer: Tokenizer) -> Any:
     return result
 
 
-def write_example(trained: TrainedModel, folder: Path, fields: dict[str, Any], module: str) -> None:
+def write_example(
+    trained: TrainedModel,
+    folder: Path,
+    readme: Mapping[str, str],
+    batch: str | int,
+    state: Mapping[str, Any],
+    **fields: Any,
+) -> None:
     """Write what comes with two programs: ``config.json``, the tokenizer, the example and a README.
 
-    `fields` are what the format adds to ``config.json``; `module` is the file of the format.
+    Args:
+      trained: the model.
+      folder: of the export.
+      readme: the parts of ``example.md`` that differ between formats.
+      batch: batch size of the programs, for ``config.json``.
+      state: arrays of the initial state of one sequence by name.
+      **fields: what the format adds to ``config.json``.
+
+    Raises:
+      UserError: an array of the state is more than one number.
     """
+    parts = {}
+    for name, x in state.items():
+        value = x.flatten()[0].item()
+        if not (x == value).all():
+            raise UserError(
+                f"the initial state {name} is not a single number, as this format needs; use "
+                "--format=safetensors"
+            )
+        parts[name] = {"shape": [batch, *x.shape[1:]], "dtype": str(x.dtype), "value": value}
     banned = ids_without_text(trained.tokenizer, trained.model.config.vocab_size)
     content = {
         **description(trained),
         "suppress_tokens": sorted(banned),
         "chat": chat_format(trained.config.data.template),
         "prefill_tokens": example.PREFILL_TOKENS,
+        "state": parts,
         **fields,
     }
     write_json(folder / "config.json", content)
     (folder / "tokenizer.json").write_text(library_tokenizer(trained.tokenizer).to_str(), "utf-8")
     shutil.copyfile(example.__file__, folder / "example.py")
-    shutil.copyfile(Path(module).with_suffix(".md"), folder / "README.md")
+    template = Path(example.__file__).with_suffix(".md").read_text("utf-8")
+    (folder / "README.md").write_text(template.format(**readme), "utf-8")
 
 
 _MARK = "question 8254093"
@@ -224,33 +238,27 @@ def _derive(template: ChatTemplate) -> dict[str, Any]:
     return {"first": first, "next": later, **end}
 
 
-def int8_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round a matrix to ``scale[:, None] * integers``, one scale for each row; both by row."""
+def stored_weight(weight: np.ndarray, kind: str) -> tuple[np.ndarray, ...]:
+    """Return what is stored of a weight: its values, and for int8 the scale of each row.
+
+    Values beyond the range of float16 become the largest one. Vectors and filters, which are
+    small, stay float32.
+    """
+    if kind == "none" or weight.ndim != 2 or weight.shape[1] <= 4:
+        return (weight,)
+    if kind == "float16":
+        largest = np.finfo(np.float16).max
+        return (np.clip(weight, -largest, largest).astype(np.float16),)
     scale = np.abs(weight).max(axis=1, keepdims=True).astype(np.float32) / np.float32(127)
     scale[scale == 0] = 1
     return np.rint(weight / scale).astype(np.int8), scale[:, 0]
 
 
-def float16(weight: np.ndarray) -> np.ndarray:
-    """Round to float16, values beyond its range to the largest one."""
-    largest = np.finfo(np.float16).max
-    return np.clip(weight, -largest, largest).astype(np.float16)
-
-
-def is_rounded(weight: np.ndarray) -> bool:
-    """Return whether a weight is stored in fewer bits: not vectors and filters, which are small."""
-    return weight.ndim == 2 and weight.shape[1] > 4
-
-
 def rounded_weights(weights: Weights, kind: str) -> dict[str, np.ndarray]:
     """Return the weights as float32 arrays that have been rounded to `kind`."""
 
-    def rounded(weight: np.ndarray) -> np.ndarray:
-        if kind == "none" or not is_rounded(weight):
-            return weight
-        if kind == "float16":
-            return float16(weight).astype(np.float32)
-        integers, scale = int8_rows(weight)
-        return integers.astype(np.float32) * scale[:, None]
+    def restored(values: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
+        values = values.astype(np.float32)
+        return values if scale is None else values * scale[:, None]
 
-    return {name: rounded(weight) for name, weight in weights.items()}
+    return {name: restored(*stored_weight(weight, kind)) for name, weight in weights.items()}

@@ -19,16 +19,23 @@ from simplernn_jax.export.formats import (
     check_architecture,
     check_packages,
     description,
-    float16,
-    is_rounded,
     rounded_weights,
+    stored_weight,
     write_example,
 )
-from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import named_weights
 
 OPSET = 18
 MAX_INLINE_BYTES = 1 << 30
 """Weights beyond this are separate files: a graph has at most 2 GiB."""
+README = {
+    "kind": "in ONNX",
+    "packages": "onnxruntime tokenizers",
+    "programs": "| `prefill.onnx`, `decode.onnx` | graphs with the weights; large weights are in "
+    "files `.data` next to them |",
+    "arguments": "Inputs of both graphs are `tokens` `[1, T]` int64 and the parts of the state; "
+    "outputs are\n`logits` `[1, T, vocab]` and `next.NAME` for each part.",
+}
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -80,18 +87,8 @@ def write(trained: TrainedModel, folder: Path) -> None:
                 verbose=False,
             )
         _finish(folder / f"{name}.onnx", kind, is_large=is_large)
-    fields = {
-        "opset": OPSET,
-        "state": {
-            name: {
-                "shape": list(x.shape),
-                "dtype": str(x.dtype).removeprefix("torch."),
-                "value": x.flatten()[0].item(),
-            }
-            for name, x in state.items()
-        },
-    }
-    write_example(trained, folder, fields, __file__)
+    arrays = {name: x.numpy() for name, x in state.items()}
+    write_example(trained, folder, README, 1, arrays, opset=OPSET)
 
 
 def _finish(path: Path, kind: str, *, is_large: bool) -> None:
@@ -114,9 +111,9 @@ def _store_float16(graph: Any) -> None:
     import onnx
 
     for tensor in list(graph.initializer):
-        matrix = onnx.numpy_helper.to_array(tensor)
-        if matrix.dtype == np.float32 and is_rounded(matrix):
-            stored = onnx.numpy_helper.from_array(float16(matrix), f"{tensor.name}.stored")
+        (values,) = stored_weight(onnx.numpy_helper.to_array(tensor), "float16")
+        if tensor.data_type == onnx.TensorProto.FLOAT and values.dtype == np.float16:
+            stored = onnx.numpy_helper.from_array(values, f"{tensor.name}.stored")
             to_float32 = onnx.helper.make_node(
                 "Cast", [stored.name], [tensor.name], to=onnx.TensorProto.FLOAT
             )

@@ -11,10 +11,8 @@ from simplernn_jax.export.formats import (
     float32_model,
     write_json,
 )
-from simplernn_jax.inference import generate
 from simplernn_jax.inference.loading import RUN, WEIGHTS, load_exported, run_json
-from simplernn_jax.models.named_weights import named_weights
-from simplernn_jax.models.pytorch_weights import encode_weights
+from simplernn_jax.models.pytorch_weights import encode_weights, named_weights
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -32,9 +30,6 @@ class _Loaded:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return compute_logits(self._model, tokens)
-
-    def greedy(self, token: int, count: int) -> list[int]:
-        return generate(self._model, [token], max_new_tokens=count).tokens[0].tolist()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).tolist()

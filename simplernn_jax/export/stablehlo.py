@@ -12,16 +12,22 @@ import jax.numpy as jnp
 from jax import export
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.errors import UserError
 from simplernn_jax.export.example import PREFILL_TOKENS, ExportedModel
 from simplernn_jax.export.formats import TrainedModel, check_packages, write_example
 from simplernn_jax.inference.loading import WEIGHTS
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
-from simplernn_jax.models.pytorch_weights import encode_weights
+from simplernn_jax.models.pytorch_weights import encode_weights, model_from_weights, named_weights
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+README = {
+    "kind": "as StableHLO",
+    "packages": "jax flatbuffers safetensors tokenizers",
+    "programs": "| `prefill.bin`, `decode.bin` | programs for CPU, CUDA and TPU, serialized by "
+    "`jax.export` |\n| `model.safetensors` | the weights |",
+    "arguments": "Both programs are functions of (weights, state, tokens `[B, T]` int32) to "
+    "(logits\n`[B, T, vocab]`, state), for any B. Weights and state are dicts of arrays by name.",
+}
 
 
 def write(trained: TrainedModel, folder: Path) -> None:
@@ -34,41 +40,27 @@ def write(trained: TrainedModel, folder: Path) -> None:
     for name, length in (("prefill", PREFILL_TOKENS), ("decode", 1)):
         exported = _export(model, weights, length)
         (folder / f"{name}.bin").write_bytes(exported.serialize())
-    parts = {}
-    for name, x in _by_name(model.initial_state(1))[0].items():
-        value = x.flatten()[0].item()
-        if not (x == value).all():
-            raise UserError(
-                f"--format=stablehlo: the initial state {name} is no single number, which this "
-                "format needs; use safetensors"
-            )
-        parts[name] = {"shape": ["B", *x.shape[1:]], "dtype": str(x.dtype), "value": value}
-    fields = {"platforms": PLATFORMS, "state": parts}
-    write_example(trained, folder, fields, __file__)
+    state = _by_name(model.initial_state(1))
+    write_example(trained, folder, README, "B", state, platforms=PLATFORMS)
 
 
-def _by_name(state: ModelState) -> tuple[dict[str, jax.Array], Any]:
-    """Return the arrays by name, such as ``0.mixer``, and the function that restores the state."""
-    structure = jax.tree.structure(state)
-    by_name = {name.replace("/", "."): leaf for name, leaf in named_leaves(state).items()}
-
-    def restore(arrays: dict[str, jax.Array]) -> ModelState:
-        return jax.tree.unflatten(structure, [arrays[name] for name in by_name])
-
-    return by_name, restore
+def _by_name(state: ModelState) -> dict[str, jax.Array]:
+    """Return the arrays by name, such as ``0.mixer``."""
+    return {name.replace("/", "."): leaf for name, leaf in named_leaves(state).items()}
 
 
 def _export(model: LanguageModel, weights: dict[str, Any], length: int) -> export.Exported:
     (batch,) = export.symbolic_shape("B")
-    state, restore = _by_name(model.initial_state(1))
-    config = model.config
+    initial, config = model.initial_state(1), model.config
+    state, structure = _by_name(initial), jax.tree.structure(initial)
 
     def run(
-        weights: dict[str, jax.Array], state: dict[str, jax.Array], tokens: jax.Array
+        weights: dict[str, jax.Array], arrays: dict[str, jax.Array], tokens: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = model_from_weights(config, weights, "weights")
-        logits, layers = model(tokens, restore(state))
-        return logits, _by_name(layers)[0]
+        layers = jax.tree.unflatten(structure, [arrays[name] for name in state])
+        logits, layers = model(tokens, layers)
+        return logits, _by_name(layers)
 
     with_batch = {
         name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for name, x in state.items()

@@ -5,7 +5,6 @@ An id outside the vocabulary would not fail later: the embedding gives NaN for i
 
 import contextlib
 import math
-import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from simplernn_jax.devices import check_memory
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
@@ -22,28 +20,19 @@ _TokenIds = Sequence[int | np.integer] | np.ndarray | jax.Array
 Prompts = Sequence[_TokenIds] | _TokenIds
 """B sequences of token ids, a [B, T] integer array, or one flat sequence."""
 
-_MAX_TOKENS = 2**31 - 1
-"""New tokens of a sequence in one call: positions are int32."""
 
-
-def checked_integer(
-    name: str, value: Any, least: int, most: float = math.inf, advice: str = ""
-) -> int:
-    """Convert an integer, no bool, to ``int``; raises `UserError` outside of ``[least, most]``."""
+def checked_integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """Convert an integer to ``int``; raises `UserError` outside of ``[least, most]``."""
     with contextlib.suppress(TypeError):
-        number = operator.index(value)
-        if least <= number <= most and not isinstance(value, bool):
+        if least <= (number := operator.index(value)) <= most:
             return number
-    bounds = f", at least {least}" if most == math.inf else f" in [{least}, {most}]"
-    raise UserError(f"{name}={value!r}: must be an integer{bounds}{advice}")
+    raise UserError(f"{name}={value!r}: must be an integer in [{least}, {most}]")
 
 
 def _checked_real(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> float:
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(number, numbers.Real) and not isinstance(number, bool):
-        with contextlib.suppress(OverflowError):
-            if is_allowed(real := float(number)):
-                return real
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, str) and is_allowed(number := float(value)):
+            return number
     raise UserError(f"{name}={value!r}: must be {allowed}")
 
 
@@ -74,7 +63,7 @@ def checked_sampling(
     """Check the settings of `generate`; raises `UserError`, which names a wrong one."""
     allowed = "a finite number, at least 0"
     temperature = _checked_real("temperature", temperature, allowed, lambda x: 0 <= x < math.inf)
-    top_k = checked_integer("top_k", top_k, 0, advice="; 0 is off")
+    top_k = checked_integer("top_k", top_k, 0)
     allowed = "above 0 and at most 1; 1 is off"
     top_p = _checked_real("top_p", top_p, allowed, lambda x: 0 < x <= 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
@@ -115,52 +104,36 @@ def checked_prompts(
     Raises:
       UserError: says which prompt is wrong, and where.
     """
-    if prompts is None:
-        if batch_size is None:
-            raise UserError("prompts: none given; pass at least one, or a state to continue from")
+    if prompts is None and batch_size is not None:
         return [np.zeros(0, np.int32)] * batch_size
     given: Any = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
-    is_array = isinstance(given, np.ndarray) and given.ndim > 0
-    if not is_array and (isinstance(given, str | bytes) or not isinstance(given, Sequence)):
+    try:
+        given = [given] if len(given) and np.ndim(given[0]) == 0 else list(given)
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"prompts: {type(prompts).__name__}; pass sequences of token ids, or call generate_text"
-        )
-    if len(given) > 0 and (not hasattr(given[0], "__len__") or getattr(given[0], "ndim", 1) == 0):
-        given = [given]
+            f"prompts: pass sequences of token ids, or call generate_text ({error})"
+        ) from error
     checked = [_checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(given)]
-    if batch_size is not None and len(checked) != batch_size:
+    if batch_size is None:
+        if not checked:
+            raise UserError("prompts: none given; pass at least one")
+        for index, prompt in enumerate(checked):
+            if len(prompt) == 0:
+                raise UserError(f"prompt {index}: has no token; begin it with BOS, or pass a state")
+    elif len(checked) != batch_size:
         raise UserError(
             f"prompts: {len(checked)} for a state of {batch_size} sequences; pass one for each"
         )
-    if not checked:
-        raise UserError("prompts: none given; pass at least one")
-    for index, prompt in enumerate(checked):
-        if batch_size is None and len(prompt) == 0:
-            raise UserError(f"prompt {index}: has no token; begin it with BOS, or pass a state")
     return checked
-
-
-def checked_length(max_new_tokens: Any, batch_size: int) -> int:
-    """Convert `max_new_tokens` to ``int``; raises `UserError` if they do not fit in memory."""
-    length = checked_integer("max_new_tokens", max_new_tokens, 0, _MAX_TOKENS)
-    num_bytes = batch_size * length * np.dtype(np.int32).itemsize
-    check_memory(num_bytes, f"max_new_tokens={length}", "generate fewer at a time")
-    return length
 
 
 def _checked_ids(ids: Any, vocab_size: int, where: str) -> np.ndarray:
     try:
-        array = np.asarray(ids)
-    except (ValueError, TypeError) as error:  # of unequal lengths, or without a value
-        raise UserError(f"{where}: no flat sequence of token ids ({error})") from error
-    if array.dtype.kind in "US":
-        raise UserError(f"{where}: text; pass token ids, or call generate_text")
-    if array.ndim != 1:
-        raise UserError(f"{where}: has {array.ndim} axes; pass one flat sequence of token ids")
-    if len(array) == 0:
-        return np.zeros(0, np.int32)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"{where}: {array.dtype} values; token ids are integers")
+        array = np.asarray(ids if len(ids) else np.zeros(0, np.int32))
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"{array.ndim} axes, {array.dtype}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: not a flat sequence of integer token ids ({error})") from error
     outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         at = int(np.argmax(outside))

@@ -41,11 +41,6 @@ class Conversation:
         state: DecoderState | None = None,
         system: str = "",
     ) -> None:
-        if not isinstance(template, ChatTemplate):
-            raise UserError(
-                f"template: {type(template).__name__}, not a ChatTemplate; only a model that was "
-                "trained on conversations (--config.data.template) has one"
-            )
         if state is not None:
             check_state(model, state)
             if (size := len(state.position)) != 1:

@@ -8,25 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.devices import check_memory
 from simplernn_jax.inference.arguments import (
     Prompts,
     check_logits,
     check_model,
-    checked_length,
+    checked_integer,
     checked_prompts,
     checked_sampling,
 )
 from simplernn_jax.inference.engine import Block, Engine, PrefixState, Sequences, batch_sequences
-from simplernn_jax.inference.state import (
-    RECENT_TOKENS,
-    DecoderState,
-    check_state,
-    empty_state,
-    state_bytes,
-    state_shapes,
-)
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, empty_state
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.models.memory_estimate import check_generation
 
 BLOCK_TOKENS = 32
 """Maximum number of tokens of a sequence that one dispatch decodes, and `on_tokens` gets."""
@@ -107,7 +100,8 @@ def generate(
     if state is not None:
         check_state(model, state)
     prompts = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
-    max_new_tokens = checked_length(max_new_tokens, len(prompts))
+    max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
+    check_generation(model, len(prompts), max_new_tokens)
     engine = Engine(model)
     if state is None:
         state = _initial_state(model, prompts)
@@ -140,16 +134,18 @@ def generate(
             on_tokens(new)
     layers, logits = sequences.state
     check_logits(logits)  # not at every block, which would wait for the next one
-    state = DecoderState(
-        layers, logits, sequences.position, state.stream, jnp.asarray(finished), state.recent
+    state = dataclasses.replace(
+        state,
+        layers=layers,
+        logits=logits,
+        position=sequences.position,
+        finished=jnp.asarray(finished),
     )
-    generation = Generation(tokens, lengths, state)
-    return dataclasses.replace(generation, state=_with_recent(state, generation.sequences()))
+    new = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    return Generation(tokens, lengths, _with_recent(state, new))
 
 
 def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:
-    num_bytes = len(prompts) * state_bytes(state_shapes(model, 1))
-    check_memory(num_bytes, f"{len(prompts)} prompts", "pass fewer at a time")
     seen: Counter[bytes] = Counter()
     streams = []
     for prompt in prompts:

@@ -1,7 +1,7 @@
 """Loading of a trained model from the workdir of its run, or from its export.
 
 Exports that can be loaded are ``safetensors`` and ``huggingface``: ``model.safetensors`` holds the
-parameters (`models.named_weights`), ``simplernn.json`` the configuration of the run and its
+parameters (`models.pytorch_weights`), ``simplernn.json`` the configuration of the run and its
 tokenizer. Both hold digests.
 """
 
@@ -13,8 +13,13 @@ from absl import logging
 from flax import nnx
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.contents import read_texts, read_tree
-from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
+from simplernn_jax.checkpoint.folder import (
+    BEST,
+    CheckpointFolder,
+    choose_checkpoint,
+    read_texts,
+    read_tree,
+)
 from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
@@ -22,8 +27,12 @@ from simplernn_jax.files import read_file, sha256_hex
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import load_plugin
-from simplernn_jax.models.named_weights import Weights, model_from_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights, weights_digest
+from simplernn_jax.models.pytorch_weights import (
+    Weights,
+    model_from_weights,
+    read_pytorch_weights,
+    weights_digest,
+)
 
 WEIGHTS = "model.safetensors"
 RUN = "simplernn.json"
@@ -36,11 +45,11 @@ def run_json(config: Config, tokenizer: Tokenizer, weights: Weights) -> str:
 
     A fine-tuned copy of the weights has no digest, and is loaded with the same file.
     """
-    run: dict[str, Any] = {
+    run = {
         "config": json.loads(config_lib.to_json(config)),
         "tokenizer": json.loads(tokenizer.to_json()),
+        "weights_sha256": weights_digest(weights),
     }
-    run["weights_sha256"] = weights_digest(weights)
     return json.dumps(run | {"sha256": _digest_of(run)}, indent=2) + "\n"
 
 
@@ -72,12 +81,8 @@ def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
             raise ValueError(f"its fields are {', '.join(run)}")
         config = config_lib.from_json(json.dumps(run["config"]))
         return config, tokenizer_from_json(json.dumps(run["tokenizer"])), digest
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; export the model again") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: corrupted ({error}); export the model again") from error
+    except (UserError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; export the model again") from error
 
 
 def _digest_of(run: dict[str, Any]) -> str:
@@ -97,7 +102,7 @@ def load_model(
     Args:
       workdir: folder of a training run, or of its export as safetensors or for Hugging Face.
       checkpoint: of a training run: ``best``, the one of lowest validation loss, or the newest if
-        the losses were measured on different tokens; ``newest``; or a step.
+        none was evaluated; ``newest``; or a step.
       plugin: Python file or module that registers the run's mixers.
 
     Returns:

@@ -113,14 +113,7 @@ def next_token(
         logits = lax.cond(with_penalties, _penalized, lambda logits, _: logits, logits, penalties)
 
     def draw() -> Int[Array, "B"]:
-        return sample(
-            logits,
-            jax.vmap(jax.random.fold_in)(keys, position),
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-        )
+        return sample(logits, jax.vmap(jax.random.fold_in)(keys, position), settings)
 
     # A branch that is not taken costs nothing: greedy decoding draws no random numbers.
     return lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy(logits))
@@ -134,33 +127,23 @@ def _penalized(logits: NextLogits, penalties: Penalties) -> NextLogits:
     return logits - frequency[:, None] * counts.astype(jnp.float32)
 
 
-def sample(
-    logits: NextLogits,
-    keys: Key[Array, "B"],
-    *,
-    temperature: Float[Array, "*B"] | float = 1.0,
-    top_k: Int[Array, "*B"] | int = 0,
-    top_p: Float[Array, "*B"] | float = 1.0,
-    min_p: Float[Array, "*B"] | float = 0.0,
-) -> Int[Array, "B"]:
+def sample(logits: NextLogits, keys: Key[Array, "B"], settings: Settings) -> Int[Array, "B"]:
     """Sample one token id per sequence.
-
-    Each setting is one for all sequences, or [B], one for each.
 
     Args:
       logits: [B, vocab] float32; -inf masks an id.
       keys: one typed random key per sequence, the only one that its sample depends on.
-      temperature: divides the logits; 0 is greedy and ignores everything else.
-      top_k: sample among the k most probable ids; 0 is off.
-      top_p: nucleus sampling, after temperature and top_k: sample among the smallest set of most
-        probable ids whose probabilities add up to top_p; 1 is off.
-      min_p: mask ids less probable than min_p times the most probable one, before top_k; 0 is off.
+      settings: without `Settings.bias`. ``temperature`` divides the logits; 0 is greedy and ignores
+        everything else. ``min_p`` masks ids less probable than min_p times the most probable one;
+        then ``top_k`` keeps the k most probable ids, and ``top_p`` the smallest set of most
+        probable ids whose probabilities add up to it. 0, 0 and 1 turn them off.
 
     Returns:
       [B] int32 ids. Ties are broken by the lower id.
     """
     temperature, top_k, top_p, min_p = (
-        jnp.reshape(setting, (-1, 1)) for setting in (temperature, top_k, top_p, min_p)
+        jnp.reshape(setting, (-1, 1))
+        for setting in (settings.temperature, settings.top_k, settings.top_p, settings.min_p)
     )
 
     # The largest logit becomes 0 before the division, so that no temperature overflows it.

@@ -5,9 +5,7 @@ of everything else, so that neither a stale nor a corrupt state is ever used.
 """
 
 import dataclasses
-import functools
 import sys
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +23,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file, sha256_hex, write_file
 from simplernn_jax.inference.arguments import check_model, checked_integer
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.safetensors_bytes import decode_safetensors, digest_of
+from simplernn_jax.models.pytorch_weights import decode_safetensors, digest_of
 from simplernn_jax.parallel.named_leaves import named_leaves
 
 RECENT_TOKENS = 64
@@ -69,32 +67,15 @@ def empty_state(model: LanguageModel, batch_size: int) -> DecoderState:
     )
 
 
-def state_shapes(model: LanguageModel, batch_size: int) -> DecoderState:
-    """Return the shapes and dtypes of `empty_state`, traced once for each model and batch size."""
-    return _shapes(weakref.ref(model), batch_size, jnp.result_type(float))
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes(model: weakref.ref[LanguageModel], batch_size: int, floats: Any) -> DecoderState:
-    live = model()
-    assert live is not None
-    return jax.eval_shape(lambda: empty_state(live, batch_size))
-
-
-def state_bytes(state: DecoderState) -> int:
-    """Count the bytes of all arrays or shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
 def check_state(model: LanguageModel, state: DecoderState, where: str = "state") -> None:
     """Check `state` against the arrays of `model`; raises `UserError`, beginning with `where`."""
     _check_is_state(state, where)
-    needed = state_shapes(model, np.size(state.position))
+    leaves = named_leaves(state)
     ours, theirs = (
-        {name: (np.shape(leaf), leaf.dtype) for name, leaf in named_leaves(tree).items()}
-        for tree in (needed, state)
+        {name: (np.shape(leaf)[1:], leaf.dtype) for name, leaf in each.items()}
+        for each in (named_leaves(empty_state(model, 1)), leaves)
     )
-    if ours != theirs:
+    if ours != theirs or len({np.shape(leaf)[:1] for leaf in leaves.values()}) > 1:
         raise UserError(f"{where}: its arrays do not fit this model; use the model that made it")
     if np.max(state.recent, initial=-1) >= model.config.vocab_size:
         raise UserError(f"{where}: has ids outside the vocabulary; use another state")
@@ -126,7 +107,8 @@ def fork_state(state: DecoderState, n: int) -> DecoderState:
     """
     _check_is_state(state, "state")
     n = checked_integer("n", n, 1, 2**31 - 1)
-    check_memory(n * state_bytes(state), f"n={n}", "make fewer copies")
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    check_memory(n * num_bytes, f"n={n}", "make fewer copies")
     own = np.asarray(state.stream, np.int64)[:, None]
     # Only sequences on one stream may share the new ones: their prompts differ.
     rank = np.unique(own, return_inverse=True)[1].reshape(-1, 1)
@@ -205,7 +187,7 @@ def decode_state(
                 f"{where}: the state is of another {name}; use the one that it was saved with (of "
                 "another checkpoint of the run: --checkpoint=STEP), or prefill its text again"
             )
-    structure = state_shapes(model, 1)
+    structure = empty_state(model, 1)
     names = named_leaves(structure)
     if arrays.keys() != names.keys():
         raise UserError(f"{where}: holds other arrays than a state; {_ADVICE}")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
-from simplernn_jax.errors import UserError
 from simplernn_jax.inference.arguments import check_model, checked_texts
 from simplernn_jax.inference.decode import generate
 from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state
@@ -62,11 +61,6 @@ def generate_text(
     if state is not None:
         check_state(model, state)
     vocab_size = model.config.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
     batch_size = 1 if state is None else len(state.position)
     ids = [tokenizer.encode(prompt) for prompt in checked_texts(prompts, batch_size)]
     if state is None:

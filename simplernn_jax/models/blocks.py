@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import Activations, ConvState, SegmentIds
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.models.convolution import ShortConvolution
-from simplernn_jax.models.layers import Dense, RMSNorm, dropout, fused_dense, kernel_init
+from simplernn_jax.models.layers import (
+    Dense,
+    RMSNorm,
+    ShortConvolution,
+    dropout,
+    fused_dense,
+    kernel_init,
+)
 from simplernn_jax.models.mixers.token_mixer import TokenMixer, make_mixer
-from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.matmul import merge_tokens
 from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.segments import reset_state, select_sequences
 from simplernn_jax.parallel.named_leaves import tuple_with_names
 
 CONVOLUTION_WIDTH = 4
@@ -43,14 +46,6 @@ class PlainBlock(nnx.Module):
     def state_axes(self) -> Any:
         """Return the logical axes of the arrays of the state."""
         return self.mixer.state_axes()
-
-    def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
-        """Return the initial state for the sequences `where`, `state` for the others."""
-        return self.mixer.reset(state, where)
-
-    def select(self, keep_previous: Bool[Array, "B"], previous: Any, current: Any) -> Any:
-        """Select states by sequence; see `TokenMixer.select`."""
-        return self.mixer.select(keep_previous, previous, current)
 
     def __call__(
         self,
@@ -115,21 +110,6 @@ class ResidualBlock(PlainBlock):
         convolution: Any = self.convolution.state_axes()
         return ResidualState(super().state_axes(), convolution)
 
-    def reset(self, state: ResidualState, where: Bool[Array, "B"]) -> ResidualState:
-        """See `PlainBlock`."""
-        return ResidualState(
-            super().reset(state.mixer, where), reset_state(state.convolution, where)
-        )
-
-    def select(
-        self, keep_previous: Bool[Array, "B"], previous: ResidualState, current: ResidualState
-    ) -> ResidualState:
-        """See `PlainBlock`."""
-        return ResidualState(
-            super().select(keep_previous, previous.mixer, current.mixer),
-            select_sequences(keep_previous, previous.convolution, current.convolution),
-        )
-
     def __call__(
         self,
         x: Activations,
@@ -138,7 +118,6 @@ class ResidualBlock(PlainBlock):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Activations, ResidualState]:
         """See `PlainBlock`."""
-        check_array("x", x, "B T D", FLOATING, {"D": self.convolution.features})
         if state is not None and not isinstance(state, ResidualState):
             raise TypeError(f"state: expected a ResidualState; got {type(state).__name__}")
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)

@@ -15,8 +15,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import LanguageModel
 from simplernn_jax.models.mixers.token_mixer import complete_options
-from simplernn_jax.models.named_weights import model_from_weights
-from simplernn_jax.models.pytorch_weights import read_pytorch_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, read_pytorch_weights
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -34,6 +33,16 @@ _SUPPORTED: dict[str, Any] = {
     "attnres_block_size": None,
 }
 """Settings with one supported value, which is also their default."""
+
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 32000),
+    "num_layers": ("num_hidden_layers", 24),
+    "hidden_dim": ("hidden_size", 2048),
+    "num_heads": ("num_heads", 4),
+    "tie_embeddings": ("tie_word_embeddings", False),
+    "norm_epsilon": ("norm_eps", 1e-6),
+}
+"""Fields of `ModelConfig`, and the settings of the same meaning with their defaults."""
 
 
 def load_gla_checkpoint(folder: str) -> LanguageModel:
@@ -91,16 +100,11 @@ def to_fla_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": "gla",
         "architectures": ["GLAForCausalLM"],
         **{name: value for name, value in _SUPPORTED.items() if value is not None},
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.hidden_dim,
+        **{name: getattr(config, field) for field, (name, _) in _FIELDS.items()},
         # Widths are rounded down from these products.
         "expand_k": (config.key_dim + 0.5) / config.hidden_dim,
         "expand_v": (config.value_dim + 0.5) / config.hidden_dim,
-        "num_heads": config.num_heads,
         "intermediate_size": config.mlp_dim,
-        "tie_word_embeddings": config.tie_embeddings,
-        "norm_eps": config.norm_epsilon,
         "clamp_min": options["min_log_gate"] or None,
         "use_short_conv": options["short_convolution"] != 0,
         "conv_size": options["short_convolution"] or 4,
@@ -110,11 +114,6 @@ def to_fla_config(config: ModelConfig) -> dict[str, Any]:
 def _read_json(path: str) -> dict[str, Any]:
     try:
         values = json.loads(read_file(path))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such file; specify the folder of a GLAForCausalLM, with {_CONFIG} and "
-            f"{_WEIGHTS} (`save_pretrained` writes both)"
-        ) from error
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read ({reason}); {_ADVICE}") from error
@@ -131,11 +130,11 @@ def _model_config(settings: dict[str, Any]) -> ModelConfig:
     for name, supported in _SUPPORTED.items():
         if (found := value(name, supported)) != supported:
             raise UserError(f"{name} is {found!r}; only {supported!r} is supported")
-    heads = value("num_heads", 4)
-    if value("num_kv_heads") not in (None, heads):
+    fields = {field: value(name, default) for field, (name, default) in _FIELDS.items()}
+    if value("num_kv_heads") not in (None, fields["num_heads"]):
         raise UserError("num_kv_heads differs from num_heads, which is not supported")
-    hidden, mlp = value("hidden_size", 2048), value("intermediate_size")
-    if mlp is None:
+    hidden = fields["hidden_dim"]
+    if (mlp := value("intermediate_size")) is None:
         mlp = 256 * math.ceil(int(hidden * (value("hidden_ratio") or 4) * 2 / 3) / 256)
     options: dict[str, Scalar] = {}  # other than the defaults
     if (clamp_min := value("clamp_min")) is not None:
@@ -147,16 +146,11 @@ def _model_config(settings: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         block="swiglu",
         mixer="gla",
-        vocab_size=value("vocab_size", 32000),
-        num_layers=value("num_hidden_layers", 24),
-        hidden_dim=hidden,
         key_dim=int(hidden * value("expand_k", 0.5)),
         value_dim=int(hidden * value("expand_v", 1.0)),
-        num_heads=heads,
         mlp_dim=mlp,
-        tie_embeddings=value("tie_word_embeddings", False),
-        norm_epsilon=float(value("norm_eps", 1e-6)),
         mixer_options=options,
+        **fields,
     )
 
 

@@ -27,9 +27,11 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.models.blocks import BLOCKS
 from simplernn_jax.models.layer_stack import LayerList, LayerStack
 from simplernn_jax.models.layers import Dense, Embedding, kernel_init
+from simplernn_jax.models.mixers.attention import KVCache
 from simplernn_jax.models.mixers.token_mixer import MakeMixer, find_mixer
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.segments import reset_state, select_sequences
 from simplernn_jax.parallel.mesh import partition_spec
 from simplernn_jax.parallel.tensor import fused_projection
 
@@ -74,6 +76,7 @@ class LanguageModel(nnx.Module):
             config.vocab_size, config.hidden_dim, init=normal, rngs=rngs
         )
         layers = _make_layers(config, rngs)
+        self.starts_from_zero = all(layer.mixer.starts_from_zero for layer in layers)
         self.layers = LayerStack(layers) if stack_layers else LayerList(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))
         tied = config.tie_embeddings and not plain
@@ -98,19 +101,31 @@ class LanguageModel(nnx.Module):
 
     def reset_states(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
         """Return the initial state for the sequences `where`, `state` for the others."""
-        return self.layers.reset(state, where)
+        if self.starts_from_zero:
+            return reset_state(state, where)
+        initial = self.initial_state(where.shape[0])
+        return jax.tree.map(partial(select_sequences, where), initial, state)
 
     def select_states(
         self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
     ) -> ModelState:
         """Select states by sequence, without copying caches.
 
+        Of a `KVCache` only the length is restored: the next token overwrites the slot of the
+        dropped one, which no query attends to until then.
+
         Args:
           keep_previous: True selects `previous`, False `current`.
           previous: the states before the last token.
           current: the states after it, of the same structure, which the result has too.
         """
-        return self.layers.select(keep_previous, previous, current)
+
+        def select(old: Any, new: Any) -> Any:
+            if isinstance(new, KVCache):
+                return new._replace(length=select(old.length, new.length))
+            return select_sequences(keep_previous, old, new)
+
+        return jax.tree.map(select, previous, current, is_leaf=lambda x: isinstance(x, KVCache))
 
     def hidden_states(
         self,
@@ -270,8 +285,7 @@ def initialize(
     # A copy, since the cache keeps its arguments, and a configuration may change later. So may the
     # class of a mixer, in a notebook.
     mixers = tuple(find_mixer(name).make for name in config.mixers)
-    init = _jitted(dataclasses.replace(config), mixers, remat, stack_layers)
-    return init(key)
+    return _initializer(dataclasses.replace(config), mixers, remat, stack_layers)(key)
 
 
 def abstract_model(config: ModelConfig) -> Initialized:
@@ -281,7 +295,7 @@ def abstract_model(config: ModelConfig) -> Initialized:
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted(
+def _initializer(
     config: ModelConfig, mixers: tuple[MakeMixer, ...], remat: str, stack_layers: bool
 ) -> Callable[[jax.Array], Initialized]:
     def init(key: jax.Array) -> Initialized:

@@ -1,13 +1,11 @@
 """The layers of a model: a list, or stacked parameters to be sharded over pipeline stages."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import (
     Activations,
@@ -17,28 +15,20 @@ from simplernn_jax.array_types import (
     TimeShardActivations,
 )
 from simplernn_jax.models.blocks import PlainBlock
-from simplernn_jax.ops.checks import check_array, check_batch, check_segment_ids
-from simplernn_jax.ops.segments import reset_state, select_sequences
+from simplernn_jax.ops.checks import check_batch
 from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.named_leaves import STACKED
 from simplernn_jax.parallel.pipeline import choose_num_chunks, run_pipeline
 
 
 def rematerialize(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """Wrap `layer` so that the backward pass recomputes activations according to `policy`.
+    """Wrap `layer`, which is called with arrays and None only, for its backward pass.
 
-    Args:
-      layer: called with arrays and None only.
-      policy: ``none`` saves all residuals; ``block`` saves the layer's inputs and recomputes the
-        rest.
-
-    Raises:
-      ValueError: another policy.
+    With the policy ``none`` it saves all residuals; with ``block`` it saves the layer's inputs and
+    recomputes the rest.
     """
     if policy == "none":
         return layer
-    if policy != "block":
-        raise ValueError(f"{policy=}: must be none or block")
 
     def call(*inputs: Any) -> Any:  # a new function: JAX caches traces, and layers are mutable
         return layer(*inputs)
@@ -56,18 +46,6 @@ class LayerList(nnx.List[PlainBlock]):
     def state_axes(self) -> ModelState:
         """Return the logical axes of each array of the state."""
         return tuple(layer.state_axes() for layer in self)
-
-    def reset(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
-        """Return the initial state for the sequences `where`, `state` for the others."""
-        pairs = zip(self, state, strict=True)
-        return tuple(layer.reset(layer_state, where) for layer, layer_state in pairs)
-
-    def select(
-        self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
-    ) -> ModelState:
-        """Select states by sequence; see `LanguageModel.select_states`."""
-        triples = zip(self, previous, current, strict=True)
-        return tuple(layer.select(keep_previous, old, new) for layer, old, new in triples)
 
     def __call__(
         self,
@@ -133,16 +111,6 @@ class LayerStack(nnx.Module):
 
         return {STACKED: jax.tree.map(stacked, self.stacked.state_axes())}
 
-    def reset(self, state: ModelState, where: Bool[Array, "B"]) -> ModelState:
-        """Return the zero state for the sequences `where`, `state` for the others."""
-        return reset_state(state, where)
-
-    def select(
-        self, keep_previous: Bool[Array, "B"], previous: ModelState, current: ModelState
-    ) -> ModelState:
-        """Select states by sequence; see `LanguageModel.select_states`."""
-        return jax.tree.map(partial(select_sequences, keep_previous), previous, current)
-
     def __call__(
         self,
         x: Activations,
@@ -165,18 +133,11 @@ class LayerStack(nnx.Module):
           This stage's time shard, ``[B, T / stages, D]``, and the state after the last token.
 
         Raises:
-          ValueError: wrong ranks, shapes inconsistent with each other, a number of stages that does
-            not divide T, or a call outside `jax.shard_map` with an axis ``pipeline``.
-          TypeError: wrong dtypes, or a state that is not from `initial_state`.
+          ValueError: a state of another batch size, a number of stages that does not divide T, or a
+            call outside `jax.shard_map` with an axis ``pipeline``.
         """
-        sizes = check_array("x", x, "B T D")
-        check_segment_ids(segment_ids, sizes)
         if state is not None:
-            if not isinstance(state, dict) or set(state) != {STACKED}:
-                raise TypeError(
-                    f"state: expected a dict of {STACKED!r}; got {type(state).__name__}"
-                )
-            check_batch("state", state, sizes["B"])
+            check_batch("state", state, x.shape[0])
         if "pipeline" not in jax.sharding.get_abstract_mesh().manual_axes:
             raise ValueError("stacked layers run only inside jax.shard_map with an axis `pipeline`")
         graph, params = nnx.split(self.stacked, nnx.Param)

@@ -54,7 +54,7 @@ def check_generation(model: LanguageModel, batch_size: int, max_new_tokens: int)
     parameters, state = model_bytes(model.config)
     state = batch_size * (state + _FLOAT32 * (model.config.vocab_size + max_new_tokens))
     estimate = {"parameters": parameters, "state": state}
-    _check("generating", estimate, "lower --num_samples or --max_new_tokens")
+    _check("generating", estimate, "generate fewer sequences or tokens at a time")
 
 
 def check_evaluation(model: LanguageModel, window: int) -> None:
@@ -90,12 +90,8 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     state = sequences * model.vocab_size * _FLOAT32 / shards
     if data.mode == "stream":
         state += device_sequences * state_bytes / shards
-    elif train.sample_every:
+    elif train.sample_every or data.validation_fraction:
         state = max(state, state_bytes / shards)
-    if data.validation_fraction:  # the states before and after a batch of at least one sequence
-        state = max(state, 2 * state_bytes / shards)
-    if {*model.mixers} <= {"simple_rnn", "gla"}:  # at least the states of a layer
-        state = max(state, sequences * state_bytes / model.num_layers / sizes["tensor"])
     return {
         "parameters": weights * (1 + moments),
         "activations": max(weights, activations)

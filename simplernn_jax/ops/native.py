@@ -92,24 +92,10 @@ def supports_native(dtype: Any) -> bool:
     return dtype == jnp.float32 and jax.default_backend() == "cpu" and has_native_functions()
 
 
-def use_native(x: jax.Array, native: bool | None) -> bool:
-    """Return whether to call a C function for the array `x`.
-
-    Args:
-      x: the array.
-      native: True or False forces the choice. None decides by size (`MIN_ELEMENTS`), and leaves
-        the array to XLA where it may be sharded.
-
-    Raises:
-      ValueError: `native` is True and the C functions do not support `x` here.
-    """
-    if native and not supports_native(x.dtype):
-        raise ValueError(f"native=True: requires float32 (got {x.dtype}), a CPU and a C compiler")
-    if not is_static(x.shape) or 0 in x.shape:
-        return False
-    if native is not None:
-        return native
-    return x.size >= MIN_ELEMENTS and on_one_device() and supports_native(x.dtype)
+def use_native(x: jax.Array) -> bool:
+    """Return whether to call a C function for `x`: by its size, and only if it is not sharded."""
+    is_large = is_static(x.shape) and x.size >= MIN_ELEMENTS
+    return is_large and on_one_device() and supports_native(x.dtype)
 
 
 def has_native_functions() -> bool:
@@ -152,10 +138,10 @@ def _load(command: list[str]) -> ctypes.CDLL:
         check_owner(os.stat(folder), folder)
         for cached in folder.glob(f"{name}-*.so"):
             if _is_intact(cached):
-                return _open(cached)
+                return ctypes.CDLL(str(cached))
         with tempfile.TemporaryDirectory(dir=folder) as work:
             compiled = _compile(command, Path(work))
-            library = _open(compiled)
+            library = ctypes.CDLL(str(compiled))
             compiled.chmod(0o700)  # independent of the umask
             os.replace(compiled, folder / f"{name}-{sha256_hex(read_file(compiled))}.so")
             return library
@@ -163,7 +149,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
         logging.info("compiled code is not cached: %s", error)
     # A loaded library does not need its file.
     with tempfile.TemporaryDirectory() as work:
-        return _open(_compile(command, Path(work)))
+        return ctypes.CDLL(str(_compile(command, Path(work))))
 
 
 def _is_intact(file: Path) -> bool:
@@ -172,14 +158,6 @@ def _is_intact(file: Path) -> bool:
         return file.stem.endswith(sha256_hex(read_file(file, only_own=True)))
     except OSError:
         return False
-
-
-def _open(file: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(file))
-    for name in FUNCTIONS:
-        if not hasattr(library, name):
-            raise OSError(f"{file}: a library without {name}")
-    return library
 
 
 def _compile(command: list[str], folder: Path) -> Path:

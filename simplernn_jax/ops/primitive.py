@@ -51,8 +51,8 @@ class Operation:
     bwd: "Operation | None" = None
     """``bwd(*inputs, *residuals, *cotangents)``: the cotangents of the floating inputs. None
     differentiates the reference."""
-    partition: Callable[[Implementation], Implementation] | None = None
-    """Wrapper in `custom_partitioning`; None leaves sharded operands to XLA."""
+    partitioned: Implementation | None = None
+    """Implementation in `custom_partitioning`; None leaves sharded operands to XLA."""
     cpu_supports_vmap: bool = True
     """True if `vmap` may map `cpu`; otherwise it maps `differentiable` on CPUs."""
     num_residuals: int = 0
@@ -113,28 +113,22 @@ class Vmapped:
 
 @dataclasses.dataclass(frozen=True)
 class Linearized:
-    """Derivative: (inputs, residuals, tangents of the floating inputs) to tangents of the outputs.
-
-    If `transposed`, (inputs, residuals, cotangents of the outputs) to their cotangents.
-    """
+    """(Inputs, residuals, tangents of the floating inputs) to the tangents of the outputs."""
 
     impl: Implementation
     num_inputs: int
     num_residuals: int
     num_floating: int
-    transposed: bool = False
 
     def __call__(self, *args: jax.Array) -> Sequence[jax.Array]:
         """Compute the derivative."""
-        inputs, directions = args[: self.num_inputs], args[self.num_residuals :]
+        inputs, tangents = args[: self.num_inputs], args[self.num_residuals :]
         floating, others = inputs[: self.num_floating], inputs[self.num_floating :]
 
         def function(*floating: jax.Array) -> Sequence[jax.Array]:
             return list(self.impl(*floating, *others))
 
-        if self.transposed:
-            return jax.vjp(function, *floating)[1](list(directions))
-        return jax.jvp(function, floating, directions)[1]
+        return jax.jvp(function, floating, tangents)[1]
 
 
 def as_list(impl: Implementation) -> Implementation:
@@ -190,7 +184,7 @@ def _bind(op: Operation, args: Sequence[Any], results: Types) -> list[Any]:
                 "no rules here; create the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
             )
     partitioned = None
-    if op.partition is not None and not on_one_device():
+    if op.partitioned is not None and not on_one_device():
         partitioned = _partitioned_jaxpr(op, _types(args), jax.config.jax_enable_x64)  # type: ignore[attr-defined, unused-ignore]
     return _operation.bind(*args, op=op, results=results, partitioned=partitioned)
 
@@ -213,15 +207,14 @@ def _cached_result_types(op: Operation, types: Types, x64: bool) -> Types:
 
 @functools.lru_cache(maxsize=256)
 def _partitioned_jaxpr(op: Operation, types: Types, x64: bool) -> Any:
-    """Trace an operation inside `custom_partitioning`.
+    """Trace the partitioned implementation.
 
     The jaxpr is a parameter of the primitive, where `jit` finds `custom_partitioning`: it then
     lowers with the devices, which `custom_partitioning` needs.
     """
     del x64  # a key of the cache
-    assert op.partition is not None
-    partitioned = op.partition(dataclasses.replace(op, partition=None))
-    return jax.make_jaxpr(partitioned)(*(jax.ShapeDtypeStruct(*each) for each in types))
+    assert op.partitioned is not None
+    return jax.make_jaxpr(op.partitioned)(*(jax.ShapeDtypeStruct(*each) for each in types))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -269,12 +262,10 @@ def _differentiate(
     outputs = _bind(fwd, primals, fwd_results)
     residuals, outputs = [*primals, *outputs[len(results) :]], outputs[: len(results)]
     floating = sum(jnp.issubdtype(x.dtype, jnp.inexact) for x in primals)
-    jvp = Linearized(op.differentiable, len(primals), len(residuals), floating)
-    transposed = dataclasses.replace(jvp, transposed=True)
     linear = Operation(
-        jvp,
+        Linearized(op.differentiable, len(primals), len(residuals), floating),
         num_residuals=len(residuals),
-        transpose=dataclasses.replace(op.bwd, reference=transposed),
+        transpose=op.bwd,
     )
     return outputs, _bind(linear, [*residuals, *tangents[:floating]], results)
 

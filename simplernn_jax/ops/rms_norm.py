@@ -25,7 +25,7 @@ _TOKENS_PER_PARTIAL_SUM = 128
 """The gradient of the weights is summed in parts of this many tokens, which threads share."""
 
 
-def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = None) -> jax.Array:
+def rms_norm(x: jax.Array, *, epsilon: float = EPSILON) -> jax.Array:
     """Compute ``x / sqrt(mean(x^2) + epsilon)`` along the last axis, float32 (float64 if `x` is).
 
     Root mean square layer normalization (arXiv:1910.07467) without its scale, which the
@@ -34,7 +34,6 @@ def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = No
     Args:
       x: ``[..., D]``.
       epsilon: positive.
-      native: True calls the C functions, False never; None decides by size and platform.
     """
     check_array("x", x, "... D")
     x = jnp.asarray(x)  # without x64, float64 becomes float32
@@ -42,7 +41,7 @@ def rms_norm(x: jax.Array, *, epsilon: float = EPSILON, native: bool | None = No
     if epsilon != EPSILON:
         # The norm of c x with EPSILON equals the norm of x with EPSILON / c^2.
         x = x * math.sqrt(EPSILON / epsilon)
-    (y,) = (_NORM_IN_C if use_native(x, native) else _NORM_IN_XLA)(x)
+    (y,) = (_NORM_IN_C if use_native(x) else _NORM_IN_XLA)(x)
     return y
 
 
@@ -88,7 +87,6 @@ def rms_norm_convolution(
     starts: jax.Array | None,
     *,
     normalize: bool = True,
-    native: bool | None = None,
 ) -> tuple[Activations, ConvState]:
     """Compute ``y_t = sum_i w_i n_{t-i}`` for i in 0 .. W - 1, where ``n = rms_norm(x)``.
 
@@ -98,7 +96,6 @@ def rms_norm_convolution(
       recent: inputs n before the first token, of its segment, ``[B, W - 1, D]``.
       starts: ``[B, T]`` bool, True where a token starts a segment; None if none does.
       normalize: False convolves `x` itself, never in C.
-      native: as in `rms_norm`.
 
     Returns:
       ``[B, T, D]``, and n at the last W - 1 positions, regardless of segment; both
@@ -116,9 +113,9 @@ def rms_norm_convolution(
     x = x.astype(recent.dtype)
     if not normalize:
         return _by_shifts(x, weights, recent, starts)
-    if not use_native(x, native):
-        normalized = rms_norm(x, native=False).astype(recent.dtype)
-        return _by_shifts(normalized, weights, recent, starts)
+    if not use_native(x):
+        (normalized,) = _NORM_IN_XLA(x.astype(accumulator_dtype(x)))
+        return _by_shifts(normalized.astype(recent.dtype), weights, recent, starts)
     inputs = [x, weights.astype(x.dtype), recent, *([] if starts is None else [starts])]
     y, final = _CONVOLUTION_IN_C(*inputs)
     return y, final
@@ -146,8 +143,8 @@ def _by_shifts(
 def _convolution(
     x: jax.Array, weights: jax.Array, recent: jax.Array, starts: jax.Array | None = None
 ) -> Sequence[jax.Array]:
-    scale = inverse_rms(x)
-    return *_by_shifts(rms_norm(x, native=False), weights, recent, starts), scale
+    (normalized,) = _NORM_IN_XLA(x)
+    return *_by_shifts(normalized, weights, recent, starts), inverse_rms(x)
 
 
 def _convolution_in_c(
@@ -163,8 +160,8 @@ def _convolution_gradient(*args: jax.Array) -> Sequence[jax.Array]:
     x, weights, recent, *starts, _, d_y, d_final = args
 
     def function(x: jax.Array, weights: jax.Array, recent: jax.Array) -> Any:
-        x = rms_norm(x, native=False)
-        return _by_shifts(x, weights, recent, starts[0] if starts else None)
+        (normalized,) = _NORM_IN_XLA(x)
+        return _by_shifts(normalized, weights, recent, starts[0] if starts else None)
 
     return jax.vjp(function, x, weights, recent)[1]((d_y, d_final))
 

@@ -33,10 +33,9 @@ def psum(tree: Any, *names: str) -> Any:
     return jax.lax.psum(jax.tree.map(lambda x: vary_over(x, frozenset(sharded)), tree), sharded)
 
 
-def shift(x: jax.Array, name: str, by: int = 1) -> jax.Array:
-    """Receive `x` from index - `by` along the axis `name` (`ppermute`); zeros if there is none."""
-    size = axis_size(name)
-    pairs = [(place, place + by) for place in range(size - by)]
+def shift(x: jax.Array, name: str) -> jax.Array:
+    """Receive the previous device's `x` along the axis `name`; zeros on the first device."""
+    pairs = [(place, place + 1) for place in range(axis_size(name) - 1)]
     return jax.lax.ppermute(vary_over(x, frozenset([name])), name, pairs)
 
 

@@ -2,7 +2,7 @@
 
 Stage s works on chunk c at tick s + c: its layers' states stay on the stage, and activations are
 sent to the next stage after each tick. All stages are busy except at both ends, when the first
-chunk has not arrived or the last one has left (`bubble`)::
+chunk has not arrived or the last one has left (the bubble)::
 
     tick      0    1    2    3    4
     stage 0   c0   c1   c2   -    -
@@ -55,17 +55,13 @@ def choose_num_chunks(length: int, stages: int) -> int:
     )
 
 
-def bubble(chunks: int, stages: int) -> float:
-    """Return the fraction of its ticks in which a stage is idle."""
-    return (stages - 1) / (chunks + stages - 1)
-
-
 def describe_stages(length: int, stages: int) -> str:
     """Describe the schedule of `length` tokens in one line."""
     chunks = choose_num_chunks(length, stages)
+    bubble = (stages - 1) / (chunks + stages - 1)
     return (
         f"{stages} stages, {chunks} chunks of {length // chunks} tokens: "
-        f"a stage is idle {bubble(chunks, stages):.1%} of the time"
+        f"a stage is idle {bubble:.1%} of the time"
     )
 
 

@@ -33,7 +33,7 @@ from simplernn_jax.array_types import (
 )
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.gated_linear_recurrence.sharding import read_state, scan_shards, shard_decay
+from simplernn_jax.ops.gated_linear_recurrence.sharding import join_shards
 from simplernn_jax.ops.rms_norm import rms_norm, rms_norm_convolution
 from simplernn_jax.ops.segments import mask_to_last_segment, reset_state, segment_starts
 from simplernn_jax.parallel.collectives import (
@@ -100,18 +100,9 @@ def sharded_recurrence(
         return gated_linear_recurrence(
             q, k, v, log_gate, initial_state=initial_state, segment_ids=segment_ids, method=method
         )
-    from_zero, state = gated_linear_recurrence(
-        q, k, v, log_gate, segment_ids=segment_ids, method=method
-    )
-    log_gate = log_gate.astype(state.dtype)
+    from_zero = gated_linear_recurrence(q, k, v, log_gate, segment_ids=segment_ids, method=method)
     before_reset = None if segment_ids is None else segment_ids == 0
-    if initial_state is None:
-        initial_state = jnp.zeros_like(state)
-    decay = shard_decay(log_gate, before_reset)
-    incoming, outgoing = scan_shards((AXIS,), decay, state, initial_state)
-    # The gradient recomputes the decays instead of saving one more array of every token.
-    output = from_zero + jax.checkpoint(read_state)(q, log_gate, before_reset, incoming)
-    return output.astype(v.dtype), outgoing
+    return join_shards((AXIS,), from_zero, q, log_gate, initial_state, before_reset)
 
 
 def sharded_convolution(

@@ -8,15 +8,13 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import TokenLogprobs
-from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.inference.text import StopStrings, TextStream
-from simplernn_jax.serving.http import in_thread_if_long
-from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens, Prefilled
+from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.worker import Worker
 
@@ -71,9 +69,7 @@ class ChoiceText:
         self.last_seconds = time.perf_counter()
         """Time of the last event, or of its creation."""
         self._num_logprobs = job.num_logprobs
-        before = np.zeros(0, np.int32) if job.prefix is None else job.prefix.recent
-        context = np.concatenate([before, job.tokens[-RECENT_TOKENS:]])
-        self._stream = TextStream(tokenizer, context)
+        self._stream = TextStream(tokenizer, job.recent)
         self._stops = StopStrings(job.stops)
         self._stop_ids = frozenset(job.sampling.stop_ids)
         self._offset = len(job.echoed)
@@ -109,12 +105,8 @@ class ChoiceText:
         return Piece(text, ready, reason)
 
 
-def prompt_entries(
-    tokenizer: Tokenizer, job: Job, logprobs: TokenLogprobs | None
-) -> list[TokenEntry]:
-    """Make the entries of a prompt; none without `logprobs`."""
-    if logprobs is None:
-        return []
+def prompt_entries(tokenizer: Tokenizer, job: Job, logprobs: TokenLogprobs) -> list[TokenEntry]:
+    """Make the entries of a prompt."""
     shift = len(job.tokens) - len(logprobs.token)  # 1 without a state: nothing predicts it
     entries, offset, stream = [], 0, TextStream(tokenizer)
     for index, token in enumerate(job.tokens.tolist()):
@@ -126,25 +118,22 @@ def prompt_entries(
 
 def event_bytes(event: Event) -> int:
     """Estimate the memory that an event takes."""
-    arrays: list[Any] = [event.tokens] if isinstance(event, NewTokens) else []
-    if not isinstance(event, Failed) and event.logprobs is not None:
-        arrays += event.logprobs
-    return 512 + sum(array.nbytes for array in arrays)
+    return 512 + sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(event))
 
 
 class Answer:
-    """The results of the jobs of a request: `submit` them, then iterate over `updates`."""
+    """The results of the jobs of a request: `submit` them, then iterate over `updates`.
+
+    The jobs have the same number of choices each.
+    """
 
     def __init__(self, worker: Worker, tokenizer: Tokenizer, jobs: list[Job]) -> None:
         self.jobs = jobs
-        self._worker, self._tokenizer = worker, tokenizer
-        self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
-        self._choices = {
-            job: [ChoiceText(tokenizer, job) for _ in range(job.num_choices)] for job in jobs
-        }
-        self._num_left = sum(job.num_choices for job in jobs)
         self.state: PrefixState | None = None
         """State after the prompt of a job that keeps it."""
+        self._worker, self._tokenizer = worker, tokenizer
+        self._queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
+        self._choices = [ChoiceText(tokenizer, job) for job in jobs for _ in range(job.num_choices)]
         self._cached_tokens = 0
         self._unread_bytes = 0
         for job in jobs:
@@ -166,14 +155,13 @@ class Answer:
 
     def cancel(self) -> None:
         """Free what the jobs use."""
-        for job in self.jobs:
-            job.is_cancelled = True
+        self._worker.cancel(*self.jobs)
 
     @property
     def usage(self) -> Any:
         """Number of tokens, as the API reports it."""
         prompt = sum(len(job.tokens) for job in self.jobs)
-        new = sum(choice.num_tokens for each in self._choices.values() for choice in each)
+        new = sum(choice.num_tokens for choice in self._choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -181,12 +169,16 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
+    @property
+    def _is_complete(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self._choices)
+
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield what the events add, as lists; `RequestError` if the worker fails or stops.
 
         Events count as read once the next ones are asked for.
         """
-        while self._num_left:
+        while not self._is_complete:
             if not self._queue.empty():
                 await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run
             events = [await self._queue.get()]
@@ -194,52 +186,56 @@ class Answer:
                 events.append(self._queue.get_nowait())
             updates: list[Update] = []
             for job, event in events:
-                if isinstance(event, Failed):
+                if isinstance(event, RequestError):
                     break
                 updates += await self._read(job, event)
             if updates:
                 yield updates
-            if isinstance(event, Failed) and self._num_left:  # after what came before it
-                raise RequestError(event.message, status=503)
+            if isinstance(event, RequestError) and not self._is_complete:
+                raise event  # after what came before it
             self._count_unread(-sum(event_bytes(event) for _, event in events))
 
     async def pieces(self) -> list[Piece]:
-        """Collect the whole pieces of all choices; raises what `updates` does."""
-        pieces = [Piece("", [], None) for job in self.jobs for _ in range(job.num_choices)]
-        async for updates in self.updates():
-            for index, piece in updates:
-                pieces[index].text += piece.text
-                pieces[index].entries += piece.entries
-                pieces[index].finish_reason = piece.finish_reason
+        """Collect the whole pieces of all choices, and end; raises what `updates` does."""
+        pieces = [Piece("", [], None) for _ in self._choices]
+        try:
+            async for updates in self.updates():
+                for index, piece in updates:
+                    pieces[index].text += piece.text
+                    pieces[index].entries += piece.entries
+                    pieces[index].finish_reason = piece.finish_reason
+        finally:
+            self.cancel()
         return pieces
 
     async def _read(self, job: Job, event: Prefilled | NewTokens) -> list[Update]:
-        first, choices = self.jobs.index(job) * job.num_choices, self._choices[job]
+        metrics, first = self._worker.metrics, self.jobs.index(job) * job.num_choices
         if isinstance(event, Prefilled):
             self.state = event.state
             self._cached_tokens += event.cached_tokens
-            self._worker.metrics.prompt_tokens.inc(len(job.tokens))
-            self._worker.metrics.cached_tokens.inc(event.cached_tokens)
-            size = len(job.tokens) if job.scores_prompt else 0
-            entries = await in_thread_if_long(
-                size, prompt_entries, self._tokenizer, job, event.logprobs
-            )
+            metrics.prompt_tokens.inc(len(job.tokens))
+            metrics.cached_tokens.inc(event.cached_tokens)
+            entries = []
+            if event.logprobs is not None:
+                entries = await asyncio.to_thread(
+                    prompt_entries, self._tokenizer, job, event.logprobs
+                )
             piece = Piece(job.echoed, entries, None if job.max_tokens else "length")
             if piece == Piece("", [], None):
                 return []
-            self._num_left -= 0 if job.max_tokens else len(choices)
-            return [(first + index, piece) for index in range(len(choices))]
-        choice = choices[event.choice]
+            indices = range(first, first + job.num_choices)
+            for index in indices:
+                self._choices[index].finish_reason = piece.finish_reason
+            return [(index, piece) for index in indices]
+        choice = self._choices[first + event.choice]
         if choice.finish_reason is not None:
             return []
         now = time.perf_counter()
-        seconds = now - choice.last_seconds
-        self._worker.metrics.observe(choice.num_tokens, len(event.tokens), seconds)
+        metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
         choice.last_seconds = now
         piece = choice.feed(event)
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)
-            self._num_left -= 1
         return [(first + event.choice, piece)]
 
 

@@ -1,34 +1,31 @@
-"""The HTTP application: the page, and the operations of the API with their OpenAPI document."""
+"""The HTTP application: the page, and the operations of the API."""
 
 import asyncio
-import contextlib
 import importlib.resources
+import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from absl import logging
-from msgspec import UNSET
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-import simplernn_jax
 from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Piece
 from simplernn_jax.serving.http import (
-    EventStream,
     error_object,
     error_response,
     excerpt,
-    in_thread_if_long,
     json_response,
     read_body,
     unless_disconnected,
 )
 from simplernn_jax.serving.requests import (
-    NAME_PATTERN,
+    AnyRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -40,12 +37,7 @@ from simplernn_jax.serving.requests import (
 from simplernn_jax.serving.service import Service
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
-PAGE_FILES = {
-    "index.html": "text/html",
-    "page.js": "text/javascript",
-    "tokens.js": "text/javascript",
-    "page.css": "text/css",
-}
+PAGE_FILES = ("index.html", "page.js", "tokens.js", "page.css")
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
@@ -53,6 +45,8 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+LONG = 4096
+"""Tokens whose JSON takes some ten milliseconds: a thread makes it, while others are answered."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -61,9 +55,8 @@ def make_app(service: Service) -> Starlette:
     routes = [Route(f"/{name}".removesuffix("index.html"), page_file(name)) for name in PAGE_FILES]
     routes += [
         Route(path, api.endpoint(path, handler), methods=[method])
-        for method, path, handler, _ in OPERATIONS
+        for method, path, handler in OPERATIONS
     ]
-    routes.append(Route("/openapi.json", api.openapi))
     app = Starlette(routes=routes, exception_handlers={HTTPException: http_exception})
     app.router.redirect_slashes = False
     return app
@@ -71,10 +64,10 @@ def make_app(service: Service) -> Starlette:
 
 def page_file(name: str) -> Callable[[Request], Awaitable[Response]]:
     """Make the endpoint of a file, which another installation may replace meanwhile."""
-    content, media_type = (PAGE / name).read_bytes(), f"{PAGE_FILES[name]}; charset=utf-8"
+    content, (media_type, _) = (PAGE / name).read_bytes(), mimetypes.guess_type(name)
 
     async def respond(request: Request) -> Response:
-        return Response(content, 200, PAGE_HEADERS, media_type)
+        return Response(content, 200, PAGE_HEADERS, f"{media_type}; charset=utf-8")
 
     return respond
 
@@ -91,7 +84,6 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._listing = asyncio.Lock()
 
     def endpoint(self, path: str, handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
         """Bind an operation; its errors become responses, and all responses are counted."""
@@ -111,6 +103,14 @@ class Api:
 
         return respond
 
+    async def _submit(self, request: Request, kind: type[AnyRequest]) -> tuple[AnyRequest, Answer]:
+        """Read the body of a request and submit its jobs; raises what has a status."""
+        self._service.check_room()
+        async with read_body(request) as content:
+            body, answer = await self._service.answer(kind, content)
+        answer.submit()
+        return body, answer
+
     async def completions(self, request: Request) -> Response:
         """Continue texts or token ids."""
         return await self._complete(request, CompletionRequest, Completion)
@@ -126,24 +126,19 @@ class Api:
         form_of: type[Completion],
     ) -> Response:
         service = self._service
-        service.check_room()
-        async with read_json(request, kind) as (body, size):
-            service.check_model(body.model)
-            answer, _ = await service.answer(body, size * (body.n or 1))
+        body, answer = await self._submit(request, kind)
         names = None if body.num_logprobs is None else service.names
         form = form_of(service.model_name, names)
-        answer.submit()  # raises what has a status, before a stream begins
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(stream(form, answer, with_usage), answer.cancel)
-        try:
-            pieces = await unless_disconnected(request.receive, answer.pieces())
-        finally:
-            answer.cancel()
-        size = sum(len(piece.entries) + len(piece.text) // 16 for piece in pieces)
-        return await in_thread_if_long(
-            size, lambda: json_response(form.response(pieces, answer.usage))
-        )
+            return StreamingResponse(
+                stream(form, answer, with_usage),
+                headers={"Cache-Control": "no-cache"},
+                media_type="text/event-stream",
+                background=BackgroundTask(answer.cancel),  # also if the stream never begins
+            )
+        pieces = await unless_disconnected(request.receive, answer.pieces())
+        return await asyncio.to_thread(lambda: json_response(form.response(pieces, answer.usage)))
 
     @property
     def _model(self) -> Any:
@@ -164,25 +159,31 @@ class Api:
         service = self._service
 
         def encoded() -> Response:
+            body = parse(TokenizeRequest, content)
+            service.check_model(body.model)
             ids = service.encode(body.prompt).tolist()
             if body.add_special_tokens:
                 ids = [service.tokenizer.bos_id, *ids]
             names = [service.names.names[i] for i in ids] if body.return_token_strs else None
             return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
 
-        async with read_json(request, TokenizeRequest) as (body, size):
-            service.check_model(body.model)
-            response = await in_thread_if_long(size, encoded)
+        async with read_body(request) as content:
+            response = await asyncio.to_thread(encoded)
         return response
 
     async def detokenize(self, request: Request) -> Response:
         """Decode token ids."""
         service = self._service
-        async with read_json(request, DetokenizeRequest) as (body, size):
+
+        def decoded() -> Response:
+            body = parse(DetokenizeRequest, content)
             service.check_model(body.model)
             service.check_ids("tokens", body.tokens)
-            text = await in_thread_if_long(size, service.tokenizer.decode, body.tokens)
-        return json_response({"prompt": text})
+            return json_response({"prompt": service.tokenizer.decode(body.tokens)})
+
+        async with read_body(request) as content:
+            response = await asyncio.to_thread(decoded)
+        return response
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Describe the tokenizer."""
@@ -202,33 +203,24 @@ class Api:
 
     async def list_states(self, request: Request) -> Response:
         """List the named states."""
-        async with self._listing:  # it reads all files: several would take the threads of others
-            states = await asyncio.to_thread(self._service.states.descriptions)
+        states = await asyncio.to_thread(self._service.states.descriptions)
         return json_response({"object": "list", "data": states})
 
     async def make_state(self, request: Request) -> Response:
         """Prefill a text once and name its state."""
-        service = self._service
-        service.check_room()
-        async with read_json(request, StateRequest) as (body, size):
-            answer, parent = await service.answer(body, size)
-        states = service.states  # a reload replaces them together with the parameters
-        answer.submit()
-        try:
-            await unless_disconnected(request.receive, answer.pieces())
-        finally:
-            answer.cancel()
-        name = None if body.name is UNSET else body.name
-        tokens = answer.jobs[0].tokens
+        body, answer = await self._submit(request, StateRequest)
+        states = self._service.states  # a reload replaces them together with the parameters
+        await unless_disconnected(request.receive, answer.pieces())
+        (job,) = answer.jobs
         assert answer.state is not None
-        state = await asyncio.to_thread(states.add, name, answer.state, tokens, parent)
-        return json_response(states.describe(state), 201)
+        state = await asyncio.to_thread(states.add, body.name, answer.state, job)
+        return json_response(state.description, 201)
 
     async def show_state(self, request: Request) -> Response:
         """Describe a state."""
-        states = self._service.states
-        state = await asyncio.to_thread(states.load, request.path_params["name"])
-        return json_response(states.describe(state))
+        name = request.path_params["name"]
+        state = await asyncio.to_thread(self._service.states.load, name)
+        return json_response(state.description)
 
     async def delete_state(self, request: Request) -> Response:
         """Delete a state."""
@@ -248,7 +240,7 @@ class Api:
         states, name = self._service.states, request.path_params["name"]
         async with read_body(request) as content:
             state = await asyncio.to_thread(states.put, name, content)
-        return json_response(states.describe(state), 201)
+        return json_response(state.description, 201)
 
     async def health(self, request: Request) -> Response:
         """200 once requests are answered, 503 before and while ending."""
@@ -275,42 +267,28 @@ class Api:
         """Load the checkpoint that is selected now."""
         return json_response({"reloaded": await self._service.reload()})
 
-    async def openapi(self, request: Request) -> Response:
-        """Serve the OpenAPI document."""
-        return json_response(openapi_document(self._service.model_name))
-
 
 Handler = Callable[[Api, Request], Awaitable[Response]]
-OPERATIONS: list[tuple[str, str, Handler, Any]] = [
-    ("POST", "/v1/completions", Api.completions, CompletionRequest),
-    ("POST", "/v1/chat/completions", Api.chat, ChatRequest),
-    ("GET", "/v1/models", Api.models, None),
-    ("GET", "/v1/models/{name:path}", Api.model, None),
-    ("POST", "/tokenize", Api.tokenize, TokenizeRequest),
-    ("POST", "/detokenize", Api.detokenize, DetokenizeRequest),
-    ("GET", "/tokenizer_info", Api.tokenizer_info, None),
-    ("GET", "/v1/states", Api.list_states, None),
-    ("POST", "/v1/states", Api.make_state, StateRequest),
-    ("GET", "/v1/states/{name}", Api.show_state, None),
-    ("DELETE", "/v1/states/{name}", Api.delete_state, None),
-    ("GET", "/v1/states/{name}/file", Api.download_state, None),
-    ("PUT", "/v1/states/{name}/file", Api.upload_state, bytes),
-    ("GET", "/health", Api.health, None),
-    ("GET", "/slots", Api.slots, None),
-    ("GET", "/metrics", Api.metrics, None),
-    ("POST", "/admin/reload", Api.reload, None),
+OPERATIONS: list[tuple[str, str, Handler]] = [
+    ("POST", "/v1/completions", Api.completions),
+    ("POST", "/v1/chat/completions", Api.chat),
+    ("GET", "/v1/models", Api.models),
+    ("GET", "/v1/models/{name:path}", Api.model),
+    ("POST", "/tokenize", Api.tokenize),
+    ("POST", "/detokenize", Api.detokenize),
+    ("GET", "/tokenizer_info", Api.tokenizer_info),
+    ("GET", "/v1/states", Api.list_states),
+    ("POST", "/v1/states", Api.make_state),
+    ("GET", "/v1/states/{name}", Api.show_state),
+    ("DELETE", "/v1/states/{name}", Api.delete_state),
+    ("GET", "/v1/states/{name}/file", Api.download_state),
+    ("PUT", "/v1/states/{name}/file", Api.upload_state),
+    ("GET", "/health", Api.health),
+    ("GET", "/slots", Api.slots),
+    ("GET", "/metrics", Api.metrics),
+    ("POST", "/admin/reload", Api.reload),
 ]
-"""Method, path, handler and type of the body, ``bytes`` or None, of all operations."""
-
-
-_Body = TypeVar("_Body")
-
-
-@contextlib.asynccontextmanager
-async def read_json(request: Request, kind: type[_Body]) -> AsyncIterator[tuple[_Body, int]]:
-    """Read and parse a body as `read_body`; give it and its size in bytes."""
-    async with read_body(request) as content:
-        yield await in_thread_if_long(len(content) // 16, parse, kind, content), len(content)
+"""Method, path and handler of all operations."""
 
 
 async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
@@ -326,7 +304,10 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
             frames = []
             for index, piece in updates:
                 if piece.text or piece.entries or piece.finish_reason or index not in started:
-                    frames.append(await in_thread_if_long(len(piece.entries), frame, index, piece))
+                    if len(piece.entries) > LONG:
+                        frames.append(await asyncio.to_thread(frame, index, piece))
+                    else:
+                        frames.append(frame(index, piece))
                     started.add(index)
             if frames:
                 yield b"".join(frames)
@@ -334,41 +315,10 @@ async def stream(form: Completion, answer: Answer, with_usage: bool) -> AsyncIte
         yield end + b"data: [DONE]\n\n"
     except RequestError as error:
         yield sse_frame(error_object(error))
+    finally:
+        answer.cancel()
 
 
 def sse_frame(content: Any) -> bytes:
     """Encode one server-sent event."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
-
-
-def openapi_document(model_name: str) -> Any:
-    """Describe all operations, from the types of their requests."""
-    kinds = [body for *_, body in OPERATIONS if body not in (None, bytes)]
-    schemas, components = msgspec.json.schema_components(
-        kinds, ref_template="#/components/schemas/{name}"
-    )
-    content: dict[Any, Any] = {bytes: {"application/octet-stream": {"schema": {"type": "string"}}}}
-    for kind, schema in zip(kinds, schemas, strict=True):
-        content[kind] = {"application/json": {"schema": schema}}
-    error = {"description": "OpenAI's error object", "content": {"application/json": {}}}
-    responses = {"2XX": {"description": "Success"}, "4XX": error, "5XX": error}
-    paths: dict[str, Any] = {}
-    for method, path, handler, kind in OPERATIONS:
-        of_path = paths.setdefault(path.replace(":path", ""), {})
-        if "{name" in path:
-            schema = {"type": "string"} | ({"pattern": NAME_PATTERN} if "states" in path else {})
-            name = {"name": "name", "in": "path", "required": True, "schema": schema}
-            of_path["parameters"] = [name]
-        described = of_path[method.lower()] = {"summary": handler.__doc__, "responses": responses}
-        if kind is not None:
-            described["requestBody"] = {"required": True, "content": content[kind]}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": f"simplernn_jax: {model_name}", "version": simplernn_jax.__version__},
-        "paths": paths,
-        "components": {
-            "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{"key": []}, {}],
-    }

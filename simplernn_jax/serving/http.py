@@ -1,18 +1,18 @@
-"""HTTP below the routes: bodies, responses, streams, and access."""
+"""HTTP below the routes: bodies, responses, and access."""
 
 import asyncio
 import contextlib
 import hmac
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import read_file
@@ -25,11 +25,7 @@ SMALL_BODY_BYTES = 1 << 14
 """Bytes of a body that always finds room."""
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
-UNREAD_SECONDS = 300.0
-"""Seconds after which a stream ends whose client takes nothing."""
-LONG = 4096
-"""Characters or tokens from which work is done in a thread: some ten milliseconds."""
-OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health"})
 """Paths that need no key: they tell nothing about the model."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -38,14 +34,6 @@ _in_use: dict[Request, int] = {}
 """Bytes of each body in use that is not small."""
 
 _T = TypeVar("_T")
-
-
-async def in_thread_if_long(size: int, function: Callable[..., _T], *args: Any) -> _T:
-    """Call a function, in a thread if it is long: other requests are answered meanwhile.
-
-    `size` is the number of characters or tokens that it handles.
-    """
-    return await asyncio.to_thread(function, *args) if size > LONG else function(*args)
 
 
 @contextlib.asynccontextmanager
@@ -121,30 +109,6 @@ async def unless_disconnected(receive: Receive, result: Coroutine[Any, Any, _T])
     finally:
         task.cancel()
         gone.cancel()
-
-
-class EventStream(StreamingResponse):
-    """A stream of server-sent events; the task group of its base class costs more than a block."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        """`close` is called at the end, even of a stream that never began."""
-        super().__init__(content, headers={"Cache-Control": "no-cache"})
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream until it ends, or the client disconnects or does not read."""
-
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(UNREAD_SECONDS):
-                await send(message)
-
-        try:
-            with contextlib.suppress(ClientDisconnect, TimeoutError):
-                await unless_disconnected(receive, self.stream_response(send_in_time))
-        finally:
-            self._close()
 
 
 def read_key(path: str | None) -> bytes | None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
+from simplernn_jax.inference.state import RECENT_TOKENS
+from simplernn_jax.serving.requests import RequestError
 
 
 class Prefix(NamedTuple):
@@ -19,6 +21,8 @@ class Prefix(NamedTuple):
     """Identifies the state in the prefix cache."""
     recent: np.ndarray
     """[n] int32 last ids, for `Sampling.repetition_penalty` and the text of new tokens."""
+    description: Any = None
+    """Of a named state, as the API shows it."""
 
 
 class Prefilled(NamedTuple):
@@ -41,13 +45,8 @@ class NewTokens(NamedTuple):
     """None as long as more come, ``stop`` after a stop id, ``length`` after `Job.max_tokens`."""
 
 
-class Failed(NamedTuple):
-    """The job ended without a result."""
-
-    message: str
-
-
-Event = Prefilled | NewTokens | Failed
+Event = Prefilled | NewTokens | RequestError
+"""An error ends all choices of the job."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,3 +77,9 @@ class Job:
     """True while its client has too much to read."""
     deliver: Callable[["Job", "Event"], None] | None = None
     """Called in the event loop with each event."""
+
+    @property
+    def recent(self) -> np.ndarray:
+        """The last ids of prefix and prompt."""
+        before = self.tokens[:0] if self.prefix is None else self.prefix.recent
+        return np.concatenate([before, self.tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]

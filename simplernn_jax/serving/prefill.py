@@ -68,16 +68,13 @@ class Prompt:
 
 
 class Prefiller:
-    """Prefills up to `MAX_JOBS` jobs in turn. Not thread-safe.
+    """Prefills prompts, up to `MAX_JOBS` in turn. Not thread-safe.
 
-    `zero` is the state of one sequence before its first token. Jobs begin with prefixes of `cache`,
-    to which their own are added.
+    `zero` is the state of one sequence before its first token. Prompts begin with prefixes of
+    `cache`, to which their own are added.
     """
 
     def __init__(self, engine: Engine, zero: PrefixState, cache: "PrefixCache") -> None:
-        self.prompts: deque[Prompt] = deque()
-        self.finished: list[Prompt] = []
-        """Prompts that `start` and `step` have finished; the caller takes them."""
         self._engine = engine
         self._zero = zero
         self._cache = cache
@@ -96,8 +93,8 @@ class Prefiller:
             check_logits(state.logits)
             self._engine.score(hidden, tokens)
 
-    def start(self, job: Job) -> None:
-        """Begin with a job; there must be fewer than `MAX_JOBS`."""
+    def begin(self, job: Job) -> Prompt:
+        """Begin with the prompt of a job; it may be found in the cache as a whole."""
         prefix = job.prefix
         keys = prefix_keys(b"" if prefix is None else prefix.digest, job.tokens)
         prompt = Prompt(job, self._zero if prefix is None else prefix.state, keys)
@@ -107,33 +104,27 @@ class Prefiller:
             prompt.state = prompt.state if found is None else found
         elif prefix is not None and len(job.tokens):
             prompt.scores.append(_score(prefix.state.logits, job.tokens[:1]))
-        self._put(prompt)
+        return prompt
 
-    def step(self) -> int:
-        """Prefill the next chunk of the prompt that has waited longest, and of those like it.
+    def advance(self, prompts: deque[Prompt]) -> int:
+        """Prefill the next chunk of the first of `prompts`, and of those like it; put them last.
 
         Returns:
           The number of tokens computed, idle lanes included.
         """
-        lanes, length = program = self._program(self.prompts[0])
-        alike = [prompt for prompt in self.prompts if self._program(prompt) == program]
+        lanes, length = program = self._program(prompts[0])
+        alike = [prompt for prompt in prompts if self._program(prompt) == program]
         calls = [alike[at : at + lanes] for at in range(0, len(alike), lanes)]
         run = map if len(calls) == 1 else self._pool.map
         num_tokens = 0
         results = run(functools.partial(self._prefill, lanes, length), calls)
-        for prompts, states in zip(calls, results, strict=True):
-            for prompt, (state, hidden) in zip(prompts, states, strict=False):
-                self.prompts.remove(prompt)
-                self._advance(prompt, state, hidden)
+        for call, states in zip(calls, results, strict=True):
+            for prompt, (state, hidden) in zip(call, states, strict=False):
+                self._take(prompt, state, hidden)
+                prompts.remove(prompt)
+                prompts.append(prompt)
             num_tokens += len(states) * length
         return num_tokens
-
-    def drop_cancelled(self) -> None:
-        """Forget the jobs that were cancelled."""
-        self.prompts = deque(prompt for prompt in self.prompts if not prompt.job.is_cancelled)
-
-    def _put(self, prompt: Prompt) -> None:
-        (self.prompts if len(prompt.left) else self.finished).append(prompt)
 
     def _program(self, prompt: Prompt) -> tuple[int, int]:
         """Return the lanes and the length of the program that prefills the next chunk."""
@@ -152,7 +143,7 @@ class Prefiller:
         results, _ = self._engine.prefill(states, left, length)
         return jax.block_until_ready(results)  # or a long prompt would run far ahead
 
-    def _advance(self, prompt: Prompt, state: PrefixState, hidden: jax.Array) -> None:
+    def _take(self, prompt: Prompt, state: PrefixState, hidden: jax.Array) -> None:
         """Take the results of a chunk."""
         tokens, length = prompt.job.tokens, hidden.shape[1]
         if prompt.job.scores_prompt:
@@ -163,9 +154,8 @@ class Prefiller:
             prompt.scores.append(self._engine.score(hidden, targets))
         prompt.state = state
         prompt.position = min(prompt.position + length, len(tokens))
-        if prompt.position % GRID == 0 and is_kept(prompt.position, len(tokens)):
+        if prompt.position % GRID == 0:
             self._cache.add(prompt.keys[prompt.position // GRID - 1], state)
-        self._put(prompt)
 
 
 _score = jax.jit(token_logprobs)
@@ -179,16 +169,6 @@ def prefix_keys(digest: bytes, tokens: np.ndarray) -> list[bytes]:
         digest = hashlib.sha256(digest + content).digest()
         keys.append(digest)
     return keys
-
-
-def is_kept(position: int, length: int) -> bool:
-    """Decide whether the state at `position` of a prompt of `length` tokens is worth its memory.
-
-    The last one always is. Of the others, the distances grow in proportion to the position, so that
-    a long prompt keeps few, and any prompt that shares a prefix with it reuses most of that.
-    """
-    spacing = GRID << max(0, (position // GRID).bit_length() - 5)
-    return position % spacing == 0 or position + GRID > length
 
 
 class PrefixCache:
@@ -223,11 +203,6 @@ class PrefixCache:
             _, evicted = self._entries.popitem(last=False)
             self.num_bytes -= _num_bytes(evicted)
             self.num_evicted += 1
-
-    def clear(self) -> None:
-        """Forget all states."""
-        self._entries.clear()
-        self.num_bytes = 0
 
 
 def _num_bytes(tree: Any) -> int:

@@ -1,10 +1,10 @@
 """Bodies of requests: types, ranges and unknown fields are checked while JSON is parsed."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 NAME_PATTERN = "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 MAX_PROMPTS = 256
@@ -47,12 +47,6 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """Accepted for compatibility: nothing is ever obfuscated."""
 
 
-class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The only format of answers."""
-
-    type: Literal["text"]
-
-
 class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that completions and chat completions share."""
 
@@ -84,7 +78,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Accepted for compatibility like `user`: they change nothing."""
     function_call: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
-    response_format: ResponseFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: Nothing | None = None
     """Accepted for compatibility if they ask for nothing but text."""
@@ -172,20 +166,16 @@ class ChatRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: ClassVar[bool] = False
+    """An answer never begins with the conversation."""
 
     def __post_init__(self) -> None:
         """Check rules of several fields."""
         super().__post_init__()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            message = "max_tokens: leave it out with max_completion_tokens"
-            raise RequestError(message)
+            raise RequestError("max_tokens: leave it out with max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: only with logprobs")
-
-    @property
-    def echo(self) -> bool:
-        """False: an answer never begins with the conversation."""
-        return False
 
     @property
     def length(self) -> int:
@@ -219,7 +209,11 @@ class StateRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     prompt: Prompt = ""
     parent: StateName | None = None
-    name: StateName | UnsetType = UNSET
+    name: StateName | None = None
+
+
+AnyRequest = TypeVar("AnyRequest", bound=CompletionRequest | ChatRequest | StateRequest)
+"""A request that becomes jobs."""
 
 
 def parse(kind: type[_Body], body: bytes) -> _Body:

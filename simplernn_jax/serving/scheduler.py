@@ -26,7 +26,7 @@ from simplernn_jax.inference.engine import (
 )
 from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Failed, Job, NewTokens
+from simplernn_jax.serving.jobs import Event, Job, NewTokens
 from simplernn_jax.serving.prefill import MAX_JOBS, Prefiller, PrefixCache, Prompt
 
 PREFILL_TOKENS = 512
@@ -55,13 +55,9 @@ class _Choice:
 
     def take(self, reason: str | None) -> NewTokens:
         """Make the event of the tokens that none has reported."""
-        parts, self.parts = self.parts, []
-        tokens = np.concatenate([new for new, _ in parts])
-        logprobs = [some for _, some in parts if some is not None]
-        joined = None
-        if logprobs:
-            joined = TokenLogprobs(*map(np.concatenate, zip(*logprobs, strict=True)))
-        return NewTokens(self.index, tokens, joined, reason)
+        tokens, logprobs = jax.tree.map(lambda *parts: np.concatenate(parts), *self.parts)
+        self.parts = []
+        return NewTokens(self.index, tokens, logprobs, reason)
 
 
 _Dispatched = tuple[Block, list[_Choice | None], float]
@@ -78,15 +74,12 @@ class Scheduler:
         self._engine = Engine(model)
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(_empty_state(model, 1))
-        self._start(num_slots)
-
-    def _start(self, num_slots: int) -> None:
-        """Clear slots and queues."""
+        self._prefiller = Prefiller(self._engine, self._zero, self.cache)
         nothing = _new_sequence(_NO_JOB, 0, self._vocab_size)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
-        self._slots: Sequences = slots._replace(state=_empty_state(self.model, num_slots))
+        self._slots: Sequences = slots._replace(state=_empty_state(model, num_slots))
         self._choices: list[_Choice | None] = [None] * num_slots
-        self._prefiller = Prefiller(self._engine, self._zero, self.cache)
+        self._prefilling: deque[Prompt] = deque()
         self._ready: deque[Prompt] = deque()
         """Prefilled prompts with choices that wait for a slot."""
         self._in_flight: _Dispatched | None = None
@@ -94,10 +87,6 @@ class Scheduler:
         self._token_seconds = LONG_SECONDS
         """Seconds per token of all slots in the last block."""
         self._events: list[tuple[Job, Event]] = []
-        self.is_stalled = False
-        """True if the last step found nothing to do."""
-        self._jobs: dict[Job, None] = {}
-        """Jobs without an end before the last step, and those that it started."""
 
     @property
     def num_active(self) -> int:
@@ -107,7 +96,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Number of jobs without a slot."""
-        return len(self.waiting) + len(self._ready) + len(self._prefiller.prompts)
+        return len(self.waiting) + len(self._ready) + len(self._prefilling)
 
     @property
     def _is_crowded(self) -> bool:
@@ -115,10 +104,16 @@ class Scheduler:
         return 2 * self.num_active > len(self._choices)
 
     @property
+    def is_paused(self) -> bool:
+        """True if `step` has nothing to do before a job continues or another one comes."""
+        has_new = self.waiting or self._prefilling or (self._ready and None in self._choices)
+        running = [c for c in self._choices if c is not None and not c.job.is_paused]
+        return not (has_new or running or self._in_flight)
+
+    @property
     def is_idle(self) -> bool:
-        """True if `step` has nothing to do."""
-        is_busy = self.waiting or self._prefiller.prompts or self._ready or self._in_flight
-        return not is_busy and not self.num_active
+        """True if there are no jobs."""
+        return self.is_paused and not self._ready and not self.num_active
 
     def compile(self) -> Iterator[str]:
         """Compile all programs, naming each before it is compiled."""
@@ -131,14 +126,11 @@ class Scheduler:
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
         self._events = []
-        active = [choice.job for choice in self._choices if choice is not None]
-        started = [prompt.job for prompt in (*self._prefiller.prompts, *self._ready)]
-        self._jobs = dict.fromkeys(started + active)
         previous, self._in_flight = self._in_flight, None
-        if previous and (self.waiting or self._prefiller.prompts):
+        if previous and (self.waiting or self._prefilling):
             self._collect(previous)  # prefill would compete with the block
             previous = None
-        has_prefilled = self._admit()
+        self._admit()
         running = [None if c is None or c.job.is_paused else c for c in self._choices]
         is_first = any(choice is not None and not choice.num_tokens for choice in running)
         block = self._dispatch(running, is_first) if any(running) else None
@@ -149,71 +141,54 @@ class Scheduler:
         else:
             # The device computes this block while the previous one is handled.
             self._in_flight = block
-        self.is_stalled = not (block or self._events or has_prefilled)
         return self._events
-
-    def fail_all(self, message: str) -> list[tuple[Job, Event]]:
-        """Return a failure of every job, also of those that the last step has ended.
-
-        Call `reset` before the next step.
-        """
-        waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        return [(job, Failed(message)) for job in self._jobs | dict.fromkeys(waiting)]
-
-    def reset(self) -> None:
-        """Empty slots, queues and cache."""
-        self._start(len(self._choices))
-        self.cache.clear()
 
     def drop_cancelled(self) -> None:
         """Forget cancelled jobs and choices; no other thread may submit jobs meanwhile."""
         self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
+        self._prefilling = deque(p for p in self._prefilling if not p.job.is_cancelled)
         self._ready = deque(prompt for prompt in self._ready if not prompt.job.is_cancelled)
-        self._prefiller.drop_cancelled()
         for slot, choice in enumerate(self._choices):
             if choice is None:
                 continue
             if choice.job.is_cancelled or choice.index in choice.job.cancelled_choices:
                 self._choices[slot] = None
 
-    def _admit(self) -> bool:
-        """Fill free slots with prefilled jobs; return True if it prefilled some of the next."""
-        budget, prefiller, has_prefilled = PREFILL_TOKENS, self._prefiller, False
+    def _admit(self) -> None:
+        """Fill free slots with prefilled jobs, and prefill some of the next."""
+        budget = PREFILL_TOKENS
         if len(self.waiting) > self.num_active:
             budget *= 8  # more prompts wait than streams are stalled
         while True:
             self._start_choices()
-            if self._next_ready() or budget <= 0:
-                return has_prefilled
-            while self.waiting and len(prefiller.prompts) < MAX_JOBS:
-                job = self.waiting.popleft()
-                self._jobs[job] = None
-                prefiller.start(job)
-            if not prefiller.finished:
-                if not prefiller.prompts:
-                    return has_prefilled
-                budget -= prefiller.step()
-                has_prefilled = True
-            self._events += [(prompt.job, prompt.result()) for prompt in prefiller.finished]
-            self._ready += [prompt for prompt in prefiller.finished if prompt.job.max_tokens]
-            prefiller.finished.clear()
+            if self._ready or budget <= 0:
+                return
+            while self.waiting and len(self._prefilling) < MAX_JOBS:
+                self._prefilling.append(self._prefiller.begin(self.waiting.popleft()))
+            if not self._prefilling:
+                return
+            finished = [prompt for prompt in self._prefilling if not len(prompt.left)]
+            for prompt in finished:
+                self._prefilling.remove(prompt)
+                self._events.append((prompt.job, prompt.result()))
+                if prompt.job.max_tokens:
+                    self._ready.append(prompt)
+            if not finished:
+                budget -= self._prefiller.advance(self._prefilling)
 
     def _start_choices(self) -> None:
         """Insert choices of prefilled jobs into free slots, in order."""
         new: list[tuple[int, Prompt, int]] = []
         for slot, choice in enumerate(self._choices):
-            if choice is None and (prompt := self._next_ready()):
+            if choice is None and self._ready:
+                prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
                 self._choices[slot] = _Choice(prompt.job, prompt.num_started)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
-                    self._ready.remove(prompt)
+                    self._ready.popleft()
         for start in range(0, len(new), MAX_JOBS):
             self._insert(new[start : start + MAX_JOBS])
-
-    def _next_ready(self) -> Prompt | None:
-        """Return the first prefilled prompt that is not paused."""
-        return next((prompt for prompt in self._ready if not prompt.job.is_paused), None)
 
     def _insert(self, new: list[tuple[int, Prompt, int]]) -> None:
         """Insert up to MAX_JOBS (slot, prompt, number of its choice)."""

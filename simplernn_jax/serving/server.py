@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.serving.http import UNREAD_SECONDS
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
@@ -25,6 +24,8 @@ MAX_HEADER_BYTES = 1 << 15
 HEADER_SECONDS = 10.0
 """Seconds within which the headers of a request must arrive, once a connection is open or its next
 request has begun."""
+UNREAD_SECONDS = 300
+"""Seconds after which a connection ends, on Linux, whose client takes nothing."""
 MAX_UNSENT_BYTES = 1 << 14
 """Bytes that the system keeps for a connection beyond what it may send to the client."""
 
@@ -40,9 +41,8 @@ def listen(host: str, port: int) -> socket.socket:
     # Accepted sockets inherit this. asyncio sets it only on sockets with proto=IPPROTO_TCP, which
     # create_server leaves at 0. Without it, streams stall for 40 ms on reused connections.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if sys.platform == "linux":  # elsewhere, only streams end whose client does not read
-        milliseconds = int(1000 * UNREAD_SECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    if sys.platform == "linux":
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
     return listener
 
@@ -94,11 +94,9 @@ class Server(uvicorn.Server):
         )
         self._service, self._worker = service, service.worker
         self._drain_timeout = drain_timeout
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
-        self._failure: BaseException | None = None
 
     def answer(self, listener: socket.socket) -> None:
-        """Answer requests until a signal; raises what ended the server before."""
+        """Answer requests until a signal; raises what ended the worker before."""
         _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError):  # macOS allows fewer than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
@@ -106,9 +104,6 @@ class Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         asyncio.run(self._run(listener))
-        self._thread.join()  # a process that ends while XLA compiles would crash
-        if self._failure is not None:
-            raise self._failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish the running requests at the first signal."""
@@ -119,35 +114,35 @@ class Server(uvicorn.Server):
 
     async def _run(self, listener: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
-        self._address = listener.getsockname()[:2]
-        self._thread.start()
+        worker = self._loop.run_in_executor(
+            ThreadPoolExecutor(1, "worker"), self._work, *listener.getsockname()[:2]
+        )
         self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload)
-        await self.serve(sockets=[listener])
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            self._worker.stop(0)
+        await worker  # a process that ends while XLA compiles would crash
 
-    def _work(self) -> None:
+    def _work(self, host: str, port: int) -> None:
         """Compile all programs, then compute until the worker has stopped."""
         service = self._service
         try:
             for number, name in enumerate(self._worker.scheduler.compile(), 1):
                 if service.status != "starting":
                     return
-                _progress(f"compiling program {number}: {name}")
+                logging.info("compiling program %d: %s", number, name)
             # All that lives so far lives on: no collection need look at it, for 0.1 s each time.
             gc.collect()
             gc.freeze()
             if service.status == "starting":
                 service.status = "ready"
-            host, port = self._address
-            _progress(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}\n")
-            self._worker.run(self._on_events)
-        except BaseException as error:
-            self._failure = error
+            logging.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            self._worker.run(lambda events: self._loop.call_soon_threadsafe(_deliver, events))
+        except BaseException:
             service.status = "failed"
             self.should_exit = True
-
-    def _on_events(self, events: list[tuple[Job, Event]]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(_deliver, events)
+            raise
 
     def _begin_reload(self) -> None:
         self._reloading = self._loop.create_task(self._reload())  # the loop keeps no task alive
@@ -155,9 +150,9 @@ class Server(uvicorn.Server):
     async def _reload(self) -> None:
         try:
             is_newer = await self._service.reload()
-            _progress("a newer checkpoint is served\n" if is_newer else "no newer checkpoint\n")
+            logging.info("a newer checkpoint is served" if is_newer else "no newer checkpoint")
         except RequestError as error:
-            _progress(f"{error.message}\n")
+            logging.warning("%s", error.message)
         except Exception:
             logging.exception("the newer checkpoint cannot be used")
 
@@ -166,8 +161,3 @@ def _deliver(events: list[tuple[Job, Event]]) -> None:
     for job, event in events:
         if job.deliver is not None:
             job.deliver(job, event)
-
-
-def _progress(line: str) -> None:
-    shown = f"\r\x1b[K{line}" if sys.stderr.isatty() else f"{line.rstrip()}\n"
-    print(shown, end="", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The model as the HTTP side sees it: requests become jobs of the worker."""
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import Counter
@@ -14,17 +15,19 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.answers import Answer, TokenNames
-from simplernn_jax.serving.http import in_thread_if_long
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import (
+    AnyRequest,
     ChatRequest,
     CompletionRequest,
     Prompt,
     RequestError,
     SamplingFields,
     StateRequest,
+    parse,
 )
-from simplernn_jax.serving.states import NamedState, StateFolder
+from simplernn_jax.serving.scheduler import Scheduler
+from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
 
 MAX_ECHOED = 1 << 26
@@ -38,8 +41,8 @@ _SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "freque
 class Service:
     """The model as the HTTP side sees it; methods raise `RequestError` for what they cannot use.
 
-    `checkpoint` is the path of the parameters in use, `choose` returns the path of those to use
-    now, and `load` loads them. By default they never change.
+    `checkpoint` is the path of the parameters in use. `load_other` loads those that are selected
+    now, with their path; it returns None if they are in use. By default they never change.
     """
 
     def __init__(
@@ -51,8 +54,7 @@ class Service:
         states: StateFolder,
         template: ChatTemplate | None = None,
         checkpoint: str = "",
-        choose: Callable[[], str] = lambda: "",
-        load: Callable[[], LanguageModel] | None = None,
+        load_other: Callable[[str], tuple[str, LanguageModel] | None] = lambda checkpoint: None,
     ) -> None:
         self.worker = worker
         self.tokenizer = tokenizer
@@ -64,7 +66,7 @@ class Service:
         self.names = TokenNames(tokenizer, vocab_size)
         self._vocab_size = vocab_size
         self._banned_ids = ids_without_text(tokenizer, vocab_size)
-        self._checkpoint, self._choose, self._load = checkpoint, choose, load
+        self._checkpoint, self._load_other = checkpoint, load_other
         self._reloading = asyncio.Lock()
         self._rendering = asyncio.Lock()
 
@@ -86,46 +88,50 @@ class Service:
 
         Raises `RequestError` (409) if it cannot be loaded; the parameters in use stay.
         """
+
+        def load() -> tuple[str, Scheduler, StateFolder] | None:
+            loaded = self._load_other(self._checkpoint)
+            if loaded is None:
+                return None
+            checkpoint, model = loaded
+            return checkpoint, self.worker.make_scheduler(model), self.states.with_model(model)
+
         async with self._reloading:
             try:
-                checkpoint = await asyncio.to_thread(self._choose)
-                if checkpoint == self._checkpoint or self._load is None:
-                    return False
-                model = await asyncio.to_thread(self._load)
-                scheduler = await asyncio.to_thread(self.worker.make_scheduler, model)
+                loaded = await asyncio.to_thread(load)
             except (UserError, OSError) as error:
                 raise RequestError(str(error), status=409) from error
-            states = await asyncio.to_thread(self.states.with_model, model)
-            # Together: no request sees the parameters of one and the states of another.
-            self.worker.use_scheduler(scheduler)
-            self.states, self._checkpoint = states, checkpoint
-        return True
+            if loaded is not None:
+                # Together: no request sees the parameters of one and the states of another.
+                self._checkpoint, scheduler, self.states = loaded
+                self.worker.use_scheduler(scheduler)
+        return loaded is not None
 
-    async def answer(
-        self, request: CompletionRequest | ChatRequest | StateRequest, size: int
-    ) -> tuple[Answer, NamedState | None]:
-        """Make the answer to a request of `size` bytes, and load the state that it continues.
+    async def answer(self, kind: type[AnyRequest], content: bytes) -> tuple[AnyRequest, Answer]:
+        """Parse the body of a request, and make its answer, whose jobs are not submitted yet.
 
         Raises:
           RequestError: 400 for values that the model cannot use, 409 if the parameters are replaced
             meanwhile, or as `StateFolder.load`.
         """
         states = self.states
-        name = request.parent if isinstance(request, StateRequest) else request.state
-        start = None if name is None else await asyncio.to_thread(states.load, name)
-        prefix = None if start is None else start.prefix
 
-        def make() -> Answer:
-            return Answer(self.worker, self.tokenizer, self.jobs(request, prefix))
+        def make() -> tuple[AnyRequest, Answer]:
+            request = parse(kind, content)
+            if isinstance(request, StateRequest):
+                name = request.parent
+            else:
+                self.check_model(request.model)
+                name = request.state
+            prefix = None if name is None else states.load(name)
+            return request, Answer(self.worker, self.tokenizer, self.jobs(request, prefix))
 
-        if isinstance(request, ChatRequest):
-            async with self._rendering:  # one process renders: others would wait for it in threads
-                answer = await asyncio.to_thread(make)
-        else:
-            answer = await in_thread_if_long(size, make)
-        if start is not None and states is not self.states:
-            raise RequestError(f"state {name!r}: of older parameters", status=409)
-        return answer, start
+        # One process renders conversations: others would wait for it in threads.
+        async with self._rendering if kind is ChatRequest else contextlib.nullcontext():
+            made = await asyncio.to_thread(make)
+        if states is not self.states and any(job.prefix is not None for job in made[1].jobs):
+            raise RequestError("state: of older parameters", status=409)
+        return made
 
     def jobs(
         self, request: CompletionRequest | ChatRequest | StateRequest, prefix: Prefix | None

@@ -14,7 +14,7 @@ import numpy as np
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
-from simplernn_jax.files import DAMAGE, read_file, sha256_hex, write_file
+from simplernn_jax.files import check_damage, read_file, sha256_hex, write_file
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
@@ -24,24 +24,10 @@ from simplernn_jax.inference.state import (
     fingerprints,
 )
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Prefix
+from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
 
 _SUFFIX = ".safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedState:
-    """A state of one sequence with what the server knows of it."""
-
-    name: str
-    prefix: Prefix
-    fingerprint: str
-    """SHA-256 of its file."""
-    num_bytes: int
-    length: int | None
-    """Tokens before it; None for the file of another program."""
-    parent: str | None
 
 
 class StateFolder:
@@ -69,57 +55,43 @@ class StateFolder:
         described = []
         for path in sorted(self._folder.glob("*" + _SUFFIX)):
             try:
-                described.append(self.describe(self.load(path.name.removesuffix(_SUFFIX))))
-            except RequestError as error:  # corrupt, deleted or of another model
-                if error.status == 503:
-                    raise
+                described.append(self.load(path.name.removesuffix(_SUFFIX)).description)
+            except RequestError:
+                continue  # corrupt, deleted or of another model
         return described
-
-    def describe(self, state: NamedState) -> Any:
-        """Describe a state as the API does."""
-        return {
-            "id": state.name,
-            "object": "state",
-            "tokens": state.length,
-            "bytes": state.num_bytes,
-            "sha256": state.fingerprint,
-            "parent": state.parent,
-            "text": self._tokenizer.decode(state.prefix.recent),
-        }
 
     def read(self, name: str) -> bytes:
         """Read a file, no link; raises `RequestError`: 404 without one, 400 for a wrong name."""
         try:
             return read_file(self._path(name), self._max_bytes, follow_link=False)
         except OSError as error:
-            raise _error(name, error) from error
+            raise _missing(name, error) from error
 
-    def load(self, name: str) -> NamedState:
+    def load(self, name: str) -> Prefix:
         """Load a state; `RequestError`: 404 without one, 409 if corrupt or of another model."""
         return self._decode(name, self.read(name), status=409)
 
-    def add(
-        self, name: str | None, state: PrefixState, tokens: np.ndarray, parent: NamedState | None
-    ) -> NamedState:
-        """Save the state after `parent` and `tokens`; raises what `put` does."""
-        before, notes = np.zeros(0, np.int32), {}
-        length: int | None = 0
-        if parent is not None:
-            before, length = parent.prefix.recent, parent.length
-            notes["parent"] = parent.name
+    def add(self, name: str | None, state: PrefixState, job: Job) -> Prefix:
+        """Save the state after the prompt of `job`; raises what `put` does."""
+        length: int | None = len(job.tokens)
+        notes = {}
+        if job.prefix is not None:
+            parent = job.prefix.description
+            notes["parent"] = parent["id"]
+            length = None if parent["tokens"] is None else parent["tokens"] + length
         if length is not None:
-            notes["length"] = str(length + len(tokens))
-        recent = np.concatenate([before, tokens])[-RECENT_TOKENS:]
-        recent = np.pad(recent, (RECENT_TOKENS - len(recent), 0), constant_values=-1)
+            notes["length"] = str(length)
+        recent = np.full((1, RECENT_TOKENS), -1, np.int32)
+        recent[0, RECENT_TOKENS - len(job.recent) :] = job.recent
         saved = dataclasses.replace(
             empty_state(self._model, 1),
             layers=state.layers,
             logits=state.logits,
-            recent=jnp.asarray(recent[None]),
+            recent=jnp.asarray(recent),
         )
         return self.put(name, encode_state(saved, self._fingerprints, **notes))
 
-    def put(self, name: str | None, content: bytes) -> NamedState:
+    def put(self, name: str | None, content: bytes) -> Prefix:
         """Save the content of a file under a new name, by default a random one.
 
         Raises:
@@ -127,7 +99,7 @@ class StateFolder:
             room.
         """
         name = f"state-{secrets.token_hex(6)}" if name is None else name
-        path, named = self._path(name), self._decode(name, content, status=400)
+        path, saved = self._path(name), self._decode(name, content, status=400)
         with self._lock:
             if os.path.lexists(path):
                 raise RequestError(
@@ -140,7 +112,7 @@ class StateFolder:
                 write_file(path, content)
             except OSError as error:
                 raise RequestError(f"state {name!r}: {error.strerror}", status=507) from error
-        return named
+        return saved
 
     def delete(self, name: str) -> None:
         """Delete a file; raises `RequestError` (404) if it does not exist."""
@@ -148,40 +120,37 @@ class StateFolder:
             try:
                 os.remove(self._path(name))
             except OSError as error:
-                raise _error(name, error) from error
+                raise _missing(name, error) from error
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(NAME_PATTERN, name):
             raise RequestError(f"state {name!r}: a name has the form {NAME_PATTERN}")
         return self._folder / (name + _SUFFIX)
 
-    def _decode(self, name: str, content: bytes, status: int) -> NamedState:
+    def _decode(self, name: str, content: bytes, status: int) -> Prefix:
         where = f"state {name!r}"
         try:
             state, header = decode_state(where, content, self._model, self._fingerprints)
+            if len(state.position) != 1:
+                raise UserError(f"{where}: has {len(state.position)} sequences; save one")
         except UserError as error:
             raise RequestError(str(error), status=status) from error
-        if len(state.position) != 1:
-            raise RequestError(
-                f"{where}: has {len(state.position)} sequences; save one", status=status
-            )
-        length, fingerprint = header.get("length", ""), sha256_hex(content)
+        length, digest = header.get("length", ""), sha256_hex(content)
         recent = np.asarray(state.recent[0])
-        prefix = Prefix(
-            PrefixState(state.layers, state.logits), bytes.fromhex(fingerprint), recent[recent >= 0]
-        )
-        return NamedState(
-            name,
-            prefix,
-            fingerprint,
-            len(content),
-            int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
-            header.get("parent"),
-        )
+        recent = recent[recent >= 0]
+        description = {
+            "id": name,
+            "object": "state",
+            "tokens": int(length) if re.fullmatch("[0-9]{1,15}", length) else None,
+            "bytes": len(content),
+            "sha256": digest,
+            "parent": header.get("parent"),
+            "text": self._tokenizer.decode(recent),
+        }
+        prefix = PrefixState(state.layers, state.logits)
+        return Prefix(prefix, bytes.fromhex(digest), recent, description)
 
 
-def _error(name: str, error: OSError) -> RequestError:
-    if error.errno not in DAMAGE:  # the machine's
-        return RequestError(f"state {name!r}: {error.strerror}", status=503)
-    message = f"state {name!r} does not exist"
-    return RequestError(message, status=404)
+def _missing(name: str, error: OSError) -> RequestError:
+    check_damage(error)
+    return RequestError(f"state {name!r} does not exist", status=404)

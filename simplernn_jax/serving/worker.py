@@ -37,6 +37,8 @@ class Worker:
         self._cache_bytes = cache_bytes
         self._schedulers = [Scheduler(model, num_slots, cache_bytes)]
         """Of new jobs the last one, of older parameters the others until they are idle."""
+        self._jobs: set[Job] = set()
+        """Those that were submitted and not cancelled; each is cancelled once it has ended."""
         self._is_stopping = False
         self._wake = threading.Condition()
 
@@ -55,17 +57,15 @@ class Worker:
         """Number of jobs without a slot."""
         return sum(scheduler.num_waiting for scheduler in self._schedulers)
 
-    def run(self, on_events: Callable[[list[tuple[Job, Event]]], None]) -> None:
+    def run(self, on_events: Callable[[list[tuple[Job, Event]]], object]) -> None:
         """Compute until `stop`; calls `on_events` with the events of each step."""
         self._on_events = on_events
         try:
             while self._wait_for_work():
-                for scheduler in self._schedulers:
-                    self._step(scheduler)
+                self._step()
             self._fail_all("the server is stopping")
         except BaseException:
-            with self._wake:
-                self._is_stopping = True
+            self.stop(0)
             self._fail_all("the server has failed")
             raise
 
@@ -85,7 +85,15 @@ class Worker:
                 raise RequestError("the server is stopping", status=503)
             self.check_room(len(jobs))
             self.scheduler.waiting.extend(jobs)
+            self._jobs.update(jobs)
             self._wake.notify()
+
+    def cancel(self, *jobs: Job) -> None:
+        """Free what `jobs` use."""
+        with self._wake:
+            for job in jobs:
+                job.is_cancelled = True
+            self._jobs.difference_update(jobs)
 
     def make_scheduler(self, model: LanguageModel) -> Scheduler:
         """Make the argument of `use_scheduler`, for parameters of the same architecture."""
@@ -118,29 +126,29 @@ class Worker:
                 if self._is_stopping and (not busy or time.monotonic() > self._deadline):
                     return False
                 if busy:
-                    if all(scheduler.is_stalled for scheduler in busy):
+                    if all(scheduler.is_paused for scheduler in busy):
                         self._wake.wait(STALL_SECONDS)
                     return True
                 self._wake.wait()
 
-    def _step(self, scheduler: Scheduler) -> None:
+    def _step(self) -> None:
         try:
-            self._report(scheduler.step())
+            for scheduler in self._schedulers:
+                events = scheduler.step()
+                new = (event.tokens for _, event in events if isinstance(event, NewTokens))
+                self.num_tokens += sum(map(len, new))
+                if events:
+                    self._on_events(events)
         except Exception as error:  # such as lack of memory: other jobs may fit
             logging.exception("a step of the server failed")
-            message = f"{type(error).__name__}: the server could not compute this"
-            self._report(scheduler.fail_all(message))
-            scheduler.reset()
+            with self._wake:  # or a job that is submitted meanwhile would be lost
+                self._fail_all(f"{type(error).__name__}: the server could not compute this")
+                self._schedulers = [self.make_scheduler(self.scheduler.model)]
 
     def _fail_all(self, message: str) -> None:
-        for scheduler in self._schedulers:
-            self._report(scheduler.fail_all(message))
-
-    def _report(self, events: list[tuple[Job, Event]]) -> None:
-        new = (event.tokens for _, event in events if isinstance(event, NewTokens))
-        self.num_tokens += sum(map(len, new))
-        if events:
-            self._on_events(events)
+        with self._wake:
+            jobs = list(self._jobs)
+        self._on_events([(job, RequestError(message, status=503)) for job in jobs])
 
 
 class Metrics:

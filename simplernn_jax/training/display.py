@@ -1,7 +1,6 @@
 """What a run prints: a bar on a terminal, plain lines elsewhere; and how long its steps take."""
 
 import contextlib
-import io
 import statistics
 import sys
 import time
@@ -56,9 +55,6 @@ class Display:
 @contextlib.contextmanager
 def open_display(first_step: int, total_steps: int) -> Iterator[Display]:
     """Open the display, with a bar if stdout is a terminal that can draw it."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Samples may hold characters that the terminal cannot show.
-        sys.stdout.reconfigure(errors="replace")
     console = None
     if is_coordinator() and sys.stdout.isatty():
         from rich.console import Console

@@ -19,15 +19,16 @@ from simplernn_jax.data.token_store import TokenSplit
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.memory_estimate import evaluation_sequences
 from simplernn_jax.parallel.collectives import psum
-from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids
-from simplernn_jax.parallel.shardings import (
+from simplernn_jax.parallel.mesh import (
+    BATCH_AXES,
+    TOKEN_AXES,
     axes_specs,
     global_arrays_from_local,
     is_distributed,
     named_shardings,
     variable_specs,
 )
+from simplernn_jax.parallel.sequence import min_shard_tokens, shard_segment_ids
 from simplernn_jax.training.losses import chunked_cross_entropy
 from simplernn_jax.training.train_step import abstract_train_model, batch_specs
 
@@ -136,14 +137,25 @@ class Evaluator:
         reset_every: int = 0,
         contexts: Contexts | None = None,
     ) -> Iterator[Scores]:
-        """Yield the scores of every batch; arguments and errors are as in `__call__`."""
+        """Yield the scores of every batch.
+
+        Args:
+          params: the model's parameters.
+          split: the text to score.
+          limit_tokens: number of targets to score, a deterministic subset; 0 scores all.
+          reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
+          contexts: if given, documents are scored in overlapping contexts, each from a zero state.
+
+        Raises:
+          UserError: the split holds nothing to predict, or contexts do not cover every token.
+        """
         sizes = BATCH_TOKENS, evaluation_sequences(self._model, MAX_BATCH_SIZE)
         if contexts is None:
-            batches, _ = evaluation_batches(
+            batches = evaluation_batches(
                 split, *sizes, self._pad_id, limit_tokens, reset_every, self._shard_multiple
             )
         else:
-            batches, _ = context_batches(
+            batches = context_batches(
                 split, contexts, *sizes, self._pad_id, limit_tokens, self._shard_multiple
             )
         carried = None
@@ -157,29 +169,13 @@ class Evaluator:
             yield Scores(batch, nats, total)
 
     def __call__(
-        self,
-        params: nnx.State,
-        split: TokenSplit,
-        limit_tokens: int = 0,
-        reset_every: int = 0,
-        contexts: Contexts | None = None,
+        self, params: nnx.State, split: TokenSplit, *args: Any, **options: Any
     ) -> Evaluation:
-        """Return the mean over the targets of the split, or a deterministic subset of them.
-
-        Args:
-          params: the model's parameters.
-          split: the text to score.
-          limit_tokens: number of targets to score; 0 scores the whole split.
-          reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
-          contexts: if given, documents are scored in overlapping contexts, each from a zero state.
-
-        Raises:
-          UserError: the split holds nothing to predict, or contexts do not cover every token.
-        """
+        """Return the mean over the targets of `scores`, whose arguments and errors these are."""
         nats: list[float] = []
         predictions = 0
         newest: jax.Array | None = None
-        for scores in self.scores(params, split, limit_tokens, reset_every, contexts):
+        for scores in self.scores(params, split, *args, **options):
             # At most two batches in flight: with dozens, XLA's CPU backend can run out of threads
             # while all of them wait for another process.
             if newest is not None:

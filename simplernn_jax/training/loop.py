@@ -21,22 +21,20 @@ from jax.experimental import multihost_utils
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.config import Config, TrainConfig
-from simplernn_jax.data.chat_template import TemplateError
+from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.files import write_file
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
-from simplernn_jax.parallel.mesh import describe
+from simplernn_jax.parallel.mesh import describe, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.parallel.pipeline import describe_stages
-from simplernn_jax.parallel.shardings import local_copy
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter, plot_loss
 from simplernn_jax.training.optimizer import learning_rate_schedule
-from simplernn_jax.training.preparation import sample_text
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, make_train_step
 
@@ -230,15 +228,11 @@ class Trainer:
         return self._measure("held_out", limit_tokens=0)
 
     def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
-        """Evaluate the current state, unless that was done on the same tokens, and write a row."""
+        """Evaluate the current state and write a row."""
         run, split = self._run, self._run.corpus.validation
         if split is None:
             return None
-        predictions = min(limit_tokens or split.num_predictions, split.num_predictions)
-        step, result = run.latest_evaluation or (None, None)
-        if result is None or (step, result.predictions) != (run.step, predictions):
-            result = self._evaluator(run.state.params, split, limit_tokens)
-            run.latest_evaluation = run.step, result
+        result = self._evaluator(run.state.params, split, limit_tokens)
         self._write(
             run.step,
             kind,
@@ -251,14 +245,19 @@ class Trainer:
         return result
 
     def sample(self) -> None:
-        """Continue the configured prompt with the current model, on the coordinator."""
+        """Continue the prompt, or answer it in a chat, with the current model, on the coordinator.
+
+        Without a sample, if the tokenizer cannot encode the prompt, training goes on.
+        """
         run, train = self._run, self._run.config.train
         params = local_copy(run.state.params)
         if is_coordinator():
-            prompt = train.sample_prompt
+            prompt, template = train.sample_prompt, run.config.data.template
             graph, abstract = abstract_model(run.config.model)
             try:
-                prompt = sample_text(run.config, prompt)
+                if template:
+                    chat = [{"role": "user", "content": prompt}]
+                    prompt = ChatTemplate(template).render_next(chat)
                 (text,) = generate_text(
                     nnx.merge(graph, in_layout_of(abstract, params)),
                     run.corpus.tokenizer,
@@ -267,7 +266,7 @@ class Trainer:
                     temperature=SAMPLE_TEMPERATURE,
                     seed=train.seed,
                 )
-            except (UserError, TemplateError) as error:  # training goes on without a sample
+            except (UserError, TemplateError) as error:
                 text = f" ({error})"
             self._write(run.step, "sample", text=prompt + text)
             self._display.print_line(f"step {run.step}: sample: {prompt}{text}")

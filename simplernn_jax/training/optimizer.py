@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from simplernn_jax.config import OptimizerConfig
 from simplernn_jax.ops.newton_schulz import newton_schulz
 from simplernn_jax.parallel.collectives import all_gather, axis_index
-from simplernn_jax.parallel.shardings import is_distributed, variable_specs
+from simplernn_jax.parallel.mesh import is_distributed, variable_specs
 
 MUON_MOMENTUM = 0.95
 """Momentum of the reference implementation of Muon (github.com/KellerJordan/Muon)."""

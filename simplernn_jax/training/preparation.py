@@ -1,22 +1,24 @@
 """Preparation of a run: its data, the model in ``init_from``, and whether it can resume."""
 
+import copy
 import dataclasses
 import math
 import os
 import tempfile
-from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
 from simplernn_jax import config as config_lib
-from simplernn_jax.checkpoint.checkpointer import check_same_model, read_config
-from simplernn_jax.checkpoint.contents import TEXTS, read_json, read_texts, read_tree
-from simplernn_jax.checkpoint.folder import BEST, CheckpointFolder, choose_checkpoint
-from simplernn_jax.config import Config, TrainConfig
+from simplernn_jax.checkpoint.folder import (
+    TEXTS,
+    CheckpointFolder,
+    read_config,
+    read_json,
+    read_texts,
+)
+from simplernn_jax.config import Config, differing_fields
 from simplernn_jax.data.batches import steps_per_epoch
-from simplernn_jax.data.chat_template import ChatTemplate, TemplateError, load_template
+from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import absolute_source, parse_mixture
 from simplernn_jax.data.evaluation_batches import check_scorable
 from simplernn_jax.data.source_files import glob_folder
@@ -24,59 +26,59 @@ from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.loading import is_exported, load_exported, read_run
+from simplernn_jax.inference.loading import is_exported, load_model
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
 from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
-from simplernn_jax.parallel.distributed import (
-    broadcast_from_coordinator,
-    check_same,
-    is_coordinator,
-    run_on_coordinator_first,
-)
+from simplernn_jax.parallel.distributed import check_same, run_on_coordinator_first
 
-_FREE_FIELDS = ("dropout", "precision")
+_TUNABLE_FIELDS = ("model.dropout", "model.precision")
 """Fields of the model in which fine-tuning may differ."""
 
-_RESIDUAL_FIELDS = ("mlp_dim", "tie_embeddings")
+_RESIDUAL_FIELDS = ("model.mlp_dim", "model.tie_embeddings")
 """Fields without an effect on plain layers."""
 
+_RESUMABLE_FIELDS = ("data.cache_dir", "data.max_expansion", "data.source")
+"""Fields of the data in which a resumed run may differ: its text is compared by content."""
 
-def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
-    """Return the configuration as checkpoints store it, and the tokenized corpus.
+
+def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx.State | None]:
+    """Return the configuration as checkpoints store it, the tokenized corpus, and parameters.
 
     The model's vocabulary is at least the tokenizer's, the paths of ``source``, ``cache_dir`` and
     ``init_from`` are absolute, and ``template`` is a text. With ``init_from``, the tokenizer is
-    its run's. Of several processes, process 0 tokenizes first: the others use its tokens, or
-    tokenize the text again if ``cache_dir`` is on a local disk.
+    its run's, and a new run starts from the parameters returned; else they are None. Of several
+    processes, process 0 tokenizes first: the others use its tokens, or tokenize the text again if
+    ``cache_dir`` is on a local disk.
 
     Raises:
-      UserError: the data is unusable, `workdir` holds a run with a different model or batches, or
-        the processes differ in configuration or text.
+      UserError: the data is unusable, `workdir` holds a run with a different model or batches, the
+        model in ``init_from`` does not fit, or the processes differ in configuration or text.
     """
     difference = "has a different configuration from process 0; start all with the same command"
     check_same(config_lib.to_json(config), difference)
-    config, corpus = run_on_coordinator_first(lambda: _prepare(config, workdir))
+    config, corpus, params = run_on_coordinator_first(lambda: _prepare(config, workdir))
     check_same(
         corpus.content_hash, "reads different text from process 0; use the same text for all"
     )
-    return config, corpus
+    return config, corpus, params
 
 
-def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
-    saved, tokenizer = _saved_run(workdir), None
-    train = dataclasses.replace(config.train, init_from=_absolute(config.train.init_from))
-    config = dataclasses.replace(config, train=train)
-    if train.init_from and saved is not None:
-        config = filled_from(config, saved[0])
-    elif train.init_from:
-        config, tokenizer = with_initial_model(config)
-    template = load_template(config.data.template) if config.data.template else ""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))
+def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx.State | None]:
+    saved, initial, tokenizer = _saved_run(workdir), None, None
+    config = copy.deepcopy(config)
+    config.train.init_from = _absolute(config.train.init_from)
+    if config.train.init_from and saved is not None:
+        _fill(config, saved[0])
+    elif config.train.init_from:
+        initial, tokenizer = _start_from(config)
+    if config.data.template:
+        config.data.template = load_template(config.data.template)
     if saved is not None:
-        _check_same_batches(config, saved[0])
-        _check_source(config.data.source, saved[0].data.source, workdir)
         tokenizer = tokenizer_from_json(saved[1])
+        config.model.vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+        _check_resumable(config, saved[0])
+        _check_source(config.data.source, saved[0].data.source, workdir)
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
@@ -86,20 +88,17 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus]:
     )
     if corpus.validation is not None:
         check_scorable(corpus.validation)  # rather than at the first evaluation
-    prompt = _sample_prompt(config, corpus)
-    vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
+    config.model.vocab_size = max(config.model.vocab_size, corpus.tokenizer.vocab_size)
+    if initial is not None and config.model.vocab_size != initial.config.vocab_size:
+        raise UserError(
+            f"config.train.init_from={config.train.init_from} has a vocabulary of "
+            f"{initial.config.vocab_size:,}, not {config.model.vocab_size:,}; use the same "
+            "config.model.vocab_size"
+        )
     # Absolute, so that the checkpoint's copy is independent of the current folder.
-    source, cache_dir = absolute_source(config.data.source), _absolute(config.data.cache_dir)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        data=dataclasses.replace(config.data, source=source, cache_dir=cache_dir),
-        train=dataclasses.replace(config.train, sample_prompt=prompt),
-    )
-    if saved is not None:
-        check_same_model(config, saved[0])
-        _check_same_optimizer(config, saved[0])
-    return config, corpus
+    config.data.source = absolute_source(config.data.source)
+    config.data.cache_dir = _absolute(config.data.cache_dir)
+    return config, corpus, None if initial is None else nnx.state(initial, nnx.Param)
 
 
 def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") -> TokenizedCorpus:
@@ -127,18 +126,17 @@ def open_saved_corpus(workdir: str, *, cache_dir: str = "", source: str = "") ->
         raise UserError(f"{path}: has no content hash of its text; use another checkpoint")
     tokenizer = tokenizer_from_json(tokenizer_json)
     folder = _absolute(cache_dir) or os.path.join(workdir, "tokens")
-    problem = "not found"
+    problem = f"tokenized text in {folder}: not found"
     try:
         corpus = find_corpus(folder, wanted, tokenizer)
         if corpus is not None:
             return corpus
     except CorruptStore as error:
-        problem = f"corrupted ({error})"
+        problem = f"the tokenized text is corrupted: {error}"
     if not source:
         raise UserError(
-            f"tokenized text in {folder}: {problem}; pass --cache_dir, originally "
-            f"{config.data.cache_dir or folder}, or --corpus_source, originally "
-            f"{config.data.source}"
+            f"{problem}; pass --cache_dir, originally {config.data.cache_dir or folder}, or "
+            f"--corpus_source, originally {config.data.source}"
         )
     corpus = _tokenize_again(config, source, folder, tokenizer, exclude=(workdir,))
     if corpus.content_hash != wanted:
@@ -176,53 +174,14 @@ def _tokenize_again(
     return prepare_corpus(data, config.train.seed, folder, tokenizer=tokenizer, exclude=exclude)
 
 
-def changed_fields(current: Config, saved: Config) -> list[str]:
-    """Return a line for each field of a resumed run that differs from its checkpoint."""
-    before = config_lib.by_field(saved)
-    return [
-        f"--config.{name}: changed from {before[name]!r} to {new!r}"
-        for name, new in config_lib.by_field(current).items()
-        if new != before[name] and name != "data.cache_dir"  # which has no effect on training
-    ]
-
-
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
-    """Return the optimizer steps of the whole run; `UserError` beyond a 32-bit counter."""
+    """Return the optimizer steps of the whole run."""
     per_epoch = steps_per_epoch(corpus.train, config.data)
-    steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
-    if steps >= 2**31:
-        raise UserError(
-            f"config.train.epochs={config.train.epochs} gives {steps:,} steps; the maximum is "
-            "2**31 - 1"
-        )
-    return steps
+    return config.train.steps or math.ceil(config.train.epochs * per_epoch)
 
 
 def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
-
-
-def _sample_prompt(config: Config, corpus: TokenizedCorpus) -> str:
-    """Return the prompt of samples, which is encoded here, before training.
-
-    An empty one replaces the default if the tokenizer cannot encode that.
-    """
-    prompt = config.train.sample_prompt
-    try:
-        if config.train.sample_every:
-            corpus.tokenizer.encode(sample_text(config, prompt))
-    except (TemplateError, UserError) as error:
-        if prompt != TrainConfig.sample_prompt:
-            raise UserError(f"config.train.sample_prompt={prompt!r}: {error}") from error
-        return ""
-    return prompt
-
-
-def sample_text(config: Config, prompt: str) -> str:
-    """Return the text that a sample continues: the prompt, or a chat with that message."""
-    if not config.data.template:
-        return prompt
-    return ChatTemplate(config.data.template).render_next([{"role": "user", "content": prompt}])
 
 
 def _saved_run(workdir: str) -> tuple[Config, str] | None:
@@ -236,12 +195,18 @@ def _saved_run(workdir: str) -> tuple[Config, str] | None:
     return None if step is None else read_texts(folder.step_path(step))
 
 
-def _check_same_optimizer(current: Config, saved: Config) -> None:
-    if current.optimizer.name != saved.optimizer.name:
+def _check_resumable(current: Config, saved: Config) -> None:
+    """Check what the saved state and the saved data position depend on."""
+    fields = [
+        difference
+        for name, difference in differing_fields(current, saved).items()
+        if name.startswith(("model.", "data.")) or name in ("optimizer.name", "train.seed")
+        if name not in _RESUMABLE_FIELDS
+    ]
+    if fields:
         raise UserError(
-            f"the checkpoint was trained with --config.optimizer.name={saved.optimizer.name}, and "
-            f"{current.optimizer.name} cannot resume from its state; use the same, or another "
-            "--workdir"
+            f"the checkpoint has different settings: {'; '.join(fields)}; use the same values, "
+            "omit --config, or use another --workdir"
         )
 
 
@@ -260,110 +225,42 @@ def _check_source(given: str, saved: str, workdir: str) -> None:
         )
 
 
-def _check_same_batches(current: Config, saved: Config) -> None:
-    """Check that the data settings match; otherwise the saved data position is invalid.
-
-    The sources are compared by their content, when the state is restored.
-    """
-    same = {name: getattr(saved.data, name) for name in ("cache_dir", "max_expansion", "source")}
-    data = dataclasses.replace(current.data, **same)
-    fields = config_lib.differing_fields(data, saved.data)
-    if current.train.seed != saved.train.seed:
-        fields.append(f"seed is {current.train.seed}, checkpoint has {saved.train.seed}")
-    if fields:
-        raise UserError(
-            f"the checkpoint has different data settings: {'; '.join(fields)}; use the same "
-            "config.data and seed values, omit --config, or use another --workdir"
-        )
-
-
-def with_initial_model(config: Config) -> tuple[Config, Tokenizer | None]:
-    """Return `config` `filled_from` the model in ``init_from``, and the tokenizer of that model.
-
-    The tokenizer is None if ``init_from`` has weights alone.
+def _start_from(config: Config) -> tuple[LanguageModel, Tokenizer | None]:
+    """Load the model in ``init_from``, and its tokenizer if it has one, and fill `config` from it.
 
     Raises:
       UserError: there is no model, or the configuration gives another one or another tokenizer.
     """
-    path, tokenizer = config.train.init_from, None
-    if is_exported(path):
-        initial, tokenizer, _ = read_run(path)
-    elif (weights := _load(path)) is not None:
-        initial = dataclasses.replace(config, model=weights.config)
-    elif not CheckpointFolder(path).steps():
-        raise UserError(
-            f"config.train.init_from: no checkpoint in {path}; name the folder of a run or export"
-        )
-    else:
-        initial, tokenizer_json, _ = read_config(path, BEST)
-        tokenizer = tokenizer_from_json(tokenizer_json)
-    filled = filled_from(config, initial)
-    # The vocabulary is compared as arrays.
-    free = ("vocab_size", *(_RESIDUAL_FIELDS if initial.model.block == "plain" else ()))
-    same = {name: getattr(filled.model, name) for name in (*_FREE_FIELDS, *free)}
-    model = dataclasses.replace(initial.model, **same)
-    if fields := config_lib.differing_fields(filled.model, model):
-        raise UserError(
-            f"{_where(config)} has a different model: {'; '.join(fields)}; omit these fields"
-        )
-    found = initial.data.tokenizer
-    if tokenizer is not None and filled.data.tokenizer != found:
-        raise UserError(f"{_where(config)} has the tokenizer {found}; omit config.data.tokenizer")
-    return filled, tokenizer
-
-
-def filled_from(config: Config, initial: Config) -> Config:
-    """Return `config` with the model and tokenizer of `initial` in fields that it leaves out."""
-    model, data = config.model, config.data
-    names = {field.name for field in dataclasses.fields(model)}.difference(_FREE_FIELDS)
-    missing = {name: getattr(initial.model, name) for name in names if not model.is_given(name)}
-    if not data.is_given("tokenizer"):
-        data = dataclasses.replace(data, tokenizer=initial.data.tokenizer)
-    filled = dataclasses.replace(config, model=dataclasses.replace(model, **missing), data=data)
-    config_lib.validate(filled)
-    return filled
-
-
-def initial_parameters(config: Config, abstract: nnx.State, shardings: Any) -> nnx.State:
-    """Load the parameters in ``init_from``; without `shardings`, onto the default device.
-
-    Raises:
-      UserError: they cannot be read, or belong to another model.
-    """
     path = config.train.init_from
-    model = _load(path)
-    if model is None:
-        # The run may go on meanwhile: all processes read the checkpoint that process 0 sees.
-        step = choose_checkpoint(path)[0] if is_coordinator() else 0
-        step_path = CheckpointFolder(path).step_path(broadcast_from_coordinator(step))
-        tree = {"params": abstract}
-        placed = None if shardings is None else {"params": shardings}
-        return read_tree(step_path, tree, placed, partial=True)["params"]
-    params = nnx.state(model, nnx.Param)
-    for wanted, found in zip(jax.tree.leaves(abstract), jax.tree.leaves(params), strict=True):
-        if wanted.shape != found.shape:
-            raise UserError(
-                f"{_where(config)} has an array {list(found.shape)} where the model has "
-                f"{list(wanted.shape)}; use the same config.model.vocab_size"
-            )
-    if shardings is None:
-        return params
-
-    def place(value: jax.Array, sharding: Any) -> jax.Array:
-        whole = np.asarray(value)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    return jax.tree.map(place, params, shardings)
-
-
-def _load(path: str) -> LanguageModel | None:
-    """Load an export or weights; None if `path` is another folder, such as a workdir."""
-    if is_exported(path):
-        return load_exported(path)[0]
-    if os.path.isfile(path):
-        return load_pytorch_weights(path)
-    return load_gla_checkpoint(path) if is_hugging_face_folder(path) else None
+    initial, tokenizer = config, None
+    try:
+        if os.path.isfile(path):
+            model = load_pytorch_weights(path)
+        elif is_hugging_face_folder(path) and not is_exported(path):
+            model = load_gla_checkpoint(path)
+        else:
+            model, tokenizer, initial = load_model(path)
+    except UserError as error:
+        raise UserError(f"config.train.init_from: {error}") from error
+    initial = dataclasses.replace(initial, model=model.config)
+    _fill(config, initial)
+    unused = _RESIDUAL_FIELDS if model.config.block == "plain" else ()
+    free = ("model.vocab_size", *_TUNABLE_FIELDS, *unused)  # a vocabulary grows with the tokenizer
+    fields = [
+        difference
+        for name, difference in differing_fields(config, initial).items()
+        if name == "data.tokenizer" or (name.startswith("model.") and name not in free)
+    ]
+    if fields:
+        raise UserError(f"config.train.init_from={path}: {'; '.join(fields)}; omit these fields")
+    return model, tokenizer
 
 
-def _where(config: Config) -> str:
-    return f"config.train.init_from={config.train.init_from}"
+def _fill(config: Config, initial: Config) -> None:
+    """Set fields of model and tokenizer that `config` leaves out to the values in `initial`."""
+    for field in dataclasses.fields(config.model):
+        if f"model.{field.name}" not in _TUNABLE_FIELDS and not config.model.is_given(field.name):
+            setattr(config.model, field.name, getattr(initial.model, field.name))
+    if not config.data.is_given("tokenizer"):
+        config.data.tokenizer = initial.data.tokenizer
+    config_lib.validate(config)

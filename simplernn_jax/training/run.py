@@ -1,49 +1,39 @@
 """A training run: its data, its state, its progress and its checkpoints."""
 
-import copy
 import dataclasses
 import math
 import os
-import random
-import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplernn_jax import config as config_lib
 from simplernn_jax.checkpoint.checkpointer import Checkpointer
-from simplernn_jax.checkpoint.contents import Quality
-from simplernn_jax.checkpoint.folder import check_workdir
-from simplernn_jax.config import Config
+from simplernn_jax.checkpoint.folder import Quality, check_workdir
+from simplernn_jax.config import Config, differing_fields
 from simplernn_jax.data.batches import Batch, make_batches
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.models.language_model import check_mesh
-from simplernn_jax.parallel.distributed import (
-    barrier,
-    broadcast_from_coordinator,
-    check_same,
-    is_coordinator,
-)
-from simplernn_jax.parallel.mesh import BATCH_AXES, check_fits, make_mesh
-from simplernn_jax.parallel.named_leaves import in_layout_of
-from simplernn_jax.parallel.shardings import (
+from simplernn_jax.parallel.distributed import broadcast_from_coordinator
+from simplernn_jax.parallel.mesh import (
+    BATCH_AXES,
+    check_fits,
     global_arrays_from_local,
+    make_mesh,
     named_shardings,
     process_slice,
     shard_further,
 )
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training.evaluate import Evaluation
 from simplernn_jax.training.optimizer import make_optimizer
-from simplernn_jax.training.preparation import (
-    changed_fields,
-    initial_parameters,
-    prepare,
-    total_steps,
-)
+from simplernn_jax.training.preparation import prepare, total_steps
 from simplernn_jax.training.train_step import (
     TrainState,
     batch_shardings,
@@ -52,9 +42,6 @@ from simplernn_jax.training.train_step import (
     state_shardings,
     state_specs,
 )
-
-_SHARED_SECONDS = 10.0
-"""Time that a network file system may take to show a new file."""
 
 _OVERFITTING_MARGIN = 0.01
 """Relative increase over the best loss that triggers the overfitting hint."""
@@ -157,13 +144,13 @@ class CheckpointLayout:
     """
 
     def __init__(self, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
-        single = copy.deepcopy(config)
-        single.mesh.pipeline = 1
+        single = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipeline=1))
         self.abstract: TrainState = jax.eval_shape(lambda: init_train_state(single, optimizer))
         """Names, shapes and dtypes of the state in checkpoints."""
         self.shardings = state_shardings(single, optimizer, mesh)
         """Shardings of its arrays; None on one device."""
-        self.to_checkpoint = self.from_checkpoint = _identity
+        self.to_checkpoint: Callable[[TrainState], TrainState] = lambda state: state
+        self.from_checkpoint = self.to_checkpoint
         if config.mesh.pipeline == 1:
             return
         # Sharded over the stages too: no stage needs memory for all layers.
@@ -176,10 +163,6 @@ class CheckpointLayout:
         self.from_checkpoint = jax.jit(
             partial(in_layout_of, trained), out_shardings=state_shardings(config, optimizer, mesh)
         )
-
-
-def _identity(state: TrainState) -> TrainState:
-    return state
 
 
 class Run:
@@ -199,8 +182,7 @@ class Run:
         self.workdir = os.path.abspath(workdir)
         self.mesh = make_mesh(config.mesh)
         os.makedirs(self.workdir, exist_ok=True)
-        _check_shared(self.workdir)
-        self.config, self.corpus = prepare(config, self.workdir)
+        self.config, self.corpus, params = prepare(config, self.workdir)
         check_fits(self.config, self.mesh)
         check_mesh(self.config.model, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
@@ -210,8 +192,6 @@ class Run:
         self.totals, self.history = LossTotals(), ValidationHistory()
         self.changes: list[str] = []
         """Fields of the configuration that differ from the checkpoint's, one line each."""
-        self.latest_evaluation: tuple[int, Evaluation] | None = None
-        """The last evaluation in this process, and its step."""
         self._checkpointer = Checkpointer(
             self.workdir,
             self.config,
@@ -220,7 +200,7 @@ class Run:
             keep_best=config.train.keep_best,
         )
         try:
-            self.state, self._batches = self._start_or_resume()
+            self.state, self._batches = self._start_or_resume(params)
             self.position = self._batches.get_state()
             """Position in the data of the batch of step ``step + 1``."""
             self.step = self.first_step = int(self.state.step)
@@ -235,42 +215,40 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._checkpointer.close(failed=kind is not None)
 
-    def _start_or_resume(self) -> tuple[TrainState, Any]:
-        config, corpus = self.config, self.corpus
+    def _start_or_resume(self, params: nnx.State | None) -> tuple[TrainState, Any]:
+        """Return state and batches; a new run starts from `params`, if they are given."""
+        config, corpus, layout = self.config, self.corpus, self._layout
         sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         self._local_sequences = process_slice(sharding, config.data.batch_size)
         seed, pad_id = config.train.seed, corpus.tokenizer.pad_id
         batches = make_batches(corpus.train, config.data, seed, pad_id, self._local_sequences)
-        restored = self._checkpointer.restore(self._layout.abstract, self._layout.shardings)
+        restored = self._checkpointer.restore(layout.abstract, layout.shardings)
         if restored is None:
             shardings = state_shardings(config, self.optimizer, self.mesh)
             init = jax.jit(
                 lambda: init_train_state(config, self.optimizer), out_shardings=shardings
             )
             state: TrainState = init()
-            if config.train.init_from:
-                state = self._with_initial_parameters(state)
+            if params is not None:
+                if layout.shardings is not None:
+                    whole = jax.tree.map(np.asarray, params)
+                    params = jax.device_put(whole, layout.shardings.params)
+                saved_state = dataclasses.replace(layout.to_checkpoint(state), params=params)
+                state = layout.from_checkpoint(saved_state)
             return state, batches
-        saved = restored.data_state
+        saved_state, saved, saved_config = restored
         if saved["content_hash"] != corpus.content_hash:
             raise UserError(
                 f"{self.workdir} was trained on different text or with another tokenizer than "
-                f"{config.data.source!r}; use {restored.config.data.source!r}, or another --workdir"
+                f"{config.data.source!r}; use {saved_config.data.source!r}, or another --workdir"
             )
         batches.set_state(saved["batches"])
         self.totals = LossTotals(**saved["progress"])
         self.history = ValidationHistory(**saved["evaluations"])
-        self.changes = changed_fields(config, restored.config)
-        return self._layout.from_checkpoint(restored.state), batches
-
-    def _with_initial_parameters(self, state: TrainState) -> TrainState:
-        """Replace the parameters with those in ``init_from``."""
-        abstract, shardings = self._layout.abstract, self._layout.shardings
-        params = initial_parameters(
-            self.config, abstract.params, None if shardings is None else shardings.params
-        )
-        saved = self._layout.to_checkpoint(state)
-        return self._layout.from_checkpoint(dataclasses.replace(saved, params=params))
+        changes = differing_fields(config, saved_config)
+        changes.pop("data.cache_dir", None)  # which has no effect on training
+        self.changes = list(changes.values())
+        return layout.from_checkpoint(saved_state), batches
 
     @property
     def has_ended(self) -> bool:
@@ -303,27 +281,8 @@ class Run:
             "progress": dataclasses.asdict(self.totals),
             "evaluations": dataclasses.asdict(self.history),
         }
-        quality = None
-        if self.latest_evaluation is not None and self.latest_evaluation[0] == self.step:
-            result = self.latest_evaluation[1]
-            quality = Quality(result.nats_per_token, result.predictions)
+        quality, history = None, self.history
+        if history.last_step == self.step and history.last_loss is not None:
+            quality = Quality(history.last_loss, history.predictions)
         state = self._layout.to_checkpoint(self.state)
         self._checkpointer.save(self.step, state, data_state, quality, wait=wait)
-
-
-def _check_shared(folder: str) -> None:
-    """Raise `UserError` in all processes unless each sees what process 0 writes into `folder`."""
-    if jax.process_count() == 1:
-        return
-    probe = Path(folder, f".shared-{broadcast_from_coordinator(random.getrandbits(31))}")
-    if is_coordinator():
-        probe.touch()
-    barrier("workdir_probe")
-    deadline = time.monotonic() + _SHARED_SECONDS
-    while not (is_seen := probe.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    barrier("workdir_probe_done")
-    if is_coordinator():
-        probe.unlink()
-    advice = "use a --workdir on a shared file system"
-    check_same(str(is_seen), f"does not see {folder} of process 0; {advice}")

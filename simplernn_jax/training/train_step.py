@@ -25,15 +25,18 @@ from simplernn_jax.models.language_model import Initialized, initialize
 from simplernn_jax.ops.primitive import vary_like, varying
 from simplernn_jax.ops.segments import segment_starts
 from simplernn_jax.parallel.collectives import axis_index, psum
-from simplernn_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, drop_trivial_axes, partition_spec
-from simplernn_jax.parallel.sequence import shard_segment_ids
-from simplernn_jax.parallel.shardings import (
+from simplernn_jax.parallel.mesh import (
+    BATCH_AXES,
+    TOKEN_AXES,
     axes_specs,
+    drop_trivial_axes,
     is_distributed,
     is_on_cpu,
     named_shardings,
+    partition_spec,
     variable_specs,
 )
+from simplernn_jax.parallel.sequence import shard_segment_ids
 from simplernn_jax.training.losses import chunked_cross_entropy
 
 ANALYSIS_THRESHOLD = 0.25

@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from small_data import make_split
 from small_runs import small_config, small_model
-from token_splits import make_split
 
 from simplernn_jax.analysis.decomposition import Contributions, decompose_layers
 from simplernn_jax.analysis.explanation import Unit, explain, split_into_units
@@ -30,7 +30,6 @@ BYTES = ByteTokenizer()
 pytestmark = pytest.mark.oldest_python
 
 TEXT = "Für $x_1$ <b>&amp;\n\tund 漢字, 😀! " * 2
-STATE_PICTURES = ["half_lives", "state_norm", "state_rank"]
 VALUE_PICTURES = ["loss_by_position", "contributions"]
 
 
@@ -67,7 +66,6 @@ def test_the_decomposition_is_exact_and_covers_the_token():
     shares = chosen.by_layer[0]
     assert len(shares.tokens) == len(chosen.from_all.tokens) == 14
     assert shares.tokens.sum() + shares.state == pytest.approx(1, abs=1e-5)
-    assert result.memory.positions[-1] == len(ids)
     assert result.evaluated == "the given text: 78 of its 78 predictions"
     assert list(result.by_reset) == [0, 4, 7, 16, 64]
 
@@ -93,7 +91,7 @@ def test_the_token_that_gains_most_from_distant_context_is_chosen(length):
 
 
 def test_the_page_opens_with_a_summary_in_numbers():
-    lives = np.concatenate([layer.half_lives.ravel() for layer in explanation().memory.layers])
+    (lives,) = explanation().half_lives
     page = make_page(explanation(), pictures(), "a.txt", {})
     text = " ".join(page.split("In short")[1].split("</section>")[0].split())
     assert f"within {np.median(lives):,.1f} tokens, " in text
@@ -122,13 +120,13 @@ def test_a_missing_token_is_rejected(text, token, message):
     [
         (
             "simple_rnn",
-            ["map_layer_1", *STATE_PICTURES, *VALUE_PICTURES],
+            ["map_layer_1", "half_lives", *VALUE_PICTURES],
             "A recurrence has",
             "ttention keeps",
         ),
         (
             "simple_rnn,attention",
-            ["map_layer_1", "map_layer_2", *STATE_PICTURES, *VALUE_PICTURES],
+            ["map_layer_1", "map_layer_2", "half_lives", *VALUE_PICTURES],
             "a state that fills up; its layers are left out here.",
             "no state",
         ),
@@ -176,11 +174,10 @@ def test_numbers_are_json_and_reproduce_an_output():
     expected = (layer.output - layer.from_state)[0, :, 1]
     np.testing.assert_allclose(rebuilt, expected, atol=1e-5 * np.abs(expected).max())
     assert len(numbers["context_gains"]) == 46
-    assert [loss["reset_every"] for loss in numbers["loss_by_reset"]] == [0, 4, 7, 16, 64]
-    recurrence, attention = to_numbers(explanation("simple_rnn,attention"))["layers"]
-    assert (recurrence["mixer"], attention["mixer"]) == ("simple_rnn", "attention")
-    own = {"half_lives", "norms", "ranks"}
-    assert recurrence.keys() - attention.keys() == own
+    assert list(numbers["by_reset"]) == ["0", "4", "7", "16", "64"]
+    assert numbers["chosen"]["predicted"]["text"] == explanation().chosen.predicted.text
+    recurrence, attention = to_numbers(explanation("simple_rnn,attention"))["half_lives"]
+    assert (len(recurrence), attention) == (2, None)
 
 
 def test_a_legend_is_above_the_curves():

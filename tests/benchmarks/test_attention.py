@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.attention import resources, synthetic
 from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, config_of, line
-from benchmarks.attention.program_work import count_flops
+from benchmarks.attention.resources import count_flops
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.ops import gated_linear_recurrence
 

@@ -6,9 +6,8 @@ import random
 import pytest
 from small_runs import small_config
 
-from benchmarks.baselines import report, trainer
-from benchmarks.baselines.programs import OURS, Baseline, find_baseline
-from benchmarks.baselines.trainer import make_trainer
+from benchmarks.baselines import report, trainers
+from benchmarks.baselines.trainers import OURS, Baseline, find_baseline, make_trainer
 from benchmarks.tables import Results
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
@@ -19,7 +18,7 @@ WORDS = ["to", "be", "or", "not", "that", "is", "the", "question"]
 NEEDS_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
 )
-LSTM = pytest.param("lstm", marks=NEEDS_TORCH)
+TORCH = [pytest.param(name, marks=NEEDS_TORCH) for name in ("lstm", "gru", "gpt_matched")]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,7 @@ def small(tmp_path_factory):
     return config, prepare_corpus(config.data, 0, str(folder / "tokens"))
 
 
-@pytest.mark.parametrize(
-    "name", [OURS, "gru", LSTM, pytest.param("gpt_matched", marks=NEEDS_TORCH)]
-)
+@pytest.mark.parametrize("name", [OURS, *TORCH])
 def test_every_program_learns_and_scores_each_held_out_token(name, small):
     trained = make_trainer(name, *small, 40, 1e-2, 0)
     before = trained.evaluate()
@@ -51,14 +48,16 @@ def test_every_program_learns_and_scores_each_held_out_token(name, small):
     assert trained.parameters > 100
 
 
-@pytest.mark.parametrize("name", ["gru", LSTM])
+@pytest.mark.parametrize("name", TORCH[:2])
 def test_a_recurrent_baseline_carries_its_state_over_a_document_only(name, small, monkeypatch):
     """However the text is laid out, each prediction sees its document and nothing else."""
+    from benchmarks.baselines import torch_trainers
+
     trained = make_trainer(name, *small, 1, 1e-2, 0)
     whole = trained.evaluate()
     for size, sequences in ((35, 5), (7, 1)):
-        monkeypatch.setattr(trainer, "BATCH_TOKENS", size)
-        monkeypatch.setattr(trainer, "MAX_BATCH_SIZE", sequences)
+        monkeypatch.setattr(torch_trainers, "BATCH_TOKENS", size)
+        monkeypatch.setattr(torch_trainers, "MAX_BATCH_SIZE", sequences)
         assert trained.evaluate() == pytest.approx(whole, rel=1e-5)
 
 
@@ -100,7 +99,7 @@ class Falling:
 @pytest.fixture
 def falling(monkeypatch):
     monkeypatch.setattr(report, "call_isolated", lambda call, **given: call(**given))
-    monkeypatch.setattr(trainer, "make_trainer", Falling)
+    monkeypatch.setattr(trainers, "make_trainer", Falling)
 
 
 def run(requests, out):

@@ -3,9 +3,8 @@
 import pytest
 from processes import assert_each_refused
 
-from benchmarks.stress import corruption
-from benchmarks.stress.experiment import Case, Experiment, run_cases, run_experiment
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from benchmarks.stress import Case, Experiment, corruption, run_cases, run_experiment
+from simplernn_jax.checkpoint import folder
 
 
 def test_failures_are_reported(tmp_path, capsys):
@@ -55,7 +54,7 @@ def test_corruption_that_nothing_detects_is_found(tmp_path, monkeypatch):
             file.write_bytes(bytes(file.stat().st_size))
         return "checkpoints/"
 
-    monkeypatch.setattr(CheckpointFolder, "find_corruption", lambda *_: None)
+    monkeypatch.setattr(folder, "find_corruption", lambda *_: None)
     monkeypatch.setattr(corruption, "corrupt_file", zero_parameters)
     assert None not in [case.problem for case in corruption.corruption(tmp_path, 4, 1)]
 

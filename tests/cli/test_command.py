@@ -5,10 +5,10 @@ import shutil
 import subprocess
 
 import pytest
-from processes import ROOT, assert_refused, run_python
+from processes import assert_refused, run_python
 
 from simplernn_jax import __version__
-from simplernn_jax.__main__ import COMMANDS
+from simplernn_jax.__main__ import commands
 
 MODULE = ("-m", "simplernn_jax")
 
@@ -17,14 +17,9 @@ def test_without_arguments_and_help_list_the_commands():
     alone, shown = run_python(*MODULE), run_python(*MODULE, "--help")
     assert alone == shown
     assert (shown.code, shown.errors) == (0, "")
-    scripts = [name for name in COMMANDS if (ROOT / "scripts" / f"{name}.py").is_file()]
-    listed = re.findall(r"^  (\w+)  +\w.*$", shown.output, re.MULTILINE)
-    assert listed == [*scripts, "completion"]
-
-
-def test_every_script_is_a_command_or_one_for_the_project():
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts - COMMANDS.keys() == {"bootstrap", "stress"}
+    listed = re.findall(r"^  (\w+)  +[A-Z].*\.$", shown.output, re.MULTILINE)
+    assert listed == [*commands(), "completion"]
+    assert "train" in listed
 
 
 def test_version():
@@ -86,24 +81,14 @@ def script(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("runs", "my texts"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "runs" / "base").mkdir()
-    (tmp_path / "tiny_mine.py").write_text("")
-    return tmp_path
-
-
-def complete(script, folder, *words):
-    """The completions of the last of `words`, as bash splits them."""
+def complete(script, *words):
+    """The completions of the last of `words`, as bash splits them; none are names of files."""
     done = subprocess.run(
         ["bash", "--norc", "-c", COMPLETE, "bash", str(script), "simplernn", *words],
         capture_output=True,
         text=True,
         check=True,
-        cwd=folder,
-        env={"PATH": "/nowhere", "HOME": str(folder / "runs")},
+        env={"PATH": "/nowhere"},
         executable=shutil.which("bash"),
     )
     assert done.stderr == ""
@@ -119,27 +104,22 @@ def complete(script, folder, *words):
         (["launch_local", "2", "--workd"], ["--workdir"]),
         (["benchmark", "s"], ["serve", "startup", "scaling", "sizes"]),
         (["evaluate", "--split", ""], ["validation", "train"]),
-        (["evaluate", "--split=t"], ["--split=train"]),  # as zsh splits them
-        (["train", "--config", "ti"], ["tiny", "tiny_mine.py"]),
-        (["train", "--config=tin"], ["--config=tiny", "--config=tiny_mine.py"]),
-        (["sample", "--workdir", "ru"], ["runs"]),
-        (["sample", "--workdir", "=", "runs/"], ["runs/base"]),
-        (["sample", "--workdir", "~/b"], ["{folder}/runs/base"]),
-        (["train", "--config.data.source", "=", "my\\ t"], ["my texts"]),
+        (["evaluate", "--split", "=", "t"], ["train"]),
+        (["train", "--config", "ti"], ["tiny"]),
+        (["sample", "--workdir", "="], []),
+        (["sample", "--workdir", "ru"], []),
         (["trian", "--w"], []),
     ],
 )
-def test_completions(script, folder, words, expected):
-    found = complete(script, folder, *words)
-    assert found == [word.format(folder=folder) for word in expected]
+def test_completions(script, words, expected):
+    assert complete(script, *words) == expected
 
 
-def test_every_flag_that_help_lists_is_offered(script, folder):
-    for command in ("train", "serve", "explain"):
-        shown = run_python("-m", "simplernn_jax", command, "--help").output
-        flags = re.findall(r"^  --(?:\[no\])?([\w.]+)[:=]", shown, re.MULTILINE)
-        assert len(flags) > 5
-        assert {f"--{flag}" for flag in flags} <= set(complete(script, folder, command, "--"))
+def test_every_flag_that_help_lists_is_offered(script):
+    shown = run_python("-m", "simplernn_jax", "serve", "--help").output
+    flags = re.findall(r"^  --(?:\[no\])?([\w.]+)[:=]", shown, re.MULTILINE)
+    assert len(flags) > 5
+    assert {f"--{flag}" for flag in flags} <= set(complete(script, "serve", "--"))
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")

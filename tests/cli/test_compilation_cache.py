@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from damages import cut_off, empty, flip_bit, give_away, make_writable
+from corrupt_files import cut_off, empty, flip_bit, give_away, make_writable
 from processes import run_python, run_scripts
 
 from simplernn_jax.cli.compilation_cache import delete_invalid_entries, seal_entries

@@ -157,6 +157,6 @@ def test_what_is_wrong_is_one_line(folder):
         *(([f"--config=wrong_{number}.py"], part) for number, (_, part) in enumerate(FILES)),
         (["--config=tini.py"], "--config=tini.py: no such file; did you mean 'tiny'?"),
         (["--config.train.steps=5"], "--config is missing; specify a file such as"),
-        (["--config=/dev/zero"], "--config=/dev/zero: not a regular file"),
+        (["--config=/dev/zero"], "--config=/dev/zero: no such file"),
         cwd=folder,
     )

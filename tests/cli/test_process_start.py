@@ -68,12 +68,6 @@ def test_large_buffers_use_huge_pages(script, environment, expected):
     assert result.stdout == f"{expected} ['a b', '-c']\n"
 
 
-def test_closed_standard_streams_are_not_taken_by_other_files(script):
-    script.write_text(SCRIPT + "\nassert os.open(__file__, os.O_RDONLY) > 2")
-    result = run(script, shell="<&- >&-")
-    assert (result.returncode, result.stderr) == (0, "error of the script\n")
-
-
 def test_a_process_under_a_debugger_is_not_replaced(script):
     result = run("-m", "pdb", "-c", "continue", script, shell="</dev/null")
     assert "None []" in result.stdout

@@ -4,7 +4,7 @@ import json
 import chex
 import numpy as np
 import pytest
-from token_splits import BOS, EOS, PAD, contexts, document_of, make_split, predictable, unique_split
+from small_data import BOS, EOS, PAD, contexts, document_of, make_split, predictable, unique_split
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data.batches import Batch, BatchSource, make_batches, steps_per_epoch

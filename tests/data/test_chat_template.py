@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from corpus_files import read_all, records, talk, write
+from small_data import read_all, records, talk, write
 
 from benchmarks.stress.fuzz import CHATML
 from simplernn_jax.config import DataConfig
@@ -216,7 +216,7 @@ def test_conversations_come_as_json(tmp_path):
     whole = read_all(path, template="roles", max_malformed_records=1)
     assert whole == {"a.json[0]": "\x02a\x04\x03b\x04", "a.json[2]": "\x02c\x04\x03d\x04"}
     table = write(tmp_path / "a.csv", "messages")
-    for source in (str(table), "stdlib", "tfds:x"):
+    for source in (str(table), "stdlib"):
         with pytest.raises(UserError, match="come as JSONL"):
             read_all(source, template="roles")
 
@@ -243,8 +243,8 @@ def test_targets_are_stored_and_predicted_once(tmp_path):
     steps = -(-sum(-(-(document_ends(split) - split.document_starts - 1) // 5)) // 2)
     for found in (
         [source[index] for index in range(steps)],
-        list(evaluation_batches(split, 16, 2, tokenizer.pad_id)[0]),
-        list(context_batches(split, Contexts(6, 4), 12, 2, tokenizer.pad_id)[0]),
+        list(evaluation_batches(split, 16, 2, tokenizer.pad_id)),
+        list(context_batches(split, Contexts(6, 4), 12, 2, tokenizer.pad_id)),
     ):
         assert sorted(np.concatenate([b.targets[b.loss_mask] for b in found])) == expected
     for mode in ("window", "stream"):

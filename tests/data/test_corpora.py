@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import zstandard
-from corpus_files import read_all, records, write
 from pyarrow import parquet
+from small_data import read_all, records, write
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
@@ -36,7 +36,7 @@ COMPRESS = {".gz": gzip.compress, ".zst": zstd}
 
 def test_stdlib_is_large_sorted_and_without_tests_and_installed_packages():
     corpus = open_corpus(DataConfig())
-    names = [document.name for document in corpus.documents()]
+    names = [*dict.fromkeys(name for name, _ in corpus.pieces())]
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & {*Path(name).parts}]
@@ -61,7 +61,7 @@ def test_a_library_file_that_is_not_utf8_does_not_stop_the_default_run(tmp_path,
         ("a.tsv", b"id\ttext\n1\thi\n", ["hi"]),
         ("a.txt", codecs.BOM_UTF16_LE + "hi—\n🙂".encode("utf-16-le"), ["hi—\n🙂"]),
         ("a.jsonl", '{"text": "é"}\n{"text": "b"}'.encode("utf-16"), ["é", "b"]),
-        ("a.jsonl", records({"text": "ä\n", "bot": ""}, {"text": ""}), ["ä\n", ""]),
+        ("a.jsonl", records({"text": "ä\n", "bot": ""}, {"text": ""}), ["ä\n"]),
         ("a.json", records({"text": "a"}, {"text": "b"}), ["a", "b"]),
         ("a.json", "[]\n", []),
     ],
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", fail)
-    with pytest.raises(UserError, match="Permission denied; make this folder readable"):
+    with pytest.raises(UserError, match="Permission denied; correct it, or select"):
         open_corpus(DataConfig(source=str(tmp_path)))
 
 
@@ -125,7 +125,8 @@ def test_output_folders_are_no_part_of_a_folder_or_glob(tmp_path, monkeypatch):
         write(tmp_path / name, name)
 
     def names(source: str, exclude: str = "sub/run") -> list[str]:
-        return [d.name for d in open_corpus(DataConfig(source=source), [exclude]).documents()]
+        corpus = open_corpus(DataConfig(source=source), [exclude])
+        return [name for name, _ in corpus.pieces()]
 
     monkeypatch.chdir(tmp_path)
     assert names(".") == names("**/*.txt") == ["a.txt", "running/e.txt", "sub/b.txt"]
@@ -151,20 +152,18 @@ def test_only_regular_files_are_opened(tmp_path):
     corpus = open_corpus(DataConfig(source=str(path)))
     path.unlink()
     with pytest.raises(UserError, match=r"a\.txt: No such file"):
-        [list(document.pieces) for document in corpus.documents()]
+        list(corpus.pieces())
 
 
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("x" * 5000, "no such file"),
         ("~nosuchuser/a.txt", "no such file or folder"),
         ("a\0*", "no path holds a NUL"),
         ("hf://datasets/user/name", "hf download --repo-type dataset USER/NAME"),
-        ("https://example.org/a.txt", "download it first, and give its path"),
+        ("https://example.org/a.txt", "fetch a file yourself"),
         ("nowhere.txt", r"^nowhere\.txt: no such file or folder"),
         ("folder", "no text file in this folder"),
-        ("empty.txt", r"^empty\.txt: empty"),
         ("tfds:lm1b:1.1.0", r"not prepared in .*build_tfds\.py.*need TensorFlow"),
         ("tfds:~nosuchuser", "not prepared"),
     ],
@@ -172,7 +171,6 @@ def test_only_regular_files_are_opened(tmp_path):
 def test_a_source_without_text_is_one_line(tmp_path, monkeypatch, source, problem):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", "~nosuchuser")
-    write(tmp_path / "empty.txt", "")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=problem) as raised:
         open_corpus(DataConfig(source=source))
@@ -184,8 +182,7 @@ def test_large_file_comes_in_pieces_cut_at_line_ends_where_possible(tmp_path, li
     line = "é" * (line_length // 2) + "\n"
     text = line * (5 * PIECE_SIZE // len(line.encode()) + 1)
     path = write(tmp_path / "a.txt", text)
-    (document,) = open_corpus(DataConfig(source=str(path))).documents()
-    pieces = [piece.text for piece in document.pieces]
+    pieces = [piece.text for _, piece in open_corpus(DataConfig(source=str(path))).pieces()]
     assert "".join(pieces) == text
     assert len(pieces) >= 5
     assert max(map(len, pieces)) <= 2 * PIECE_SIZE
@@ -218,7 +215,7 @@ def test_utf16_is_decoded_over_blocks_and_its_errors_are_named_or_replaced(tmp_p
 def test_jsonl_field_is_the_document_and_blank_lines_are_skipped(tmp_path):
     content = records({"user": "", "bot": "ä\n"}, {"bot": ""}) + "\n" + records({"bot": "b"})
     path = write(tmp_path / "a.jsonl", content)
-    assert read_all(path, field="bot") == {"a.jsonl:1": "ä\n", "a.jsonl:2": "", "a.jsonl:4": "b"}
+    assert read_all(path, field="bot") == {"a.jsonl:1": "ä\n", "a.jsonl:4": "b"}
     path = write(tmp_path / "a.jsonl", b'{"text": "\xff"}\n{"text": "\\ud83d!"}\n')
     assert [*read_all(path, encoding_errors="replace").values()] == ["\ufffd", "\ufffd!"]
 
@@ -233,13 +230,10 @@ BEFORE_AND_AFTER = {
     ("line", "problem"),
     [
         (b'{"text": ', "not JSON"),
-        (b"[" * 100_000, "not JSON"),
         (b'{"txt": "a", "id": 3}', "no field 'text'; it has txt, id: name the one"),
         (b'{"id": 1, "messages": []}', "no field 'text'; it has id, messages; conversations need"),
         (b'{"text": 3}', "field 'text' is of type int, not text"),
-        (b'{"text": "\xff"}', "invalid UTF-8 at byte 10;"),
-        # Only the first of many fields are named.
-        (records({f"txt{n}\x1b": n for n in range(50_000)}).encode(), "no field 'text'; it has"),
+        (b'{"text": "\xff"}', "field 'text' holds half a surrogate pair or invalid UTF-8"),
         (b"1", "field 'text' is of type NoneType, not text"),
         (b"1,b,c,d", "invalid CSV .more values than the header has names"),
         (b"1,\xff", "field 'text' holds half a surrogate pair or invalid UTF-8"),
@@ -260,7 +254,7 @@ def test_malformed_records_are_counted_and_warned_of_once(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", "no\n" + records({"text": "a"}) + "no\n")
     corpus = open_corpus(DataConfig(source=str(path), max_malformed_records=2))
     for _ in range(2):
-        assert len(list(corpus.documents())) == 1
+        assert len(list(corpus.pieces())) == 1
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "2 malformed records skipped, the first:" in warning.message
     assert "a.jsonl:1" in warning.message
@@ -273,7 +267,7 @@ def test_each_record_of_a_json_array_is_a_document(tmp_path, indent):
     array = [{"id": 1, "text": "ä\n"}, {"text": ""}, {"txt": "b"}, 3]
     path = write(tmp_path / "a.JSON.gz", gzip.compress(json.dumps(array, indent=indent).encode()))
     found = read_all(path, max_malformed_records=2)
-    assert found == {"a.JSON.gz[0]": "ä\n", "a.JSON.gz[1]": ""}
+    assert found == {"a.JSON.gz[0]": "ä\n"}
     with pytest.raises(UserError, match=r"a\.JSON\.gz\[2\]: no field 'text'; it has txt"):
         read_all(path)
     write(tmp_path / "a.json", '[\n{"text": "a"},\n{"text"')
@@ -284,7 +278,7 @@ def test_each_record_of_a_json_array_is_a_document(tmp_path, indent):
 def test_csv_rows_are_documents_by_the_name_of_their_column(tmp_path):
     content = 'id, bot ,"note"\r\n1,"ä, ""b""\r\nc",x\r\n\r\n2,,y\r\n3,d,\r\n'
     path = write(tmp_path / "a.csv", content)
-    expected = {"a.csv:3": 'ä, "b"\r\nc', "a.csv:5": "", "a.csv:6": "d"}
+    expected = {"a.csv:3": 'ä, "b"\r\nc', "a.csv:6": "d"}
     assert read_all(path, field=" bot ") == expected
     for delimiter in "\t;":
         rows = ("text", "a b"), ("c;\t,d", "e")
@@ -302,17 +296,6 @@ def test_json_and_csv_beside_text_are_text(tmp_path):
     assert read_all(tmp_path) == {"a.py": "import json", "b.json": '{"name": 1}', "c.csv": "a,b\n"}
     with pytest.raises(UserError, match=r"both csv \(c\.csv\) and jsonl \(b\.json\) and text"):
         read_all(tmp_path, field="name")
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), [("a.ndjson", "c.txt"), ("b.json", "c.csv"), ("a.txt.gz", "e.JSONL.gz")]
-)
-def test_several_formats_in_a_folder_are_rejected(tmp_path, first, second):
-    for name in (first, second):
-        text = records({"text": "a"}).encode()
-        write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)
-    with pytest.raises(UserError, match=rf"both .*{first}.*{second}|both .*{second}.*{first}"):
-        read_all(tmp_path)
 
 
 def test_an_endless_line_row_or_array_is_rejected_before_it_fills_the_memory(tmp_path, monkeypatch):
@@ -365,7 +348,7 @@ def test_the_name_without_the_suffix_of_compression_names_the_format(tmp_path):
     write(tmp_path / "c.txt", b"c")
     write(tmp_path / "d.gz", gzip.compress(b"\0binary"))
     write(tmp_path / "e.zst", b"")
-    assert read_all(tmp_path) == {"a.txt.gz": "a", "b.zst": "b", "c.txt": "c", "e.zst": ""}
+    assert read_all(tmp_path) == {"a.txt.gz": "a", "b.zst": "b", "c.txt": "c"}
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(RECORDS.encode()))
     assert list(read_all(path).values()) == TEXT.splitlines()
 
@@ -392,7 +375,7 @@ def test_large_decompressed_content_takes_bounded_memory(tmp_path, suffix):
     tracemalloc.start()
     try:
         corpus = open_corpus(DataConfig(source=str(path), max_expansion=1 << 20))
-        count = sum(len(piece.text) for document in corpus.documents() for piece in document.pieces)
+        count = sum(len(piece.text) for _, piece in corpus.pieces())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -442,7 +425,9 @@ def write_table(path, columns, **settings):
 def test_rows_come_in_order_from_any_column_of_text(tmp_path, column):
     columns = {"id": range(len(TEXTS)), "book": column}
     path = write_table(tmp_path / "a.PARQUET", columns, row_group_size=7)
-    assert read_all(path, field="book") == {f"a.PARQUET: row {n}": t for n, t in enumerate(TEXTS)}
+    assert read_all(path, field="book") == {
+        f"a.PARQUET: row {n}": text for n, text in enumerate(TEXTS) if text
+    }
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.string()], ids=str)
@@ -451,7 +436,7 @@ def test_rows_without_text_are_malformed_records(tmp_path, kind):
     path = write_table(tmp_path / "a.parquet", {"text": values})
     with pytest.raises(UserError, match=r"a\.parquet: row 1: field 'text' is of type NoneType"):
         read_all(path)
-    with pytest.raises(UserError, match=r"row 2: invalid UTF-8 at byte 0 .*record 2, 1 allow"):
+    with pytest.raises(UserError, match=r"row 2: .*or invalid UTF-8.*record 2, 1 allow"):
         read_all(path, max_malformed_records=1)
     texts = read_all(path, max_malformed_records=1, encoding_errors="replace")
     assert [*texts.values()] == ["a", "\ufffd", "b"]

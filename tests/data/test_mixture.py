@@ -1,5 +1,6 @@
 """Mixtures of sources, from their names to batches and a resumed run."""
 
+import dataclasses
 import json
 import re
 
@@ -7,16 +8,16 @@ import chex
 import numpy as np
 import pytest
 from processes import ROOT, run_scripts
+from small_data import PAD, make_split
 from small_runs import save_untrained, small_config
-from token_splits import PAD, make_split
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import open_corpus, prepare_corpus
-from simplernn_jax.data.batches import BatchSource, MixedBatchSource, make_batches, steps_per_epoch
+from simplernn_jax.data.batches import BatchSource, make_batches, steps_per_epoch
 from simplernn_jax.data.corpora import parse_mixture
 from simplernn_jax.data.store_files import CorruptStore
-from simplernn_jax.data.token_split import MixedSplit
-from simplernn_jax.data.token_store import TokenizedCorpus, find_corpus, train_tokenizer
+from simplernn_jax.data.token_split import union
+from simplernn_jax.data.token_store import find_corpus, train_tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import without_paths
 from simplernn_jax.files import read_sealed, write_sealed
@@ -49,13 +50,12 @@ def prepare(source, **settings):
 
 def mixed(weights, lengths=((31, 7, 101), (12, 43), (61,))):
     """A mixture of splits whose tokens tell their source: 0 to 9, 10 to 19, ..."""
-    corpora = []
+    splits = []
     for number, _ in enumerate(weights):
         split = make_split(lengths[number])
         tokens = np.where(split.tokens < 200, split.tokens % 10 + 10 * number, split.tokens)
-        split = type(split)(**{**vars(split), "tokens": tokens, "content_hash": f"{number}"})
-        corpora.append(TokenizedCorpus(None, split, None, f"{number}"))
-    return TokenizedCorpus.from_mixture(corpora, "abc"[: len(weights)], weights).train
+        splits.append(dataclasses.replace(split, tokens=tokens))
+    return union("train", splits, "abc"[: len(weights)], weights)
 
 
 def sources_of(batch):
@@ -102,7 +102,7 @@ def test_bad_weights_are_rejected(source, problem):
 def test_a_path_that_exists_is_that_path(folder):
     (folder / "a:0.7,b.jsonl:0.3").write_text("one document\n" * 9)
     corpus = prepare("a:0.7,b.jsonl:0.3")
-    assert not isinstance(corpus.train, MixedSplit)
+    assert not corpus.train.parts
     assert corpus.tokenizer.decode(corpus.train.tokens).startswith("one document")
     with pytest.raises(UserError, match="a mixture, which only training takes; give one source"):
         open_corpus(DataConfig(source="a:1,b.jsonl:1"))
@@ -113,7 +113,7 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
     stores = set((folder / "cache").iterdir())
     corpus = prepare("a:3,b.jsonl:1")
     (record,) = set((folder / "cache").iterdir()) - stores
-    assert record.name.startswith(".mixture-")
+    assert record.name.startswith(".corpus-")
     for name in ("train", "validation"):
         union, parts = getattr(corpus, name), [getattr(one, name) for one in alone]
         assert union.weights == (0.75, 0.25)
@@ -127,24 +127,27 @@ def test_each_source_has_the_store_that_it_has_alone(folder):
         assert prepare(other).content_hash != corpus.content_hash
 
 
-@pytest.mark.parametrize(("name", "value"), [("weights", [1.0]), ("stores", ["..", "."])])
-def test_a_mixture_is_found_by_its_content(folder, name, value):
+@pytest.mark.parametrize(("place", "value"), [(1, [["a", 1.0]]), (0, ["..", "."])])
+def test_a_mixture_is_found_by_its_content(folder, place, value):
     corpus = prepare("a:3,b.jsonl:1")
-    (path,) = (folder / "cache").glob(".mixture-*")
+    path = folder / "cache" / f".corpus-{corpus.content_hash[:32]}.json"
     prepare("a:1,b.jsonl:1")
+    assert find_corpus("cache", "../" + corpus.content_hash, corpus.tokenizer) is None
 
     def find():
         return find_corpus("cache", corpus.content_hash, corpus.tokenizer)
 
     found = find()
     assert found.content_hash == corpus.content_hash
-    assert (found.train.sources, found.train.weights) == (("a", "b.jsonl"), (0.75, 0.25))
+    assert [part.name for part in found.train.parts] == ["a train", "b.jsonl train"]
+    assert found.train.weights == (0.75, 0.25)
     np.testing.assert_array_equal(found.train.tokens, corpus.train.tokens)
     record = json.loads(read_sealed(path))
     path.write_text(path.read_text().replace("a", "c"))
     with pytest.raises(CorruptStore, match="was changed"):
         find()
-    write_sealed(path, json.dumps(record | {name: value}) + "\n")
+    record[place] = value
+    write_sealed(path, json.dumps(record) + "\n")
     with pytest.raises(CorruptStore, match="belongs to other stores"):
         find()
     assert prepare("a:3,b.jsonl:1").content_hash == find().content_hash
@@ -157,7 +160,7 @@ def test_a_source_that_is_learned_whole_beside_one_that_is_not(folder):
         prepare("chat.jsonl", template="roles", loss_mask=loss_mask, validation_fraction=0.0)
         for loss_mask in ("assistant", "all")
     )
-    split = TokenizedCorpus.from_mixture([answers, whole], ("answers", "whole"), (0.5, 0.5)).train
+    split = union("train", [answers.train, whole.train], ("answers", "whole"), (0.5, 0.5))
     expected = np.concatenate([answers.train.tokens[answers.train.targets], whole.train.tokens[1:]])
     np.testing.assert_array_equal(np.array(split.tokens)[np.array(split.targets)], expected)
     assert split.num_predictions == len(expected)
@@ -184,13 +187,13 @@ def test_a_bpe_takes_from_each_source_by_its_weight(folder, monkeypatch):
 
 def test_sequences_are_drawn_with_the_probabilities(folder):
     split = mixed((0.625, 0.125, 0.25))
-    source = MixedBatchSource(split, config_of(), 0, PAD)
+    source = BatchSource(split, config_of(), 0, PAD)
     found = np.concatenate([sources_of(source[index]) for index in range(500)])
     shares = np.bincount(found) / len(found)
     # Four standard errors of the share of 4,000 draws.
     np.testing.assert_allclose(shares, split.weights, atol=4 * np.sqrt(0.25 / 4000))
-    chex.assert_trees_all_equal(source[7], MixedBatchSource(split, config_of(), 0, PAD)[7])
-    other = MixedBatchSource(split, config_of(), 1, PAD)[7]
+    chex.assert_trees_all_equal(source[7], BatchSource(split, config_of(), 0, PAD)[7])
+    other = BatchSource(split, config_of(), 1, PAD)[7]
     assert (other.tokens != source[7].tokens).any()
     tokens = sum(len(part.tokens) for part in split.parts)  # of an epoch
     assert steps_per_epoch(split, config_of()) == -(-tokens // (8 * 11))
@@ -200,7 +203,7 @@ def test_sequences_are_drawn_with_the_probabilities(folder):
 def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
     split = mixed((0.6, 0.4))
     config = config_of(5, **fields)
-    source = MixedBatchSource(split, config, 0, PAD)
+    source = BatchSource(split, config, 0, PAD)
     alone = [
         BatchSource(part, config_of(count, **fields), 0, PAD)
         for part, count in zip(split.parts, (3, 2), strict=True)
@@ -216,8 +219,8 @@ def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
 def test_each_process_makes_its_own_sequences(fields):
     split = mixed((0.4, 0.2, 0.4))
     config = config_of(8, **fields)
-    whole = MixedBatchSource(split, config, 0, PAD)
-    parts = [MixedBatchSource(split, config, 0, PAD, part) for part in (slice(0, 3), slice(3, 8))]
+    whole = BatchSource(split, config, 0, PAD)
+    parts = [BatchSource(split, config, 0, PAD, part) for part in (slice(0, 3), slice(3, 8))]
     for index in range(9):
         own = [part[index] for part in parts]
         together = [np.concatenate(pair) for pair in zip(*own, strict=True)]

@@ -1,7 +1,11 @@
-"""Tokenized corpora on disk: splits, content, verification, and what other processes do."""
+"""Tokenized corpora on disk: splits, content, verification, and tokenization by processes."""
 
+import csv
 import errno
 import hashlib
+import itertools
+import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -13,13 +17,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from damages import flip_bit
+from corrupt_files import flip_bit
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import run_python
-from small_tokenizers import word_level
+from small_data import byte_level, contents, pretrained, stores, word_level
 
 from simplernn_jax.config import DataConfig
 from simplernn_jax.data import TokenizedCorpus, TokenSplit, load_tokenizer, prepare_corpus
-from simplernn_jax.data.store_files import CorruptStore
+from simplernn_jax.data.token_split import ConcatenatedArray
 from simplernn_jax.data.token_store import find_corpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import open_file, read_sealed, write_sealed
@@ -60,15 +66,6 @@ def texts_of(split: TokenSplit) -> list[str]:
         assert (tokens[0], tokens[-1]) == (BOS, EOS)
         texts.append(tokenizer.decode(tokens[1:-1]))
     return texts
-
-
-def stores(cache: Path) -> list[Path]:
-    """All that is in a cache folder, except locks."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
@@ -288,27 +285,21 @@ def test_a_corrupt_store_is_named_and_the_text_tokenized_again(copy_of_store, ca
     flip_bit(copy / name)
     check()
     (warning,) = [record.message for record in caplog.records if record.levelno > 20]
-    assert f"corrupted ({name}" in warning
-    assert "re-tokenized" in warning
+    assert re.search(f"{name}: .*was changed.*re-tokenized", warning)
     caplog.clear()
     check()
     assert "corrupted" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"<u2"', '"|O"'),
-        ('"store": "', '"store": "0'),
-        ('"shard_bytes": ', '"shard_bytes": 0, "was": '),
-    ],
+    ("old", "new"), [('"<u2"', '"|O"'), ('"store": "', '"store": "0'), ('"sha256": ', '"sha512": ')]
 )
 def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new):
     copy, check = copy_of_store
     path = copy / "meta.json"
     write_sealed(path, read_sealed(path).replace(old, new))
     check()
-    assert "corrupted (meta.json " in caplog.text
+    assert "meta.json: not the record" in caplog.text
 
 
 def test_an_error_of_the_machine_is_not_corruption(whole_store, monkeypatch, caplog):
@@ -328,28 +319,16 @@ def test_an_error_of_the_machine_is_not_corruption(whole_store, monkeypatch, cap
     assert (store / "train.tokens").exists()
 
 
-KILLED = """
-import os
-from simplernn_jax.config import DataConfig
-from simplernn_jax.data import prepare_corpus
-
-os.rename = lambda *arguments, **options: os.kill(os.getpid(), 9)
-prepare_corpus(DataConfig(source={source!r}), 3, {cache!r})
-"""
-
-
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, source, cache):
-    code = KILLED.format(source=str(source), cache=str(cache))
-    code, _, errors = run_python("-c", code)
-    assert code == -signal.SIGKILL, errors
-    (left,) = stores(cache)
-    assert re.fullmatch(r"\.\w+\.tmp", left.name)
+def test_what_a_killed_writer_left_is_removed_by_the_next(source, cache):
+    prepare(source, cache)
+    expected = contents(cache)
+    (store,) = stores(cache)
+    left = store.rename(cache / f".{store.name}.tmp")
     (cache / ".mine.tmp").mkdir()
     prepare(source, cache)
-    (store,) = {*stores(cache)} - {cache / ".mine.tmp"}
-    prepare(source, tmp_path / "other")
-    (other,) = stores(tmp_path / "other")
-    assert contents(store) == contents(other)
+    assert not left.exists()
+    (cache / ".mine.tmp").rmdir()
+    assert contents(cache) == expected
 
 
 def test_full_disk_or_no_folder_is_one_line_and_leaves_nothing(
@@ -365,13 +344,6 @@ def test_full_disk_or_no_folder_is_one_line_and_leaves_nothing(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: (Not a directory|File exists); .*cache_dir"):
         prepare(source, tmp_path / "file")
-
-
-def test_a_store_that_is_corrupt_once_written_is_one_line(monkeypatch, source, cache):
-    corrupt = mock.Mock(side_effect=CorruptStore("was changed"))
-    monkeypatch.setattr("simplernn_jax.data.token_store.open_store", corrupt)
-    with pytest.raises(UserError, match="right after it was written; check this disk"):
-        prepare(source, cache)
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
@@ -397,3 +369,191 @@ def test_importing_the_package_loads_no_heavy_library():
     assert code == 0, errors
     heavy = {"tensorflow_datasets", "tokenizers", "rich", "jax", "grain", "pyarrow", "zstandard"}
     assert not heavy & set(modules.split())
+
+
+def use_cores(monkeypatch, count):
+    monkeypatch.setattr("simplernn_jax.data.tokenization.available_cores", lambda: count)
+
+
+@pytest.fixture
+def jsonl(tmp_path, monkeypatch):
+    """JSONL of 31 records, which make several parts and blocks, tokenized by this process."""
+    use_cores(monkeypatch, 1)
+    monkeypatch.setattr("simplernn_jax.data.tokenization.PART_CHARACTERS", 500)
+    monkeypatch.setattr("simplernn_jax.data.store_files.BLOCK_BYTES", 256)
+    monkeypatch.setattr("simplernn_jax.data.store_files._READ_BYTES", 64)
+    path = tmp_path / "in.jsonl"
+    texts = [f"Text {i} — {'ä' * (i % 5)} " * (i % 7) for i in range(31)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer():
+    return pretrained(byte_level())
+
+
+def prepare_with(source, cache, tokenizer, **settings):
+    config = DataConfig(validation_fraction=0.2, **settings)
+    config.source = source if callable(source) or isinstance(source, list) else str(source)
+    return prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
+
+
+def lines_of(jsonl):
+    return [json.loads(line)["text"] for line in jsonl.read_text("utf-8").splitlines()]
+
+
+def test_the_store_is_the_same_for_every_number_of_processes(
+    jsonl, tokenizer, tmp_path, monkeypatch
+):
+    prepare_with(jsonl, tmp_path / "one", tokenizer)
+    use_cores(monkeypatch, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", None)  # not in this process
+        prepare_with(jsonl, tmp_path / "three", tokenizer)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("name", "cores"), [("a.json", 3), ("a.csv", 1)])
+def test_records_of_every_format_give_the_same_tokens(
+    jsonl, tokenizer, tmp_path, monkeypatch, cores, name
+):
+    expected = prepare_with(jsonl, tmp_path / "file", tokenizer, max_malformed_records=1)
+    use_cores(monkeypatch, cores)
+    with open(tmp_path / name, "w", encoding="utf-16") as file:
+        if name == "a.json":
+            json.dump([{"text": text} for text in lines_of(jsonl)] + [3], file)
+        else:
+            csv.writer(file).writerows([("n", "text"), *enumerate(lines_of(jsonl)), "bad"])
+    corpus = prepare_with(tmp_path / name, tmp_path / "cache", tokenizer, max_malformed_records=1)
+    assert corpus.content_hash == expected.content_hash
+
+
+def test_texts_from_python_give_the_tokens_of_the_same_records(
+    jsonl, tokenizer, tmp_path, monkeypatch
+):
+    expected = prepare_with(jsonl, tmp_path / "file", tokenizer)
+    texts, cache = lines_of(jsonl), tmp_path / "cache"
+    use_cores(monkeypatch, 3)
+    for again, count in ((texts, 1), (lambda: iter(texts), 1), ([*texts[:-1], "other"], 2)):
+        corpus = prepare_with(again, cache, tokenizer)
+        assert (corpus.content_hash == expected.content_hash) == (count == 1)
+        assert len(stores(cache)) == count
+    assert find_corpus(str(cache), expected.content_hash, tokenizer).summary == expected.summary
+
+
+calls = itertools.count()
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        (["a", b"b"], r"<2 texts from Python>\[1\]: of type bytes; give strings"),
+        ([], "<0 texts from Python>: no text in it"),
+        (["\ud800"], "half a surrogate pair"),
+        (lambda: ["a"] if next(calls) < 2 else ["b"], "<texts from Python>: changed while it was"),
+    ],
+)
+def test_texts_from_python_that_cannot_be_used_are_one_line(tokenizer, tmp_path, texts, problem):
+    with pytest.raises(UserError, match=problem):
+        prepare_with(texts, tmp_path / "cache", tokenizer)
+    with pytest.raises(UserError, match="come as JSONL"):
+        prepare_with(texts, tmp_path / "cache", tokenizer, template="roles")
+
+
+def test_errors_of_other_processes_are_named(jsonl, tokenizer, tmp_path, monkeypatch):
+    use_cores(monkeypatch, 2)
+    without_unknown = pretrained(word_level("Text", unknown="[NONE]"))
+    with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
+        prepare_with(jsonl, tmp_path / "cache", without_unknown)
+    lines = jsonl.read_text("utf-8").splitlines()
+    lines = ["[]" if number in (2, 15, 28) else line for number, line in enumerate(lines)]
+    jsonl.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(UserError, match=r"in\.jsonl:29: of type list.*record 3, 2 allowed"):
+        prepare_with(jsonl, tmp_path / "cache", tokenizer, max_malformed_records=2)
+    assert not stores(tmp_path / "cache")
+
+
+def test_conversations_are_rendered_by_other_processes(tmp_path, jsonl, tokenizer, monkeypatch):
+    with open(jsonl, "w") as stream:
+        for number in range(31):
+            turns = [("user", f"question {number}"), ("assistant", f"answer {number} " * 5)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    settings = {"template": "roles", "loss_mask": "assistant"}
+    for cores in (1, 2):
+        use_cores(monkeypatch, cores)
+        prepare_with(jsonl, tmp_path / str(cores), tokenizer, **settings)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert "train.targets" in contents(tmp_path / "1")
+
+
+def test_processes_end_together(jsonl, tokenizer, tmp_path, monkeypatch):
+    workers = set()
+
+    def texts():
+        for number, text in enumerate(lines_of(jsonl)):
+            workers.update(multiprocessing.active_children())
+            for worker in workers if number == 20 else ():
+                worker.kill()
+            yield text
+
+    use_cores(monkeypatch, 3)
+    with pytest.raises(UserError, match="a process that tokenizes died"):
+        prepare_with(texts, tmp_path / "cache", tokenizer)
+    assert workers
+    assert not any(worker.is_alive() for worker in workers)
+    assert not stores(tmp_path / "cache")
+
+
+SCRIPT = """
+import multiprocessing, os, sys
+print("runs", flush=True)
+from simplernn_jax.config import DataConfig
+from simplernn_jax.data import prepare_corpus, tokenization
+
+tokenization.available_cores = lambda: 3
+tokenization.PART_CHARACTERS = 500
+config = DataConfig(tokenizer=sys.argv[1])
+def texts():
+    for number in range(99):
+        if number == 60 and multiprocessing.active_children():
+            os.kill(os.getpid(), 9)
+        yield f"text {number} " * 9
+config.source = texts
+prepare_corpus(config, 3, "cache")
+"""
+
+
+def test_a_script_without_a_guard_runs_once_and_its_processes_end_with_it(tokenizer, tmp_path):
+    for module in ("pickle.py", "socket.py"):
+        (tmp_path / module).write_text("raise SystemExit('of the current folder')")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "script.py").write_text(SCRIPT)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.tokenizer_json)
+    done = run_python("scripts/script.py", "tokenizer.json", cwd=tmp_path, timeout=60)
+    assert (done.code, done.output) == (-signal.SIGKILL, "runs\n")
+    assert "Error" not in done.errors
+
+
+def test_damage_to_any_block_is_found(jsonl, tokenizer, tmp_path, caplog):
+    first = prepare_with(jsonl, tmp_path / "cache", tokenizer)
+    (store,) = stores(tmp_path / "cache")
+    digests = json.loads(read_sealed(store / "meta.json"))["splits"]["train"]["sha256"]["tokens"]
+    assert len(digests) > 3
+    flip_bit(store / "train.tokens")
+    again = prepare_with(jsonl, tmp_path / "cache", tokenizer)
+    assert "train.tokens: was changed (corrupted)" in caplog.text
+    assert again.content_hash == first.content_hash
+
+
+@given(st.data())
+def test_concatenated_arrays_are_read_as_one(data):
+    lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=5))
+    whole = np.arange(sum(lengths), dtype=np.uint16)
+    array = ConcatenatedArray(np.split(whole, np.cumsum(lengths)[:-1]))
+    start, stop = (data.draw(st.integers(-2 * len(whole), 2 * len(whole))) for _ in range(2))
+    np.testing.assert_array_equal(array[start:stop], whole[start:stop])
+    positions = np.arange(6).reshape(2, 3) * data.draw(st.integers(1, 7)) % len(whole)
+    np.testing.assert_array_equal(array[positions], whole[positions])
+    np.testing.assert_array_equal(np.asarray(array), whole)

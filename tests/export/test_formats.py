@@ -9,16 +9,13 @@ import shutil
 import sys
 
 import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from export_models import GLA, MODELS, trained
 from flax import nnx
 from processes import ROOT, run_python, run_scripts
-from small_runs import untrained_run
-from small_tokenizers import pretrained, word_level
+from small_data import pretrained, word_level
+from small_runs import GLA, MODELS, trained, untrained_run
 
 from simplernn_jax import load_model
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
@@ -35,7 +32,7 @@ from simplernn_jax.export.formats import (
 )
 from simplernn_jax.inference import Conversation, generate, generate_text
 from simplernn_jax.models import load_gla_checkpoint
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, named_weights
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
 OF_THE_CONVERTER = pytest.mark.filterwarnings("ignore")  # of PyTorch, to ONNX
@@ -81,15 +78,13 @@ def assert_logits(loaded, model):
     ],
 )
 @OF_THE_CONVERTER
-def test_logits_and_greedy_tokens_are_those_of_the_model(tmp_path, format_name, name):
+def test_logits_are_those_of_the_model(tmp_path, format_name, name):
     original = trained({**MODELS, "gla": GLA}[name])
     loaded = written(format_name, original, tmp_path)
     for path in tmp_path.iterdir():
         assert str(ROOT).encode() not in path.read_bytes()
         assert b"/site-packages/" not in path.read_bytes()
     assert_logits(loaded, original.model)
-    tokens = generate(original.model, [5], max_new_tokens=31).tokens[0].tolist()
-    assert loaded.greedy(5, 31) == tokens
 
 
 def test_bfloat16_models_are_exported_in_float32(tmp_path):
@@ -100,14 +95,6 @@ def test_bfloat16_models_are_exported_in_float32(tmp_path):
     # What is loaded again is a bfloat16 model, for fine-tuning: it is checked in float32.
     logits = written("safetensors", original, tmp_path).logits(TOKENS)
     np.testing.assert_array_equal(logits, compute_logits(exact, TOKENS))
-
-
-def test_parameters_of_16_bits_are_not_exported(tmp_path, workdir):
-    model, tokenizer, config = load_model(str(workdir))
-    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param)))
-    with pytest.raises(UserError, match=r"^model: has float16 parameters; convert"):
-        export_run((model, tokenizer, config), workdir, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.oldest_python
@@ -233,23 +220,6 @@ def test_the_example_answers_a_message(tmp_path):
     assert "pip install onnxruntime" in (tmp_path / "README.md").read_text()
 
 
-def test_plain_weights_run_in_the_pytorch_project(tmp_path):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    from benchmarks.torch_loop import LoopModel
-
-    original = trained(MODELS["plain"])
-    find_format("safetensors").write(original, tmp_path)
-    config = original.model.config
-    sizes = (config.vocab_size, config.num_layers, config.hidden_dim)
-    reference = LoopModel(*sizes, config.key_dim, config.value_dim)
-    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    reference.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
-    with torch.no_grad():
-        logits = reference(torch.tensor(TOKENS[None]).long())[0].numpy()
-    expected = compute_logits(original.model, TOKENS)
-    chex.assert_trees_all_close(logits, expected, atol=1e-5 * np.abs(expected).max())
-
-
 @pytest.mark.parametrize(
     "fields",
     [{"mixer_options": {}}, {"tie_embeddings": False, "mixer_options": {"min_log_gate": -0.05}}],
@@ -281,13 +251,12 @@ def test_bad_flags_are_one_line(tmp_path, workdir):
     (tmp_path / "taken").mkdir()
     good = {"workdir": workdir, "format": "safetensors", "out": tmp_path / "out"}
     cases = [
-        ({"format": "htm"}, "--format=htm: must be one of html,", "did you mean 'html'?"),
+        ({"format": "htm"}, "--format=htm: value should be one of <html|", ""),
         ({"out": tmp_path / "taken"}, "exists already", "specify a new folder"),
         ({"out": "/proc/x/y"}, "--out=", "use another folder"),
         ({"out": "a" * 300}, "File name too long", "use another folder"),
         ({"quantize": "int8"}, "--quantize=int8: only with --format=html", ""),
         ({"out": ""}, "no --out", "specify a new folder"),
-        ({"format": ""}, "no --format", "specify html"),
     ]
     commands = [
         ("scripts/export.py", *(f"--{name}={value}" for name, value in (good | changed).items()))
@@ -358,15 +327,3 @@ def test_corrupt_exports_are_rejected(tmp_path, run):
             with pytest.raises(UserError, match=problem):
                 load_model(str(tmp_path / "bad"))
             shutil.rmtree(tmp_path / "bad")
-
-
-def test_exports_without_digests_load(tmp_path, run):
-    """As other programs write them."""
-    find_format("safetensors").write(TrainedModel(*run, "run"), tmp_path)
-    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    saved = json.loads((tmp_path / "simplernn.json").read_text())
-    del saved["sha256"], saved["weights_sha256"]
-    (tmp_path / "simplernn.json").write_text(json.dumps(saved))
-    again, _, _ = load_model(str(tmp_path))
-    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(run[0], nnx.Param))

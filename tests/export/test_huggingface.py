@@ -14,10 +14,17 @@ import numpy as np
 import optax
 import pytest
 import yaml
-from export_models import MODELS, TOKENIZERS, trained
 from flax import nnx
-from small_runs import HYBRID, small_config, untrained_run, write_corpus
-from small_tokenizers import pretrained
+from small_data import pretrained
+from small_runs import (
+    HYBRID,
+    MODELS,
+    TOKENIZERS,
+    small_config,
+    trained,
+    untrained_run,
+    write_corpus,
+)
 
 from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model
@@ -31,7 +38,7 @@ from simplernn_jax.export.formats import (
 )
 from simplernn_jax.export.huggingface import tokenizer_json
 from simplernn_jax.inference import generate, generate_text
-from simplernn_jax.models.named_weights import model_from_weights, named_weights
+from simplernn_jax.models.pytorch_weights import model_from_weights, named_weights
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import encode
 

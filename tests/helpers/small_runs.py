@@ -1,16 +1,20 @@
-"""A model, a corpus and a run as small as they can be, shared by the tests of training."""
+"""Models, corpora and runs as small as they can be, and train steps on simulated devices."""
 
 import contextlib
+import math
 import random
 import signal
 
+import chex
+import jax
 import numpy as np
-from corpus_files import records, write
 from flax import nnx
+from small_data import bpe_of, char_tokenizer, pretrained, records, write
 
 from benchmarks import serving
 from benchmarks.stress import runs
-from benchmarks.train_steps import change, random_documents
+from benchmarks.stress.fuzz import TEXT, byte_level_json
+from benchmarks.train_steps import change, random_documents, take_steps
 from simplernn_jax.config import (
     Config,
     DataConfig,
@@ -19,8 +23,13 @@ from simplernn_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from simplernn_jax.data import load_tokenizer
+from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.parallel.mesh import make_mesh
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training import loop
+from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 newest_checkpoint = runs.read_checkpoint
 save_untrained = serving.save_untrained
@@ -105,3 +114,85 @@ def stop_after(monkeypatch, step):
     display = SignallingDisplay(step)
     monkeypatch.setattr(loop, "open_display", lambda *_: contextlib.nullcontext(display))
     return display
+
+
+def mesh_of(**sizes):
+    """A mesh of as many devices as `sizes` make up."""
+    sizes = {"data": 1} | sizes
+    return make_mesh(MeshConfig(**sizes), jax.devices("cpu")[: math.prod(sizes.values())])
+
+
+def distance(ours, reference):
+    """Norm of all differences between two trees, relative to the norm of `reference`."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, reference)
+    ours, reference = (
+        np.concatenate([np.ravel(np.float64(leaf)) for leaf in jax.tree.leaves(tree)])
+        for tree in (ours, reference)
+    )
+    return np.linalg.norm(ours - reference) / max(np.linalg.norm(reference), np.finfo(float).tiny)
+
+
+def first_state(config, optimizer):
+    """The state before the first step, as numpy arrays; floats are in the model's precision."""
+    state = jax.device_get(jax.jit(lambda: init_train_state(config, optimizer))())
+    wide = {np.dtype("float32"): config.model.precision}
+    return jax.tree.map(lambda x: x.astype(wide.get(x.dtype, x.dtype)), state)
+
+
+def compile_step(config, optimizer, mesh, state, batch):
+    """The train step, and `state` as arrays of the layout that it takes."""
+    shapes = jax.eval_shape(lambda: init_train_state(config, optimizer))
+    state = in_layout_of(shapes, state)
+    step = make_train_step(config, optimizer, mesh).lower(state, batch).compile()
+    return step, jax.device_put(state, step.input_shardings[0][0])
+
+
+def run_steps(step, state, batches):
+    """Losses, and the state after the last batch as numpy arrays."""
+    (states, on_mesh), _ = step.input_shardings
+    copy = jax.device_put(jax.tree.map(np.array, jax.device_get(state)), states)  # to donate
+    placed = (jax.device_put(batch, on_mesh) for batch in batches)
+    state, metrics = take_steps(step, copy, placed)
+    return [float(of_step.loss) for of_step in metrics], jax.device_get(state)
+
+
+MODELS = {
+    "plain": {
+        **{"block": "plain", "num_layers": 2, "num_heads": 1, "hidden_dim": 8},
+        **{"key_dim": 5, "value_dim": 7},
+    },
+    "residual": {"num_layers": 1, "tie_embeddings": False},
+    "hybrid": {"mixer": "simple_rnn,attention", "num_layers": 2, "mixer_options": {"context": 13}},
+}
+"""Fields of the model by the name of a case."""
+
+GLA = {
+    **{"block": "swiglu", "mixer": "gla", "mixer_options": {"short_convolution": 3}},
+    **{"num_layers": 2, "norm_epsilon": 1e-4},
+}
+TOKENIZERS = {
+    "byte": lambda: load_tokenizer("byte", None),
+    "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
+    "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
+    "trained": lambda: bpe_of(TEXT),
+}
+
+
+SIZES = {"hidden_dim": 8, "key_dim": 12, "value_dim": 18, "num_heads": 3, "mlp_dim": 11}
+
+
+def trained(fields, tokenizer=None, workdir="runs/small", **data):
+    """A model with random parameters, as it is exported."""
+    tokenizer = tokenizer or load_tokenizer("byte", None)
+    model = ModelConfig(**{**SIZES, "num_layers": 1, **fields})
+    model.vocab_size = tokenizer.vocab_size
+    config = Config(model=model)
+    config.train.steps = 1
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    result = LanguageModel(model, rngs=nnx.Rngs(0))
+    for layer in result.layers:
+        if hasattr(layer.mixer, "cell"):
+            bias = layer.mixer.cell.gate_proj.bias
+            bias[...] = bias[...].at[0].set(-200.0)  # a gate of 0, whose logarithm is finite
+    return TrainedModel(result, tokenizer, config, workdir)

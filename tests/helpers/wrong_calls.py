@@ -1,4 +1,4 @@
-"""Calls of the C functions with arguments that may be wrong, for test_argument_safety.py.
+"""Calls of the C functions with arguments that may be wrong, for test_native.py.
 
     python wrong_calls.py NUMBER
 

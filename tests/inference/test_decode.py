@@ -249,15 +249,6 @@ def test_decoding_copies_no_cache():
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * cached_bytes
 
 
-def test_a_state_of_another_batch_size_or_model_is_refused():
-    state = generate(make_model(), [[1], [2]], max_new_tokens=0).state
-    with pytest.raises(UserError, match="3 for a state of 2"):
-        generate(make_model(), [[1], [2], [3]], state=state, max_new_tokens=1)
-    other = LanguageModel(ModelConfig(vocab_size=VOCAB, num_layers=1), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="use the model that made it"):
-        generate(other, state=state, max_new_tokens=1)
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
 def test_weights_that_give_no_finite_logits_are_an_error(value):
     model = with_parameters(lambda x: jnp.full_like(x, value))

@@ -17,23 +17,19 @@ from simplernn_jax.inference.sampling import Sampling
 BYTES = ByteTokenizer()
 VOCAB = BYTES.vocab_size
 
-BAD = {  # of both functions
+BAD = {
     "model": [None, "a", (1, 2)],
-    "max_new_tokens": [None, True, "1", 1.0, -1, 2**31, np.zeros((2, 2)), jnp.zeros(1)],
-    "temperature": [None, True, "1", 1j, -0.1, np.nan, 10**400, jnp.zeros(1)],
-    "top_k": [None, np.True_, 1.5, -1],
+    "max_new_tokens": [None, "1", 1.0, -1, 2**31, np.zeros((2, 2)), jnp.zeros(1)],
+    "temperature": [None, "1", 1j, -0.1, np.nan, 10**400, jnp.zeros(1)],
+    "top_k": [None, 1.5, -1],
     "top_p": [None, 0, 1.01, np.nan],
-    "seed": [None, False, 0.5, -1, 2**32],
+    "seed": [None, 0.5, -1, 2**32],
     "state": ["a", 1, (1, 2)],
-}
-IDS = {
-    "eos_id": [True, 1.0, -1, VOCAB],
+    "eos_id": [1.0, -1, VOCAB],
     "banned_ids": [None, 1, [VOCAB], [1.5], range(VOCAB)],
-    "prompts": [None, 3, "a", [], [[]], [[1], []], [1.5], ["a"], [[1, VOCAB]], [[-1]], [[[1]]]],
-}
-OTHER_FORMS = {
-    "prompts": [[[1, [2]]], {1: 2}, iter([1]), [None], np.float32([1]), jnp.full((2, 2), -1)]
-}
+    "prompts": [None, 3, "a", [], [[]], [[1], []], [1.5], ["a"], [[1, VOCAB]], [[-1]], [[[1]]],
+                [[1, [2]]], {1: 2}, iter([1]), [None], np.float32([1]), jnp.full((2, 2), -1)],
+}  # fmt: skip
 TEXTS = {"prompts": [3, b"a", {"a": 1}, [1], ["a", b"b"], "\ud800"]}
 
 
@@ -42,8 +38,8 @@ def model():
     return small_model("residual")
 
 
-def cases(*tables):
-    return [(name, value) for table in tables for name in table for value in table[name]]
+def cases(table):
+    return [(name, value) for name in table for value in table[name]]
 
 
 def refusal(function, arguments):
@@ -55,13 +51,13 @@ def refusal(function, arguments):
     return message
 
 
-@pytest.mark.parametrize(("name", "value"), cases(BAD, IDS, OTHER_FORMS))
+@pytest.mark.parametrize(("name", "value"), cases(BAD))
 def test_a_bad_argument_of_generate_is_one_line(name, value):
     message = refusal(generate, {"prompts": [[1]], name: value})
     assert message.startswith(name.removesuffix("s"))
 
 
-@pytest.mark.parametrize(("name", "value"), cases(BAD, TEXTS))
+@pytest.mark.parametrize(("name", "value"), cases(TEXTS))
 def test_a_bad_argument_of_generate_text_is_one_line(name, value):
     refusal(generate_text, {"tokenizer": BYTES, "prompts": "a", name: value})
 
@@ -71,9 +67,8 @@ def test_a_bad_argument_of_generate_text_is_one_line(name, value):
     [
         ({"prompts": [[1], [2, 3, -1]]}, "prompt 1: token -1 at position 2 is outside"),
         ({"prompts": [[1], []]}, "prompt 1: has no token"),
-        ({"prompts": [[1.5]]}, "prompt 0: float64 values; token ids are integers"),
-        ({"prompts": [[[1]]]}, "prompt 0: has 2 axes"),
-        ({"max_new_tokens": 2**31 - 1, "prompts": [[1]] * 1000}, "max_new_tokens=2147483647: "),
+        ({"prompts": [[1.5]]}, "prompt 0: not a flat sequence of integer token ids (1 axes, flo"),
+        ({"max_new_tokens": 2**31 - 1, "prompts": [[1]] * 1000}, "generating needs at least 8.59"),
         ({"max_new_tokens": 10**12}, "max_new_tokens=1000000000000: must be an integer in"),
     ],
 )
@@ -83,7 +78,7 @@ def test_the_problem_is_named(arguments, message):
 
 def test_more_prompts_than_memory_holds_are_refused(monkeypatch):
     monkeypatch.setattr(devices, "host_memory", lambda: 256**2)
-    with pytest.raises(UserError, match=r"^1000 prompts: needs .* MB, .*; pass fewer at a time"):
+    with pytest.raises(UserError, match=r"^generating needs at least .* MB .*; generate fewer "):
         generate(model(), [[1]] * 1000, max_new_tokens=0)
 
 

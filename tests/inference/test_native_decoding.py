@@ -11,7 +11,7 @@ from flax import nnx
 from references import needs_compiler
 
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.data.tokenization import available_cores
+from simplernn_jax.devices import available_cores
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import engine, generate, quantize_model
 from simplernn_jax.inference.decoder_weights import QUANTIZATIONS, decodes_natively

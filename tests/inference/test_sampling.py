@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.inference.sampling import greedy, mask_logits, sample
+from simplernn_jax.inference.sampling import Sampling, greedy, mask_logits, sample
 
 VOCAB = 13
 DRAWS = 4001
@@ -17,7 +17,12 @@ def draws(logits, num=DRAWS, **kwargs):
     """`num` draws from one row of logits."""
     rows = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (num, 1))
     keys = jax.random.split(jax.random.key(3), num)
-    return np.asarray(jitted_sample(rows, keys, **kwargs))
+    return np.asarray(jitted_sample(rows, keys, settings_of(**kwargs)))
+
+
+def settings_of(**settings):
+    """Settings that all sequences share."""
+    return jax.tree.map(lambda setting: setting[None], Sampling(**settings).arrays(VOCAB))
 
 
 def random_logits(seed=0):
@@ -32,7 +37,7 @@ def softmax(logits):
 def test_temperature_zero_is_greedy_and_takes_the_lowest_of_equal_ids():
     logits = jnp.asarray([[0.0, 2.0, 2.0], [5.0, -1.0, 5.0], [-3.0, -2.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 3)
-    np.testing.assert_array_equal(sample(logits, keys, temperature=0.0), [1, 0, 2])
+    np.testing.assert_array_equal(sample(logits, keys, settings_of()), [1, 0, 2])
     np.testing.assert_array_equal(greedy(logits), [1, 0, 2])
 
 

@@ -153,8 +153,8 @@ def test_dropout_is_reproducible_and_none_without_a_key():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (lambda s: s.recurrent, "state: expected PyTreeDef"),
-        (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"state.recurrent: expected \[B, H"),
+        (lambda s: s.recurrent, "state: expected a GLAState"),
+        (lambda s: s._replace(recurrent=s.recurrent[:, :1]), r"initial_state: expected \[B, H"),
     ],
 )
 def test_the_state_of_another_layer_is_rejected(state, message):
@@ -184,15 +184,6 @@ def rejection(*arguments, **options):
     return str(caught.value)
 
 
-def test_half_precision_is_read_as_float32(tmp_path):
-    halves = {name: array.astype(jnp.bfloat16) for name, array in draw_weights(SMALL).items()}
-    model = load(tmp_path, weights=halves)
-    kernel = model.layers[1].mlp_down.kernel[...]
-    assert kernel.dtype == jnp.float32
-    expected = halves["model.layers.1.mlp.down_proj.weight"].astype(np.float32)
-    np.testing.assert_array_equal(kernel, expected.T)
-
-
 def test_defaults_are_those_of_fla(tmp_path):
     """The folder of a model of 340M parameters has no weights: its configuration comes first."""
     (tmp_path / "config.json").write_text('{"model_type": "gla", "hidden_size": 1024}')
@@ -216,14 +207,11 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
     [
         ({"model_type": "llama"}, "model_type is 'llama'; only 'gla' can be loaded"),
         ({"attn": {"layers": [1]}}, "attn is {'layers': [1]}; only None is supported"),
-        ({"use_gk": False}, "use_gk is False; only True is supported"),
         ({"num_kv_heads": 3}, "num_kv_heads differs from num_heads"),
         ({"clamp_min": 0.5}, "clamp_min is 0.5; only negative values"),
         ({"num_heads": 3}, "model.key_dim=4 is invalid: expected divisible by"),
-        ({"num_hidden_layers": 10**9}, "num_layers=1000000000 is invalid: expected at most 1024"),
         ({"hidden_size": "8"}, ""),
         ({"expand_k": float("nan")}, "NaN"),
-        ({"tie_word_embeddings": 1}, "tie_embeddings=1 is invalid: expected a value of type bool"),
         ({"use_short_conv": True, "conv_size": 1}, "short_convolution=1 is invalid"),
     ],
 )
@@ -238,36 +226,13 @@ def test_settings_that_do_not_change_the_model_are_ignored(tmp_path):
     assert load(tmp_path, **others).config == load(tmp_path).config
 
 
-Q = "model.layers.1.attn.q_proj.weight"
-
-
-@pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({Q: None}, f"{Q} missing"),
-        ({"model.layers.2.attn_norm.weight": (8,)}, "layers.2.attn_norm.weight unexpected"),
-        ({Q: (8, 4)}, f"{Q} has shape [8, 4]; expected [4, 8]"),
-    ],
-)
-def test_a_wrong_tensor_is_rejected_by_name(tmp_path, files, change, message):
-    weights = draw_weights(SMALL)
-    for name, shape in change.items():
-        weights.pop(name, None)
-        if shape is not None:
-            weights[name] = np.zeros(shape, np.float32)
-    found = rejection(tmp_path, files, weights)
-    assert found.startswith(str(tmp_path))
-    assert message in found
-
-
 def test_missing_and_corrupt_files(tmp_path):
     def assert_rejected(message):
         with pytest.raises(UserError, match=message) as caught:
             load_gla_checkpoint(str(tmp_path))
         assert "\n" not in str(caught.value)
 
-    assert_rejected("config.json: no such file; specify the folder of a GLAForCausalLM")
+    assert_rejected("config.json: cannot be read")
     load(tmp_path, 3)
     content = (tmp_path / SHARD).read_bytes()
     (tmp_path / SHARD).write_bytes(content[:-9])
@@ -275,7 +240,7 @@ def test_missing_and_corrupt_files(tmp_path):
     (tmp_path / SHARD).unlink()
     assert_rejected(f"{SHARD}: no such file")
     for file in ("../model.safetensors", str(tmp_path / "model.safetensors")):
-        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {Q: file}}))
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"w": file}}))
         assert_rejected("index.json")
     (tmp_path / INDEX).write_text('{"weight_map": []}')
     assert_rejected(f"{INDEX}: is not an index")

@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from small_runs import Options, random_batch, small_config
+from small_runs import (
+    Options,
+    compile_step,
+    distance,
+    first_state,
+    mesh_of,
+    random_batch,
+    run_steps,
+    small_config,
+)
 
 from benchmarks.train_steps import collectives
 from simplernn_jax.config import MeshConfig

@@ -64,14 +64,10 @@ def test_a_run_that_cannot_fit_is_rejected_with_its_size(mesh, section, field, v
 def test_a_large_state_is_rejected_if_it_is_allocated(mesh):
     config = Config()
     config.model.mixer, config.model.mixer_options = "attention", {"context": 10**9}
-    with pytest.raises(UserError, match=r"state 8\.\d+ TB"):
+    with pytest.raises(UserError, match=r"state 4\.\d+ TB"):
         check_training(config, mesh)
     config.train.sample_every, config.data.validation_fraction = 0, 0.0
     check_training(config, mesh)
-    config.model.mixer, config.model.num_heads = "simple_rnn", 1
-    config.model.key_dim = config.model.value_dim = 2**20
-    with pytest.raises(UserError, match=r"state [\d.]+ TB"):
-        check_training(config, mesh)
 
 
 def test_a_run_that_fits_is_accepted(mesh):
@@ -86,7 +82,7 @@ def test_a_run_that_fits_is_accepted(mesh):
 @pytest.mark.parametrize(
     ("check", "fits", "too_much", "message"),
     [
-        (check_generation, (1000, 10**6), (10**7, 1), "generating needs .* lower --num_samples or"),
+        (check_generation, (1000, 10**6), (10**7, 1), "generating needs .* generate fewer"),
         (check_generation, (1, 1), (1, 10**12), "generating needs at least 4 TB"),
         (check_evaluation, (10**6,), (10**8,), "scoring needs at least .* lower --window"),
     ],
@@ -124,5 +120,3 @@ def test_the_states_of_sequences_that_are_scored_together_are_bounded(context, e
     config.model.mixer, config.model.mixer_options = "attention", {"context": context}
     assert evaluation_sequences(config.model, 32) == expected
     assert evaluation_sequences(config.model, 3) == min(3, expected)
-    config.data.validation_fraction = 0.5
-    assert estimate_training(config, ONE)["state"] >= 2 * context * 256 * 4

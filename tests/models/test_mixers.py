@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import compile_step, distance, first_state, mesh_of, run_steps
 from processes import ROOT
-from small_runs import newest_checkpoint, random_batch, small_config, stop_after, write_corpus
+from small_runs import (
+    compile_step,
+    distance,
+    first_state,
+    mesh_of,
+    newest_checkpoint,
+    random_batch,
+    run_steps,
+    small_config,
+    stop_after,
+    write_corpus,
+)
 
 from configs import gla_340m
 from simplernn_jax import load_model
@@ -21,7 +31,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.export.formats import check_architecture
 from simplernn_jax.inference import generate, generate_text
 from simplernn_jax.inference.sampling import Sampling
-from simplernn_jax.models import LanguageModel, TokenMixer, register_mixer
+from simplernn_jax.models import LanguageModel, register_mixer
 from simplernn_jax.models.language_model import abstract_model, check_mesh
 from simplernn_jax.models.mixers import token_mixer
 from simplernn_jax.models.mixers.token_mixer import find_mixer, load_plugin
@@ -224,21 +234,6 @@ def test_a_mixer_is_found_by_its_name():
         find_mixer("dekay")
     with pytest.raises(ValueError, match="'gla' is already registered"):
         register_mixer("gla")(lambda config, rngs: None)
-    with pytest.raises(ValueError, match="must be an identifier"):
-        register_mixer("a,b")
-
-
-def test_an_array_of_the_state_without_a_batch_axis_is_named():
-    @register_mixer("scalar")
-    class Scalar(TokenMixer):
-        def __init__(self, config, *, rngs):
-            pass
-
-        def initial_state(self, batch_size):
-            return jnp.zeros(())
-
-    with pytest.raises(UserError, match=r"'scalar': initial_state\(2\) has an array of shape \[\]"):
-        LanguageModel(small_config("residual", mixer="scalar").model, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

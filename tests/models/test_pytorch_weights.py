@@ -157,6 +157,7 @@ def test_missing_corrupt_and_other_files_are_rejected(
         load_pytorch_weights(str(path))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     "make",
     [
@@ -164,6 +165,7 @@ def test_missing_corrupt_and_other_files_are_rejected(
         lambda torch: {"model_state_dict": [1, 2]},
         lambda torch: {"w": torch.ones(VOCAB, HIDDEN).to_sparse()},
         lambda torch: {"w": torch.ones(VOCAB, HIDDEN, device="meta")},
+        lambda torch: {"w": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])},
         lambda torch: {"w": torch.ones(1, 1).expand(2**30, 2**20)},  # larger than memory
     ],
 )

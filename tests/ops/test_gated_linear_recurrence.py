@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
+from references import (
+    assert_accurate,
+    draw_recurrence,
+    recurrence,
+    recurrence_loss,
+    value_and_gradients,
+)
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
 from simplernn_jax.ops.rms_norm import rms_norm, rms_norm_convolution
@@ -20,6 +26,7 @@ SHAPES = ((1, 13, 7), (3, 5, 11))
 BATCH = 2
 # "auto" is "fused" in float32 on a CPU.
 METHODS = {"auto": {}, "chunkwise": {"chunk_size": 32}}
+CHUNKS = {f"chunks of {size}": {"chunk_size": size} for size in (8, 16, 128)}
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +109,7 @@ CASES = (
         for dtype, method, cases in (
             (jnp.float64, "chunkwise", CASES),
             (jnp.float64, "auto", CASES[-2:]),
+            *((jnp.float64, method, CASES[-2:-1]) for method in CHUNKS),
             (jnp.float32, "auto", CASES),
             (jnp.float32, "chunkwise", [*CASES[4:9], CASES[-2]]),
             *((jnp.bfloat16, method, [*CASES[5:7], CASES[-2]]) for method in METHODS),
@@ -112,15 +120,7 @@ CASES = (
 def test_equals_scan(dtype, method, length, shape, gates, segments):
     inputs, cotangents = draw_inputs(length, shape, gates)
     ids = draw_segments(segments, length)
-    check(inputs, ids, cotangents, dtype, LIMITS[dtype], **METHODS[method])
-
-
-@pytest.mark.fewer_cases
-@pytest.mark.parametrize("chunk_size", [8, 16, 128])
-def test_equals_scan_for_any_chunk_size(chunk_size):
-    inputs, cotangents = draw_inputs(131, SHAPES[0], "mixed", seed=2)
-    segments = draw_segments("inside", 131)
-    check(inputs, segments, cotangents, jnp.float64, {"all": 1e-12}, chunk_size=chunk_size)
+    check(inputs, ids, cotangents, dtype, LIMITS[dtype], **(METHODS | CHUNKS)[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -139,17 +139,16 @@ def test_no_gate_gives_nan(method, logits, seed, cut):
     chex.assert_tree_all_finite(results)
 
 
-@pytest.mark.parametrize("method", ["scan", "chunkwise"])
-def test_split_sequences_equal_the_whole(method):
-    (q, k, v, log_gate, state), _ = draw_inputs(97, SHAPES[1], "mixed")
-    whole, final = gated_linear_recurrence(q, k, v, log_gate, initial_state=state, method=method)
-    parts = []
-    for start, stop in ((0, 1), (1, 41), (41, 97)):
-        cut = [x[:, start:stop] for x in (q, k, v, log_gate)]
-        part, state = gated_linear_recurrence(*cut, initial_state=state, method=method)
-        parts.append(part)
-    chex.assert_trees_all_close(jnp.concatenate(parts, 1), whole, rtol=1e-11, atol=1e-11)
-    chex.assert_trees_all_close(state, final, rtol=1e-11, atol=1e-11)
+def test_second_derivatives_of_strong_gates():
+    def penalty(method, *inputs):
+        gradients = jax.grad(lambda *x: recurrence_loss(*x, method=method)[0], (0, 3))(*inputs)
+        return sum(jnp.sum(jnp.square(x)) for x in gradients)
+
+    inputs, _ = draw_inputs(9, (1, 3, 2), "strong")
+    low = [x.astype(jnp.float32) for x in inputs]
+    run = jax.jit(jax.grad(penalty, (1, 2, 3, 4)), static_argnums=0)
+    expected = jax.tree.map(jnp.float32, run("scan", *inputs))
+    chex.assert_trees_all_close(run("chunkwise", *low), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_equals_the_equations_in_numpy():

@@ -1,6 +1,7 @@
 """RMS norm and the convolution of its results: the C functions, and XLA's, against the formulas."""
 
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -8,10 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
 from references import NATIVE, convolve_by_loops, needs_compiler
+from small_runs import mesh_of
 
+from simplernn_jax.ops import rms_norm as module
+from simplernn_jax.ops.native import has_native_functions
 from simplernn_jax.ops.rms_norm import EPSILON, rms_norm, rms_norm_convolution
+
+
+def in_c(function, native):
+    """Call the C functions, or XLA's if `native` is False, for arrays of any size."""
+    assert has_native_functions() or not native
+
+    def run(*args, **options):
+        with mock.patch.object(module, "use_native", return_value=native):
+            return function(*args, **options)
+
+    return run
 
 
 def plain(x, epsilon=EPSILON):
@@ -30,7 +44,7 @@ def norm_and_gradient(norm, x):
 def test_norm_equals_the_formula(shape, native):
     with jax.enable_x64(native is None):
         x = jax.random.normal(jax.random.key(0), shape)  # float64 or float32
-        ours = norm_and_gradient(lambda x: rms_norm(x, native=native), x)
+        ours = norm_and_gradient(in_c(rms_norm, bool(native)), x)
         # The gradient of one channel is a difference of two numbers that are almost equal.
         float64, float32 = {"rtol": 1e-11, "atol": 1e-14}, {"rtol": 1e-5, "atol": 1e-6}
         tolerance = float64 if native is None else float32
@@ -41,12 +55,12 @@ def test_norm_equals_the_formula(shape, native):
 def test_another_epsilon_and_extreme_inputs(native):
     x = 1e-3 * jax.random.normal(jax.random.key(0), (5, 7))  # squares of about 1e-6
     for epsilon in (1e-8, 1.0):
-        ours = norm_and_gradient(lambda x: rms_norm(x, epsilon=epsilon, native=native), x)  # noqa: B023
+        ours = norm_and_gradient(in_c(functools.partial(rms_norm, epsilon=epsilon), native), x)
         expected = norm_and_gradient(functools.partial(plain, epsilon=epsilon), x)
         largest = jnp.abs(expected[1]).max()
         chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5 * largest)
     for size in (0.0, 1e-30, 1e30):
-        y, back = jax.vjp(lambda x: rms_norm(x, native=native), jnp.full((3, 5), size, jnp.float32))
+        y, back = jax.vjp(in_c(rms_norm, native), jnp.full((3, 5), size, jnp.float32))
         chex.assert_tree_all_finite((y, back(jnp.ones_like(y))))
 
 
@@ -72,7 +86,7 @@ def draw(batch, length, dim, width):
 def test_convolution_equals_the_equations(length, with_starts, native):
     inputs, starts = draw(3, length, 37, 4)
     starts = starts if with_starts else None
-    ours = rms_norm_convolution(*inputs, starts, native=native)
+    ours = in_c(rms_norm_convolution, native)(*inputs, starts)
     expected = convolve_by_loops(*(np.asarray(each, np.float64) for each in inputs), starts)
     chex.assert_trees_all_close(ours, expected, rtol=2e-5, atol=2e-6)
 
@@ -82,7 +96,7 @@ def gradients(inputs, starts, native):
     rng = np.random.default_rng(7)
 
     def total(inputs):
-        y, final = rms_norm_convolution(*inputs, starts, native=native)
+        y, final = in_c(rms_norm_convolution, native)(*inputs, starts)
         return sum(jnp.sum(part * rng.standard_normal(part.shape)) for part in (y, final))
 
     return jax.grad(total)(inputs)
@@ -125,24 +139,10 @@ def test_inside_shard_map():
 
 
 @needs_compiler
-def test_second_derivatives():
-    inputs, starts = draw(2, 5, 7, 3)
-
-    def products(native):
-        def along(inputs):
-            found = jax.tree.leaves(gradients(inputs, starts, native=native))
-            return sum(jnp.sum(jnp.cos(gradient)) for gradient in found)
-
-        return jax.grad(along)(inputs), jax.jvp(along, (inputs,), (inputs,))[1]
-
-    chex.assert_trees_all_close(products(True), products(False), rtol=1e-4, atol=1e-4)
-
-
-@needs_compiler
 def test_vmap_of_the_convolution():
     (x, weights, recent), starts = draw(6, 5, 7, 3)
     split = [each.reshape(2, 3, *each.shape[1:]) for each in (x, recent, starts)]
-    run = functools.partial(rms_norm_convolution, native=True)
+    run = in_c(rms_norm_convolution, True)
     ours = jax.vmap(run, (0, None, 0, 0))(split[0], weights, *split[1:])
     ours = jax.tree.map(lambda each: each.reshape(6, *each.shape[2:]), ours)
     chex.assert_trees_all_close(ours, run(x, weights, recent, starts), rtol=1e-6)

@@ -22,7 +22,7 @@ supervisor.supervise()
 supervisor.HEARTBEAT_SECONDS = 4
 from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
-from simplernn_jax.cli.exit_codes import exit_with
+from simplernn_jax.cli.command_line import exit_with
 
 def fail():
     raise UserError("no text")

@@ -161,14 +161,15 @@ import sys
 from small_runs import small_config
 from simplernn_jax.parallel import distributed
 from simplernn_jax.errors import UserError
-from simplernn_jax.training import loop, run
+from simplernn_jax.training import loop
 
-run._SHARED_SECONDS = 0.5
 address, shared, number = sys.argv[1:]
 with distributed.joined(address, 2, int(number), 100):
-    for workdir, seed in (("run", 0), (shared, int(number)), (shared, 0)):
+    for source, workdir, seed in (
+        ("same", "run", 0), ("text", shared, int(number)), ("text", shared, 0)
+    ):
         try:
-            loop.train(small_config(source="text", seed=seed, data=2), workdir)
+            loop.train(small_config(source=source, seed=seed, data=2), workdir)
         except UserError as error:
             print(error, flush=True)
 """
@@ -182,6 +183,7 @@ def test_processes_that_differ_or_that_nobody_joins_are_refused_with_one_line(tm
     differing, alone = [], []
     for number in (0, 1):
         write_corpus(tmp_path / str(number) / "text", number)
+        write_corpus(tmp_path / str(number) / "same")
         program = ("-c", TRY_EACH, address, tmp_path / "run", number)
         differing.append(start(*program, cwd=tmp_path / str(number), JAX_NUM_CPU_DEVICES="1"))
         place = (f"--coordinator={single[number]}", f"--process_id={number}")
@@ -189,7 +191,7 @@ def test_processes_that_differ_or_that_nobody_joins_are_refused_with_one_line(tm
     for number in (0, 1):
         lines = finish(differing[number])[0].splitlines()
         assert [line.partition(";")[0] for line in lines] == [
-            f"a process does not see {tmp_path}/{number}/run of process 0",
+            f"a process does not see {tmp_path}/{number}/run/checkpoints of process 0",
             "a process has a different configuration from process 0",
             "a process reads different text from process 0",
         ]

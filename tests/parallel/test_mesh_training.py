@@ -11,16 +11,26 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from small_runs import HYBRID, newest_checkpoint, random_batch, small_config, write_corpus
+from small_runs import (
+    HYBRID,
+    compile_step,
+    distance,
+    first_state,
+    mesh_of,
+    newest_checkpoint,
+    random_batch,
+    run_steps,
+    small_config,
+    write_corpus,
+)
 
-from benchmarks.sizes import text_of_loops
+from benchmarks.scaling import text_of_loops
 from benchmarks.train_steps import collectives
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.parallel.mesh import variable_specs
 from simplernn_jax.parallel.named_leaves import named_leaves
-from simplernn_jax.parallel.shardings import variable_specs
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.optimizer import make_optimizer
@@ -77,17 +87,19 @@ def compiled(mesh_name, *options, **fields):
     return compile_step(config, optimizer, mesh, start(*options, **fields), make_batch(0))
 
 
-def five_steps(mesh_name, *options, **fields):
-    return run_steps(*compiled(mesh_name, *options, **fields), map(make_batch, range(STEPS)))
+@functools.cache
+def five_steps(mesh_name, **fields):
+    return run_steps(*compiled(mesh_name, **fields), map(make_batch, range(STEPS)))
 
 
-expected_steps = functools.cache(functools.partial(five_steps, None))
-
-
-def assert_each_near(ours, reference, limit):
-    """Compare the arrays of two states one by one."""
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
-        assert distance(one, other) <= limit
+def steps_near_one_device(mesh_name, **fields):
+    """Compare the losses and each array of the state; returns the state."""
+    losses, state = five_steps(mesh_name, **fields)
+    expected_losses, expected = five_steps(None, **fields)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert distance(one, other) <= 1e-11
+    return state
 
 
 def without_scalars(found):
@@ -99,10 +111,7 @@ def without_scalars(found):
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_steps_equal_one_device(mesh_name):
     with jax.enable_x64(True):
-        losses, state = five_steps(mesh_name)
-        expected_losses, expected = expected_steps()
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
-        assert_each_near(state, expected, 1e-11)
+        state = steps_near_one_device(mesh_name)
 
         # A value that is not finite on one device skips the update on all.
         carried = jax.tree.map(np.copy, state.carried)
@@ -125,13 +134,8 @@ def test_steps_equal_one_device(mesh_name):
 @pytest.mark.oldest_python
 def test_gradient_accumulation_and_muon_equal_one_device():
     options = {"gradient_accumulation": 2, "name": "muon", "tie_embeddings": False}
-    options |= RECURRENCE
-    mesh_name = "fsdp 2, sequence 2, tensor 2"
     with jax.enable_x64(True):
-        losses, state = five_steps(mesh_name, **options)
-        expected_losses, expected = expected_steps(**options)
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
-        assert_each_near(state, expected, 1e-11)
+        steps_near_one_device("fsdp 2, sequence 2, tensor 2", **options, **RECURRENCE)
 
 
 def test_accumulated_gradients_are_reduced_once():

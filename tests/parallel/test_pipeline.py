@@ -14,7 +14,7 @@ from small_runs import small_config
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.models.blocks import PlainBlock
 from simplernn_jax.parallel.mesh import make_mesh
-from simplernn_jax.parallel.pipeline import bubble, choose_num_chunks, run_pipeline
+from simplernn_jax.parallel.pipeline import choose_num_chunks, describe_stages, run_pipeline
 
 LAYERS, ROWS, LENGTH, WIDTH = 4, 6, 24, 8
 
@@ -111,7 +111,8 @@ def test_chunks_divide_time_and_the_bubble_is_the_idle_share_of_the_schedule():
         assert choose_num_chunks(length, stages) == chunks
     with pytest.raises(ValueError, match="length=10 must be divisible by stages=4"):
         choose_num_chunks(10, 4)
-    assert bubble(3, 3) == pytest.approx(2 / 5)  # the picture in the module
+    found = describe_stages(24, 3)
+    assert found == "3 stages, 12 chunks of 2 tokens: a stage is idle 14.3% of the time"
 
 
 def test_dropout_follows_from_the_key_and_differs_by_chunk():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_of
 from references import (
     assert_accurate,
     draw_recurrence,
@@ -18,6 +17,7 @@ from references import (
     value_and_gradients,
     without_oldest,
 )
+from small_runs import mesh_of
 
 from simplernn_jax.models import Attention, KVCache
 from simplernn_jax.parallel.sequence import (

@@ -42,10 +42,10 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     assert lines[3:] == [f"page: {out / 'explain.html'}"]
     assert {path.name for path in out.iterdir()} == {
         *("explain.html", "explain.json", "map_layer_1.png", "map_layer_2.png", "half_lives.png"),
-        *("state_norm.png", "state_rank.png", "loss_by_position.png", "contributions.png"),
+        *("loss_by_position.png", "contributions.png"),
     }
     assert "<h1>Explanation of “größer als”</h1>" in (out / "explain.html").read_text("utf-8")
-    assert json.loads((out / "explain.json").read_text())["prediction"]["token"] == 5
+    assert json.loads((out / "explain.json").read_text())["chosen"]["position"] == 5
 
 
 @pytest.mark.oldest_python

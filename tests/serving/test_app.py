@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -20,9 +19,8 @@ from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.serving.answers import Answer
 from simplernn_jax.serving.app import make_app
 from simplernn_jax.serving.http import protect
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens
+from simplernn_jax.serving.jobs import Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
-from simplernn_jax.serving.server import Server
 from simplernn_jax.serving.service import Service
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
@@ -95,23 +93,6 @@ def test_long_work_is_done_while_others_are_answered(service, monkeypatch):
     asyncio.run(run())
 
 
-def test_states_are_listed_for_one_request_at_a_time(service):
-    listing, app = threading.Lock(), make_app(service)
-
-    def descriptions():
-        assert listing.acquire(blocking=False)
-        time.sleep(0.01)
-        listing.release()
-        return []
-
-    service.states = mock.Mock(descriptions=descriptions)
-
-    async def ask_thrice():
-        return await asyncio.gather(*(answer_of(app, "GET", "/v1/states") for _ in range(3)))
-
-    assert [status for status, _ in asyncio.run(ask_thrice())] == [200] * 3
-
-
 def test_a_client_that_leaves_before_its_stream_begins_ends_its_jobs(service):
     service.status = "ready"
     body = {"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}
@@ -148,24 +129,23 @@ def test_a_failure_is_logged_in_one_short_line(service, caplog):
     assert len(message) < 1000
 
 
-def test_an_unexpected_failure_of_a_reload_by_signal_is_logged(service, caplog):
-    service.reload = mock.AsyncMock(side_effect=ZeroDivisionError)
-    server = Server(service, make_app(service), max_connections=1, drain_timeout=0)
-    asyncio.run(server._reload())
-    assert caplog.messages == ["the newer checkpoint cannot be used"]
-
-
-def test_rejected_sites_are_told_which_flag_allows_them():
-    gate = protect(mock.Mock(), None, None, only_local=True)
-    status, answer = call(gate, "GET", "/v1/models", host="evil.example")
-    assert (status, "--api_key_file" in answer["error"]["message"]) == (403, True)
-    status, answer = call(gate, "GET", "/", host="localhost:80", origin="http://a.example")
-    assert (status, "--allow_origin=http://a.example" in answer["error"]["message"]) == (403, True)
+def test_other_sites_are_rejected_and_told_which_flag_allows_them(service):
+    gate = protect(make_app(service), None, None, only_local=True)
+    for headers, flag in (
+        ({"host": "evil.example"}, "--api_key_file"),
+        ({"host": "localhost:80", "origin": "http://a.example"}, "--allow_origin=http://a.example"),
+        ({"host": "localhost", "origin": "null"}, "--allow_origin=null"),
+    ):
+        status, answer = call(gate, "GET", "/v1/models", **headers)
+        assert (status, flag in answer["error"]["message"]) == (403, True)
+    own = {"host": "localhost:80", "origin": "http://localhost:80"}
+    assert call(gate, "GET", "/v1/models", **own)[0] == 200
 
 
 def test_a_failed_reload_is_tried_again(service):
     model = small_model("residual")
-    service._choose, service._load = lambda: "newer", lambda: model
+    newest = "newer"
+    service._load_other = lambda in_use: None if in_use == newest else (newest, model)
 
     async def reload_thrice():
         failing = mock.patch.object(service.worker, "make_scheduler", side_effect=MemoryError)
@@ -175,7 +155,7 @@ def test_a_failed_reload_is_tried_again(service):
 
     assert asyncio.run(reload_thrice()) == [True, False]
     nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model, nnx.Param)))
-    service._choose = lambda: "diverged"
+    newest = "diverged"
     with pytest.raises(RequestError, match="the model's logits are not finite") as raised:
         asyncio.run(service.reload())
     assert raised.value.status == 409
@@ -187,7 +167,7 @@ def test_tokens_before_a_failure_are_handed_on():
         Answer(mock.Mock(), ByteTokenizer(), [job]),
         NewTokens(0, np.array([97], np.int32), None, None),
     )
-    for event in (new, new, Failed("the server is stopping")):
+    for event in (new, new, RequestError("the server is stopping")):
         job.deliver(job, event)
 
     async def read():

@@ -1,9 +1,13 @@
 """Bodies of requests, and what a model makes of them, without a server."""
 
+import contextlib
 import json
 from unittest import mock
 
+import hypothesis
+import msgspec
 import pytest
+from hypothesis import strategies
 from small_runs import small_model
 
 from simplernn_jax.data.tokenizer import ByteTokenizer
@@ -12,6 +16,7 @@ from simplernn_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
     RequestError,
+    StateRequest,
     parse,
 )
 from simplernn_jax.serving.service import Service
@@ -34,7 +39,6 @@ WRONG = {
     "unknown field": ({"tempera": 1}, "tempera"),
     "type": ({"max_tokens": "3"}, "max_tokens"),
     "range": ({"temperature": 2.5}, "temperature"),
-    "list": ({"stop": ["a"] * 33}, "stop"),
     "echoes": ({"prompt": "a" * 600_000, "echo": True, "n": 128, "max_tokens": 0}, "echo"),
     "scores": ({"prompt": "a" * 20_000, "echo": True, "n": 16, "logprobs": 20}, "logprobs"),
     "many logprobs": ({"max_tokens": 10**7, "logprobs": 1}, "logprobs"),
@@ -44,7 +48,6 @@ WRONG = {
     "id outside": ({"prompt": [3, 10**6]}, "prompt"),
     "bias outside": ({"logit_bias": {"999999": 1}}, "logit_bias"),
     "best_of": ({"best_of": 2}, "best_of"),
-    "suffix": ({"suffix": "a"}, "suffix"),
     "state": ({"state": "../x"}, "state"),
     "stream_options": ({"stream_options": {}}, "stream_options"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
@@ -56,7 +59,6 @@ WRONG_CHATS = {
     "required field": ({}, "messages"),
     "no message": ({"messages": []}, "messages"),
     "role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
-    "part": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages"),
     "top_logprobs": ({"messages": [USER], "top_logprobs": 3}, "top_logprobs"),
     "two lengths": (
         {"messages": [USER], "max_tokens": 3, "max_completion_tokens": 3},
@@ -92,6 +94,26 @@ def test_bodies_that_are_no_json(body):
     with pytest.raises(RequestError) as found:
         parse(CompletionRequest, body)
     assert found.value.param is None
+
+
+ANY = strategies.recursive(
+    strategies.sampled_from([None, True, -1, 0, 0.5, 3, 2**31, 2**64, 1e300, "", "a", "\0é\\"]),
+    lambda values: strategies.lists(values) | strategies.dictionaries(strategies.text(), values),
+    max_leaves=4,
+)
+MESSAGES = strategies.just([{"role": "user", "content": "a"}]) | ANY
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, StateRequest])
+@hypothesis.given(data=strategies.data())
+def test_random_bodies_are_answered_or_rejected(service, kind, data):
+    fields = [field.name for field in msgspec.structs.fields(kind)]
+    chosen = data.draw(strategies.sets(strategies.sampled_from(fields), max_size=3))
+    body = {name: data.draw(ANY) for name in chosen}
+    if kind is ChatRequest:
+        body["messages"] = data.draw(MESSAGES)
+    with contextlib.suppress(RequestError):
+        assert service.jobs(parse(kind, json.dumps(body).encode()), None)
 
 
 NEUTRAL = {

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import uvicorn
 from flax import nnx
-from processes import assert_each_refused
-from serving_process import serving
-from small_runs import HYBRID, save_untrained, small_config, untrained_run
+from processes import assert_each_refused, serving
+from small_runs import HYBRID, save_untrained, save_untrained_chat, small_config, untrained_run
 from uvicorn.server import ServerState
 
 from simplernn_jax import load_model
+from simplernn_jax.data.chat_template import ChatTemplate
 from simplernn_jax.export.formats import TrainedModel, find_format
-from simplernn_jax.inference import generate_text, load_state, save_state
+from simplernn_jax.inference import Conversation, generate_text, load_state, save_state
 from simplernn_jax.serving.server import DeadlineProtocol, listen
 
 pytestmark = pytest.mark.oldest_python
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.oldest_python
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("run"), **HYBRID, validation_fraction=0.3)
+    return save_untrained_chat(tmp_path_factory.mktemp("run"), **HYBRID)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,79 @@ def test_openai_completion_streamed_and_not(client):
     assert joined(chunks) == {choice.index: choice.text for choice in whole.choices}
     reasons = [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason]
     assert len(reasons) == 6
+
+
+ASKED = {
+    "model": "chat",
+    "messages": [
+        {"role": "developer", "content": "brief"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "hä"}, {"type": "text", "text": "?"}],
+        },
+    ],
+    "seed": 3,
+    "max_completion_tokens": 2000,
+}
+
+
+def test_openai_chat_completion_streamed_and_not(client):
+    whole = client.chat.completions.create(**ASKED, n=3, logprobs=True, top_logprobs=2)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in whole.choices}) == 3
+    for choice in whole.choices:
+        assert choice.message.role == "assistant"
+        assert "\x04" not in choice.message.content
+        assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+        spelled = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+        # The end of the turn may complete a broken character, and then belongs to the text.
+        found = spelled.decode("utf-8", "replace").removesuffix("\x04")
+        assert found == choice.message.content
+    assert "stop" in {choice.finish_reason for choice in whole.choices}
+    chunks = list(
+        client.chat.completions.create(
+            **ASKED, n=3, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    texts, roles = ["", "", ""], []
+    for chunk in chunks[:-1]:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            roles += [choice.delta.role] if choice.delta.role else []
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert roles == ["assistant"] * 3
+    # An answer can be sent back as it came.
+    messages = [*ASKED["messages"], whole.choices[0].message, {"role": "user", "content": "more"}]
+    client.chat.completions.create(**ASKED | {"messages": messages})
+
+
+def test_greedy_answers_of_a_chat_are_those_of_the_library(workdir, server):
+    model, tokenizer, config = load_model(str(workdir))
+    conversation = Conversation(model, tokenizer, ChatTemplate(config.data.template))
+    messages = []
+    for question in ("a", "bc"):
+        messages.append({"role": "user", "content": question})
+        answer = conversation.ask(question, max_new_tokens=20)
+        body = {"messages": messages, "max_tokens": 20, "temperature": 0}
+        _, _, found = server.send("POST", "/v1/chat/completions", body)
+        assert found["choices"][0]["message"]["content"] == answer
+        messages.append({"role": "assistant", "content": answer})
+
+
+def test_a_conversation_continues_a_state(server):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asked = {"role": "user", "content": "c"}
+    fields = {"max_tokens": 20, "seed": 1, "logprobs": True}
+    text = server.send("GET", "/tokenizer_info")[2]["chat_template"]
+    prompt = ChatTemplate(text).render(said)
+    _, _, state = server.send("POST", "/v1/states", {"prompt": prompt, "name": "s"})
+    assert state["tokens"] == 1 + len(prompt)
+    bodies = [{"messages": [*said, asked]}, {"messages": [asked], "state": "s"}]
+    answers = [server.send("POST", "/v1/chat/completions", body | fields)[2] for body in bodies]
+    contents = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert contents[0] == contents[1]
+    server.send("DELETE", "/v1/states/s")
 
 
 def test_echo_and_log_probabilities(server):
@@ -201,7 +274,7 @@ def wait_until_idle(server):
 
 
 def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server):
-    fields = {"max_tokens": 30_000, "ignore_eos": True, "seed": 1, "logprobs": 5}
+    fields = {"max_tokens": 6000, "ignore_eos": True, "seed": 1, "logprobs": 5}
 
     def num_tokens():
         text = server.send("GET", "/metrics")[2].decode()
@@ -209,11 +282,13 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
 
     start = num_tokens()
     with server.post(prompt="a", stream=True, **fields) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         while (before := num_tokens()) == start:
             time.sleep(0.01)
         time.sleep(0.5)
         while before != (before := num_tokens()):
             time.sleep(0.5)
+        assert before < start + 6000
         assert server.send("GET", "/slots")[2]["active"] == 1
         expected = server.complete("a", **fields)["choices"][0]  # in another slot
         connection.settimeout(60)
@@ -225,14 +300,6 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
     assert "".join(choice["text"] for choice in choices) == expected["text"]
     values = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
     assert values == expected["logprobs"]["token_logprobs"]
-
-
-@pytest.mark.parametrize(
-    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
-)
-def test_pages_of_other_sites_are_rejected(server, headers):
-    assert server.send("POST", "/v1/states", {"prompt": "a"}, **headers)[0] == 403
-    assert server.send("GET", "/v1/models", Origin=server.url)[0] == 200
 
 
 def test_clients_that_leave_free_their_slots_and_end_their_prefills(server):
@@ -251,7 +318,7 @@ def test_clients_that_leave_free_their_slots_and_end_their_prefills(server):
     assert server.send("GET", "/v1/states/left")[0] == 404
 
 
-def test_metrics_and_openapi(server):
+def test_metrics_and_page(server):
     usages = [server.complete("abc " * 20, max_tokens=20)["usage"] for _ in range(2)]
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cached == [0, 64]
@@ -259,16 +326,19 @@ def test_metrics_and_openapi(server):
     values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
     assert float(values["simplernn_slots"]) == 5
     assert float(values["simplernn_time_to_first_token_seconds_count"]) > 0
-    document = server.send("GET", "/openapi.json")[2]
-    assert "CompletionRequest" in document["components"]["schemas"]
     assert server.send("GET", "/")[2].startswith(b"<!doctype html>")
 
 
-def test_key_drain_and_reload(workdir, tmp_path):
+def test_key_drain_and_reload(tmp_path):
+    workdir = untrained_run(tmp_path, **HYBRID)
     (tmp_path / "key").write_text("secret\n")
     states = tmp_path / "states"
+    states.mkdir()
+    model, tokenizer, _ = load_model(str(workdir))
+    state = generate_text(model, tokenizer, "ab", max_new_tokens=0).state
+    save_state(states / "s.safetensors", state, model, tokenizer)
     flags = [f"--api_key_file={tmp_path / 'key'}", f"--state_dir={states}", "--slots=2"]
-    flags += ["--allow_origin=http://a.example"]
+    flags += ["--allow_origin=http://a.example", "--max_connections=2"]
     key = {"Authorization": "Bearer secret"}
     with serving(workdir, *flags) as server:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
@@ -284,8 +354,21 @@ def test_key_drain_and_reload(workdir, tmp_path):
         ):
             _, headers, _ = server.send("OPTIONS", "/v1/states", Origin=origin, **asked)
             assert headers["Access-Control-Allow-Origin"] == allowed
-        assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "s"}, **key)[0] == 201
-        assert server.send("POST", "/admin/reload", **key)[2] == {"reloaded": False}
+        body = {"prompt": "b", "state": "s", "max_tokens": 3}
+        assert server.send("POST", "/v1/completions", body, **key)[0] == 200
+        assert server.send("POST", "/v1/states", {"prompt": "ab", "name": "t"}, **key)[0] == 201
+        assert (states / "t.safetensors").is_file()
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection(address), socket.create_connection(address):
+            assert server.send("GET", "/health")[0] == 503
+        while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
+            time.sleep(0.01)
+        config = small_config(**HYBRID, source=str(tmp_path / "texts"))
+        save_untrained(config, workdir, step=2, model_seed=5)
+        for is_newer in (True, False):
+            found = server.send("POST", "/admin/reload", **key)[2]
+            assert found == {"reloaded": is_newer}
+        assert server.send("GET", "/v1/states", **key)[2]["data"] == []  # of older parameters
         body = {"prompt": "a", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.send, "POST", "/v1/completions", body, **key)
@@ -294,39 +377,6 @@ def test_key_drain_and_reload(workdir, tmp_path):
             code, errors = server.stop(signal.SIGTERM)
             status, _, answer = running.result()
         assert (code, status, answer["usage"]["completion_tokens"]) == (0, 200, 3000), errors
-    with serving(workdir, *flags, "--max_connections=2") as server:
-        body = {"prompt": "b", "state": "s", "max_tokens": 3}
-        assert server.send("POST", "/v1/completions", body, **key)[0] == 200
-        address = server.url.removeprefix("http://").split(":")
-        with socket.create_connection(address), socket.create_connection(address):
-            assert server.send("GET", "/health")[0] == 503
-        while server.send("GET", "/health")[0] == 503:  # until the server sees that both are closed
-            time.sleep(0.01)
-
-
-def test_newer_parameters_do_not_disturb_running_requests(tmp_path):
-    workdir = untrained_run(tmp_path, **HYBRID)
-    config = small_config(**HYBRID, source=str(tmp_path / "texts"))
-    with serving(workdir, "--slots=5") as server:
-
-        def scores(max_tokens):
-            body = server.complete("a", max_tokens=max_tokens, logprobs=0, seed=1, ignore_eos=True)
-            return body["choices"][0]["logprobs"]["token_logprobs"]
-
-        old = scores(30)
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            running = [pool.submit(scores, 3000) for _ in range(3)]
-            while server.send("GET", "/slots")[2]["active"] < 3:
-                time.sleep(0.01)
-            save_untrained(config, workdir, step=2, model_seed=5)
-            assert server.send("POST", "/admin/reload")[2] == {"reloaded": True}
-            new = scores(30)
-            found = [future.result() for future in running]
-        assert new != old
-        assert found == [found[0]] * 3
-        assert (len(found[0]), found[0][:30]) == (3000, old)
-        assert server.send("POST", "/admin/reload")[2] == {"reloaded": False}
-        assert scores(30) == new
 
 
 def test_an_export_is_served_until_its_streams_have_had_their_time(workdir, tmp_path):
@@ -361,7 +411,7 @@ def test_log_likelihoods_of_lm_eval_are_those_of_the_model(workdir, server):
     for batch_size in (1, 8):
         client = LocalCompletionsAPI(
             base_url=server.url + "/v1/completions",
-            model="untrained",
+            model="chat",
             batch_size=batch_size,
             num_concurrent=8,
             max_retries=1,

@@ -26,7 +26,7 @@ def folder(tmp_path):
 def test_states_have_a_joint_limit(folder, tmp_path):
     states, content = folder
     (tmp_path / ".0123.tmp").write_bytes(content * 9)  # what a killed process left takes no room
-    assert states.put("second", content).num_bytes == len(content)
+    assert states.put("second", content).description["bytes"] == len(content)
     with pytest.raises(RequestError, match="no room") as full:
         states.put("third", content)
     assert full.value.status == 507
@@ -45,6 +45,5 @@ def test_an_error_of_the_machine_is_not_a_missing_state(folder, monkeypatch):
     assert missing.value.status == 404
     fail = mock.Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
     monkeypatch.setattr("simplernn_jax.serving.states.read_file", fail)
-    with pytest.raises(RequestError, match="Too many open files") as failed:
-        states.read("first")
-    assert failed.value.status == 503
+    with pytest.raises(OSError, match="Too many open files"):
+        states.descriptions()

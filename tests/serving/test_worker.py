@@ -5,10 +5,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from flax import nnx
 from small_runs import small_model
 
 from simplernn_jax.inference.sampling import Sampling
-from simplernn_jax.serving.jobs import Failed, Job, NewTokens
+from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.jobs import Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.worker import Worker
 
@@ -44,8 +46,9 @@ class Running:
         """Return the last event of `job`."""
 
         def last():
-            ends = [e for j, e in self.events if j is job]
-            return [e for e in ends if isinstance(e, Failed) or getattr(e, "finish_reason", None)]
+            events = [event for j, event in self.events if j is job]
+            is_end = [getattr(e, "finish_reason", isinstance(e, RequestError)) for e in events]
+            return [event for event, ends in zip(events, is_end, strict=True) if ends]
 
         with self.changed:
             assert self.changed.wait_for(last, timeout=60)
@@ -66,26 +69,44 @@ def job(**options):
 def test_a_failing_step_ends_its_jobs_and_the_worker_goes_on(running, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(running.worker.scheduler, "_dispatch", mock.Mock(side_effect=ValueError))
-        first = job()
-        running.worker.submit(first)
-        assert "could not compute this" in running.wait_for(first).message
-    second = job()
-    running.worker.submit(second)
-    assert isinstance(running.wait_for(second), NewTokens)
+        failing = [job(), job(num_choices=3), job(), job()]  # the last two find no slot
+        running.worker.submit(*failing)
+        for one in failing:
+            assert "could not compute this" in running.wait_for(one).message
+    other = job()
+    running.worker.submit(other)
+    assert isinstance(running.wait_for(other), NewTokens)
 
 
 def test_a_worker_that_cannot_go_on_says_so(running, monkeypatch):
     fail = mock.Mock(side_effect=MemoryError)
     monkeypatch.setattr(running.worker.scheduler, "_dispatch", fail)
-    monkeypatch.setattr(running.worker.scheduler, "reset", fail)
+    monkeypatch.setattr(running.worker, "make_scheduler", fail)
     first = job()
     running.worker.submit(first)
-    assert isinstance(running.wait_for(first), Failed)
+    assert isinstance(running.wait_for(first), RequestError)
     running.stop()
     assert isinstance(running.failure, MemoryError)
     with pytest.raises(RequestError, match="stopping") as error:
         running.worker.submit(job())
     assert error.value.status == 503
+
+
+def test_newer_parameters_do_not_disturb_running_jobs(running):
+    def tokens_of(job):
+        assert running.wait_for(job).finish_reason == "length"
+        return [t for j, e in running.events if j is job for t in getattr(e, "tokens", ())]
+
+    worker, jobs = running.worker, [job(max_tokens=500) for _ in range(3)]
+    worker.submit(jobs[0])
+    expected = tokens_of(jobs[0])
+    nnx.update(running.model, nnx.state(LanguageModel(running.model.config, rngs=nnx.Rngs(5))))
+    newer = worker.make_scheduler(running.model)
+    worker.submit(jobs[1])
+    worker.use_scheduler(newer)
+    worker.submit(jobs[2])
+    assert tokens_of(jobs[1]) == expected
+    assert tokens_of(jobs[2]) != expected
 
 
 def test_the_queue_has_room_for_free_slots_and_for_jobs_that_wait():

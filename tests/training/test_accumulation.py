@@ -10,8 +10,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from meshes import compile_step, distance, first_state, mesh_of, run_steps
-from small_runs import random_batch, small_config
+from small_runs import (
+    compile_step,
+    distance,
+    first_state,
+    mesh_of,
+    random_batch,
+    run_steps,
+    small_config,
+)
 
 from benchmarks.train_steps import compile_quickly, megabytes
 from simplernn_jax.data.batches import Batch

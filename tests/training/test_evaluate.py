@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import mesh_of
-from small_runs import small_config
-from token_splits import PAD, make_split
+from small_data import PAD, make_split
+from small_runs import mesh_of, small_config
 
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.parallel.shardings import named_shardings, variable_specs
+from simplernn_jax.parallel.mesh import named_shardings, variable_specs
 from simplernn_jax.training import evaluate, losses
 from simplernn_jax.training.evaluate import Evaluator
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import records, talk, write
 from processes import ROOT, assert_refused, run_scripts, start_python
+from small_data import records, talk, write
 from small_runs import newest_checkpoint, small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.checkpoint.contents import read_quality
-from simplernn_jax.checkpoint.folder import CheckpointFolder
+from simplernn_jax.checkpoint.folder import CheckpointFolder, read_quality
+from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
@@ -66,6 +66,49 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, mode, block, fields):
     )
     assert whole == parts
     assert [row[0] for row in whole if row[1] == "train"] == [*range(3, 20, 3), 20]
+
+
+@pytest.mark.oldest_python
+def test_a_run_resumes_with_another_number_of_stages(tmp_path, monkeypatch):
+    """Checkpoints hold single layers."""
+    config = small_config(
+        source=write_corpus(tmp_path / "text"),
+        **{"num_layers": 2, "sequence_length": 8, "batch_size": 4, "mode": "stream"},
+        **{"name": "muon", "steps": 7, "log_every": 1, "validation_fraction": 0.2},
+    )
+
+    def run(workdir, last_step, **sizes):
+        config.mesh = MeshConfig(**({"data": 1} | sizes))
+        with monkeypatch.context() as patch:
+            display = stop_after(patch, last_step)
+            return train(config, str(workdir)), " ".join(display.lines)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, 3)
+    shutil.copytree(one, two)
+    on_one, _ = run(one, 9)
+    on_two, printed = run(two, 9, pipeline=2, data=2)
+    assert "2 stages, 8 chunks of 1 tokens: a stage is idle 11.1% of the time" in printed
+    assert "at step 3 of 7" in printed
+    assert on_two.step == on_one.step == 7
+    back, _ = run(two, 9)  # all steps are done: it only evaluates
+    predictions = {result.evaluation.predictions for result in (on_one, on_two, back)}
+    assert len(predictions) == 1
+    assert back.evaluation.nats_per_token == pytest.approx(on_two.evaluation.nats_per_token)
+    losses = [
+        [row["loss"] for row in read_metrics(str(workdir))] + [result.evaluation.nats_per_token]
+        for workdir, result in ((one, on_one), (two, on_two))
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    found, expected = newest_checkpoint(two), newest_checkpoint(one)
+    assert list(found) == list(expected)
+    names = [name for name in expected if name.startswith(("params", "opt_state", "carried"))]
+    assert any("layers/1/" in name for name in names)
+    values = [
+        np.concatenate([np.frombuffer(saved[name][2], saved[name][0]) for name in names])
+        for saved in (found, expected)
+    ]
+    assert np.linalg.norm(values[0] - values[1]) < 1e-5 * np.linalg.norm(values[1])
 
 
 def with_train(config, **fields):
@@ -136,13 +179,14 @@ def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
     assert (own.code, newest_checkpoint(moved)["number of steps"]) == (0, 6)
     told = "without --config: the configuration of this run, moved/config.json\n"
     assert own.errors.count(told) == longer.errors.count(told) == 1
-    assert "changed from" not in own.output
+    assert "checkpoint has" not in own.output
     assert "all steps are done" in own.output
-    assert "--config.train.steps: changed from 5 to 6" in longer.output
+    assert "config.train.steps is 6, checkpoint has 5" in longer.output
     assert newest_checkpoint(workdir) == before
     assert refused.code == 2
-    assert "error: the checkpoint has a different model: hidden_dim is 9" in refused.errors
-    assert_refused(other, "the checkpoint has different data settings: ")
+    settings = "error: the checkpoint has different settings: --config."
+    assert f"{settings}model.hidden_dim is 9, checkpoint has 8;" in refused.errors
+    assert_refused(other, settings)
     assert_refused(none, "--workdir=new: not a run; check the path, or start a run there with --c")
 
 
@@ -311,7 +355,7 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(evaluated, capsys):
     config, workdir = evaluated
     result = train(config, workdir)
     folder = CheckpointFolder(str(workdir))
-    qualities = {step: read_quality(folder.step_path(step))[1] for step in folder.steps()}
+    qualities = {step: read_quality(folder.step_path(step)) for step in folder.steps()}
     assert {8, 10} <= qualities.keys()
     assert {quality.predictions for quality in qualities.values()} == {20}
     assert result.evaluation.predictions > 20

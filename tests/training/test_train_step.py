@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from meshes import mesh_of
 from references import assert_same_bytes
-from small_runs import Options, random_batch, small_config
+from small_runs import Options, mesh_of, random_batch, small_config
 
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.losses import cross_entropy

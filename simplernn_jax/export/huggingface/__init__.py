@@ -139,14 +139,6 @@ class _Loaded:
         with torch.no_grad():
             return self._model(torch.tensor(tokens[None]).long()).logits[0].numpy()
 
-    def greedy(self, token: int, count: int) -> list[int]:
-        import torch
-
-        ids = self._model.generate(
-            torch.tensor([[token]]), max_new_tokens=count, do_sample=False, eos_token_id=None
-        )
-        return ids[0, 1:].tolist()
-
     def encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -11,7 +11,7 @@ from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.errors import UserError, counted, one_line
 from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.inference import Conversation, generate_text
-from simplernn_jax.models.named_weights import named_weights
+from simplernn_jax.models.pytorch_weights import named_weights
 from simplernn_jax.training.metrics import comparable, read_metrics
 
 _CARD = """\

@@ -166,7 +166,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, features, width=4):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(features, width))
+        self.weight = nn.Parameter(torch.eye(1, width).repeat(features, 1))
 
     def forward(self, x, layer):
         """Apply it to [B, T, D], after the inputs that the state of the layer holds."""
@@ -262,6 +262,7 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = SimpleRNNConfig
     base_model_prefix = ""
+    _input_embed_layer = "embedding"
     _is_stateful = True
     _no_split_modules = ("SimpleRNNLayer",)
 
@@ -279,29 +280,6 @@ class SimpleRNNForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.hidden_dim**-0.5)
-        elif isinstance(module, ShortConvolution):
-            nn.init.zeros_(module.weight)
-            nn.init.ones_(module.weight[:, :1])
-
-    def get_input_embeddings(self):
-        """Return the embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value):
-        """Replace the embedding."""
-        self.embedding = value
-
-    def get_output_embeddings(self):
-        """Return the head; None if it is the embedding."""
-        return None if self.config.tie_embeddings else self.lm_head
 
     def prepare_inputs_for_generation(
         self,

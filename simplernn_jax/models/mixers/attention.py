@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from simplernn_jax.array_types import (
     Activations,
@@ -19,7 +19,7 @@ from simplernn_jax.array_types import (
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
-from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
+from simplernn_jax.models.mixers.token_mixer import TokenMixer, register_mixer, reject_option
 from simplernn_jax.ops.attention import apply_rope, attend, sliding_attention
 from simplernn_jax.ops.checks import FLOATING, INTEGER, check_array, check_segment_ids
 from simplernn_jax.ops.segments import segment_starts
@@ -46,7 +46,7 @@ class KVCache(NamedTuple):
     """Number of tokens of the current segment so far; int32."""
 
 
-class Attention(MultiHeadLayer, ZeroStateMixer):
+class Attention(MultiHeadLayer, TokenMixer):
     """Softmax attention over the last `context` tokens of the segment, the current one included.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -57,6 +57,8 @@ class Attention(MultiHeadLayer, ZeroStateMixer):
     followed by the output norm, gate and projection of `MultiHeadLayer`. R_t rotates pairs of
     channels by angles proportional to t (rotary position embedding, arXiv:2104.09864).
     """
+
+    starts_from_zero = True
 
     def __init__(
         self,
@@ -98,15 +100,6 @@ class Attention(MultiHeadLayer, ZeroStateMixer):
             jnp.zeros(batch_size, jnp.int32),
         )
 
-    def select(
-        self, keep_previous: Bool[Array, "B"], previous: KVCache, current: KVCache
-    ) -> KVCache:
-        """Restore only the lengths of `previous`, instead of copying the cache.
-
-        The next token overwrites the slot of the dropped one, which no query attends to until then.
-        """
-        return current._replace(length=jnp.where(keep_previous, previous.length, current.length))
-
     def state_axes(self) -> KVCache:
         """Return the logical axes of the arrays of a cache."""
         by_head: Any = LogicalAxes("batch", "heads")
@@ -144,7 +137,7 @@ class Attention(MultiHeadLayer, ZeroStateMixer):
             k, v = (jnp.swapaxes(cached, 1, 2) for cached in (state.keys, state.values))
             y = attend(q, k, v, filled[:, None])
         else:
-            past_k, past_v = (None, None) if state is None else _cached_in_order(state)
+            past_k, past_v = (None, None) if state is None else cached_in_order(state)
             k = _concatenate(left_halo(k, past_k, self.context), k)
             v = _concatenate(left_halo(v, past_v, self.context), v)
             visible = jnp.minimum(positions + 1, self.context)
@@ -206,7 +199,7 @@ def _append_token(state: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     )
 
 
-def _cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
+def cached_in_order(state: KVCache) -> tuple[jax.Array, jax.Array]:
     """Return the last S - 1 keys and values, oldest first; arbitrary where there are none."""
     slots = state.keys.shape[2]
     order = (state.length[:, None] + 1 + jnp.arange(slots - 1, dtype=jnp.int32)[None]) % slots

@@ -15,11 +15,10 @@ from flax import nnx
 
 from simplernn_jax.array_types import Activations, LogicalAxes, RecurrentState, SegmentIds
 from simplernn_jax.config import ModelConfig, Scalar
-from simplernn_jax.models.convolution import ShortConvolution
-from simplernn_jax.models.layers import Dense, RMSNorm, kernel_init
+from simplernn_jax.models.layers import Dense, RMSNorm, ShortConvolution, kernel_init
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer
 from simplernn_jax.models.mixers.simple_rnn import check_method
-from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
+from simplernn_jax.models.mixers.token_mixer import TokenMixer, register_mixer, reject_option
 from simplernn_jax.ops.checks import FLOATING, check_array, check_segment_ids
 from simplernn_jax.parallel.mesh import AXES
 from simplernn_jax.parallel.named_leaves import tuple_with_names
@@ -65,7 +64,7 @@ class GLAState(NamedTuple):
 
 
 @register_mixer("gla", options=OPTIONS, mesh_axes=AXES, check=_check)
-class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
+class GatedLinearAttention(MultiHeadLayer, TokenMixer):
     """GLA token mixer; of its projections only `gate_up_proj` has a bias.
 
     Per head, with K = key_dim / num_heads and V = value_dim / num_heads::
@@ -77,6 +76,8 @@ class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
 
     W_1 has `GATE_RANK` rows. ``conv`` is a `ShortConvolution` with silu, or the identity.
     """
+
+    starts_from_zero = True
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Initialize the parameters.
@@ -167,14 +168,10 @@ class GatedLinearAttention(MultiHeadLayer, ZeroStateMixer):
         """
         sizes = check_array("x", x, "B T D", FLOATING, {"D": self.query_proj.in_features})
         check_segment_ids(segment_ids, sizes)
-        if state is not None:
-            expected: Any = jax.tree.structure(self._state(0, lambda _: 0))
-            if jax.tree.structure(state) != expected:
-                raise TypeError(f"state: expected {expected}; got {jax.tree.structure(state)}")
+        if state is not None and not isinstance(state, GLAState):
+            raise TypeError(f"state: expected a GLAState; got {type(state).__name__}")
         recurrent, conv_states = (None, None) if state is None else state
         inputs, output_gate, conv_states = self.project(x, conv_states, segment_ids)
-        if recurrent is not None:
-            self.check_recurrent_state("state.recurrent", recurrent, inputs[0])
         y, recurrent = sharded_recurrence(
             *inputs, initial_state=recurrent, segment_ids=segment_ids, method=self.method
         )

@@ -9,7 +9,6 @@ from flax import nnx
 from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.layers import Dense, fused_dense, kernel_init
-from simplernn_jax.ops.checks import FLOATING, check_array
 from simplernn_jax.ops.rms_norm import rms_norm
 
 
@@ -118,12 +117,7 @@ class MultiHeadLayer(nnx.Module):
           These, ``[..., H, K or V]`` each, and the pre-activation of the output gate
           ``[..., H * V]`` or None; float32 (float64 if `dtype` is). Under tensor parallelism H is
           the local number of heads.
-
-        Raises:
-          ValueError: the last axis of `x` is not hidden_dim.
-          TypeError: wrong dtype.
         """
-        check_array("x", x, "... D", FLOATING, {"D": self.query_proj.in_features})
         outputs = list(fused_dense(x, self.input_projections))
         output_gate = None if self.output_gate_proj is None else outputs.pop()
         key_dim, value_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
@@ -143,19 +137,7 @@ class MultiHeadLayer(nnx.Module):
 
         Returns:
           ``[..., output_dim]`` float32 (float64 if `dtype` is).
-
-        Raises:
-          ValueError: shapes inconsistent with each other or with this layer.
-          TypeError: wrong dtypes.
         """
-        sizes = check_array("y", y, "... H V", FLOATING, {"V": self.value_dim // self.num_heads})
-        if output_gate is not None:
-            width = sizes["H"] * sizes["V"]
-            check_array("output_gate", output_gate, "... HV", FLOATING, {"HV": width})
-            if output_gate.shape[:-1] != y.shape[:-2]:
-                raise ValueError(
-                    f"output_gate: expected {[*y.shape[:-2], width]}; got {output_gate.shape}"
-                )
         if self.output_norm:
             y = rms_norm(y)
         y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
@@ -167,12 +149,6 @@ class MultiHeadLayer(nnx.Module):
         """Return zeros ``[B, H, K, V]``, float32 (float64 under x64)."""
         heads = self.num_heads
         return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
-
-    def check_recurrent_state(self, name: str, state: Any, q: jax.Array) -> None:
-        """Check that a state fits queries ``[B, ..., H, K]``; raises ValueError or TypeError."""
-        sizes = {"B": q.shape[0], "H": q.shape[-2], "K": q.shape[-1]}
-        sizes["V"] = self.value_dim // self.num_heads
-        check_array(name, state, "B H K V", FLOATING, sizes)
 
 
 @jax.checkpoint  # y and the gate are saved in any case; the backward pass recomputes silu

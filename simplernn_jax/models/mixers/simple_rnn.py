@@ -9,7 +9,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, LogicalAxes, Outputs, RecurrentState, SegmentIds
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_options
-from simplernn_jax.models.mixers.token_mixer import ZeroStateMixer, register_mixer, reject_option
+from simplernn_jax.models.mixers.token_mixer import TokenMixer, register_mixer, reject_option
 from simplernn_jax.ops import recurrent_step
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
 from simplernn_jax.ops.gated_linear_recurrence import METHODS
@@ -88,7 +88,6 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         """
         check_array("inputs", inputs, "B D", FLOATING, {"D": self.query_proj.in_features})
         (q, k, v, log_gate), output_gate = self.project(inputs)
-        self.check_recurrent_state("carry", carry, q)
         accum_dtype = accumulator_dtype(carry)
         y, state = recurrent_step(q, k, v, log_gate, carry.astype(accum_dtype))
         return state.astype(carry.dtype), self.project_outputs(y, output_gate)
@@ -105,8 +104,10 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         return 1
 
 
-class SimpleRNN(ZeroStateMixer):
+class SimpleRNN(TokenMixer):
     """`SimpleRNNCell` over a sequence, with the recurrence in one operation."""
+
+    starts_from_zero = True
 
     def __init__(
         self,
@@ -160,8 +161,6 @@ class SimpleRNN(ZeroStateMixer):
         width = self.cell.query_proj.in_features
         check_segment_ids(segment_ids, check_array("x", x, "B T D", FLOATING, {"D": width}))
         inputs, output_gate = self.cell.project(x)
-        if state is not None:
-            self.cell.check_recurrent_state("state", state, inputs[0])
         y, state = sharded_recurrence(
             *inputs, initial_state=state, segment_ids=segment_ids, method=self.method
         )

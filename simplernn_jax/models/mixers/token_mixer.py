@@ -1,8 +1,8 @@
 """What the rest of the program knows of a token mixer, and the mixers by name.
 
 A mixer is one class in one file, registered under the name that ``model.mixer`` gives it; see
-docs/architecture.md for an example. Everything below `TokenMixer.__call__` has a default that is
-right for any mixer.
+docs/architecture.md for an example. Everything in `TokenMixer` except `initial_state` and
+`__call__` has a default that is right for any mixer.
 """
 
 import dataclasses
@@ -14,14 +14,12 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool
 
 from simplernn_jax.array_types import Activations, LogicalAxes, SegmentIds
 from simplernn_jax.config import ModelConfig, Scalar
 from simplernn_jax.errors import UserError, nearest_name, one_line
 from simplernn_jax.files import import_file, sha256_hex
 from simplernn_jax.ops.primitive import vary_like
-from simplernn_jax.ops.segments import reset_state, select_sequences
 
 
 class TokenMixer(nnx.Module):
@@ -30,6 +28,9 @@ class TokenMixer(nnx.Module):
     A subclass is constructed with ``(config: ModelConfig, *, rngs: nnx.Rngs)``. Its parameters are
     `nnx.Param`; those of `models.layers` are sharded over a mesh, others are replicated.
     """
+
+    starts_from_zero = False
+    """Whether the initial state is zero, for which `__call__` then accepts None, too."""
 
     def initial_state(self, batch_size: int) -> Any:
         """Return the state before the first token: a pytree of arrays, their first axis B."""
@@ -57,41 +58,16 @@ class TokenMixer(nnx.Module):
     def mix(
         self, x: Activations, state: Any | None, segment_ids: SegmentIds | None
     ) -> tuple[Activations, Any]:
-        """Call the mixer; None is the initial state. Mixers may override it to avoid the zeros."""
-        if state is None:
+        """Call the mixer; None is the initial state."""
+        if state is None and not self.starts_from_zero:
             state = jax.tree.map(lambda s: vary_like(s, x), self.initial_state(x.shape[0]))
         return self(x, state, segment_ids)
-
-    def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
-        """Return the initial state for the sequences `where`, `state` for the others."""
-        initial = self.initial_state(where.shape[0])
-        return jax.tree.map(lambda new, old: select_sequences(where, new, old), initial, state)
-
-    def select(self, keep_previous: Bool[Array, "B"], previous: Any, current: Any) -> Any:
-        """Return `previous` for the sequences `keep_previous`, else `current`, one token later."""
-        return jax.tree.map(
-            lambda old, new: select_sequences(keep_previous, old, new), previous, current
-        )
 
     def state_axes(self) -> Any:
         """Return the `LogicalAxes` of each array of the state, in its structure."""
         graph, params = nnx.split(self)
         state = jax.eval_shape(lambda params: nnx.merge(graph, params).initial_state(1), params)
         return jax.tree.map(lambda _: LogicalAxes("batch"), state)
-
-
-class ZeroStateMixer(TokenMixer):
-    """A mixer whose initial state is zero, for which it accepts None, also with sharded heads."""
-
-    def mix(
-        self, x: Activations, state: Any | None, segment_ids: SegmentIds | None
-    ) -> tuple[Activations, Any]:
-        """See `TokenMixer.mix`."""
-        return self(x, state, segment_ids)
-
-    def reset(self, state: Any, where: Bool[Array, "B"]) -> Any:
-        """See `TokenMixer.reset`."""
-        return reset_state(state, where)
 
 
 MakeMixer = Callable[..., TokenMixer]
@@ -131,10 +107,8 @@ def register_mixer(
       check: raises `UserError` for a configuration that the mixer cannot have.
 
     Raises:
-      ValueError: the name is not an identifier, or another mixer has it.
+      ValueError: another mixer has the name.
     """
-    if not name.isidentifier():
-        raise ValueError(f"{name=}: must be an identifier, as in Python")
 
     def register(make: _Make) -> _Make:
         # A module that is imported again, or a cell that is run again, may replace its mixer.
@@ -193,8 +167,7 @@ def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
     """Construct a mixer, with a value for each of its options in ``config.mixer_options``.
 
     Raises:
-      UserError: it is not registered, has variables other than parameters, or an array of its state
-        does not begin with axis B.
+      UserError: it is not registered, or has variables other than parameters.
     """
     mixer = find_mixer(name).make(complete_options(name, config), rngs=rngs)
     for path, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Not(nnx.Param))):
@@ -202,12 +175,6 @@ def make_mixer(name: str, config: ModelConfig, *, rngs: nnx.Rngs) -> TokenMixer:
             f"mixer {name!r}: {'.'.join(map(str, path))} is of type {type(variable).__name__}; "
             "keep parameters only, as nnx.Param"
         )
-    for leaf in jax.tree.leaves(jax.eval_shape(lambda: mixer.initial_state(2))):
-        if leaf.shape[:1] != (2,):
-            raise UserError(
-                f"mixer {name!r}: initial_state(2) has an array of shape {list(leaf.shape)}; the "
-                "first axis of every array is the batch"
-            )
     return mixer
 
 

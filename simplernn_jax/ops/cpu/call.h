@@ -15,20 +15,9 @@
 
 #include "xla/ffi/api/c_api.h"
 
-#define SIZE_OVERFLOW INT64_MAX
+/* Sizes of arrays that have memory, and products of a few of them, fit 64 bits. */
 
-/* Sums, products and quotients (rounded up) of sizes; SIZE_OVERFLOW if they overflow, which a later
-   check rejects. */
-static inline int64_t plus(int64_t a, int64_t b) {
-  int64_t sum;
-  return __builtin_add_overflow(a, b, &sum) ? SIZE_OVERFLOW : sum;
-}
-
-static inline int64_t times(int64_t a, int64_t b) {
-  int64_t product;
-  return __builtin_mul_overflow(a, b, &product) ? SIZE_OVERFLOW : product;
-}
-
+/* n / by, rounded up. */
 static inline int64_t divided(int64_t n, int64_t by) { return n / by + (n % by > 0); }
 
 typedef struct {
@@ -36,7 +25,6 @@ typedef struct {
   const char *function;
   const int64_t *leading; /* sizes of the batch axes, which all buffers share */
   int64_t num_leading, batch;
-  int has_results; /* whether any result has entries */
   char error[512]; /* the first one; empty if none */
 } Call;
 
@@ -60,29 +48,16 @@ __attribute__((format(printf, 2, 3))) static inline void reject(Call *call, cons
   va_end(values);
 }
 
-/* Argument or result i; NULL, and an error, if it is not a valid buffer. */
+/* Argument or result i; NULL, and an error, if it is not an array. */
 static inline const XLA_FFI_Buffer *buffer_at(Call *call, int is_result, int64_t i,
                                               const char *name) {
   if (!is_valid(call)) return NULL;
   const XLA_FFI_Args *args = &call->frame->args;
   const XLA_FFI_Rets *rets = &call->frame->rets;
-  void **buffers = is_result ? rets->rets : args->args;
-  const int64_t count = is_result ? rets->size : args->size;
-  const XLA_FFI_Buffer *buffer = i < count && buffers != NULL ? buffers[i] : NULL;
-  if (buffer == NULL || (is_result ? rets->types[i] != XLA_FFI_RetType_BUFFER
-                                   : args->types[i] != XLA_FFI_ArgType_BUFFER)) {
-    reject(call, "%s: %s: not an array", call->function, name);
-    return NULL;
-  }
-  int64_t entries = 1;
-  for (int64_t axis = 0; axis < buffer->rank; axis++) {
-    if (buffer->dims[axis] < 0) entries = SIZE_OVERFLOW;
-    if (entries != SIZE_OVERFLOW) entries = times(entries, buffer->dims[axis]);
-  }
-  if (buffer->rank < 0 || times(entries, sizeof(float)) == SIZE_OVERFLOW ||
-      (entries > 0 && buffer->data == NULL))
-    reject(call, "%s: %s: too large, or without memory", call->function, name);
-  return is_valid(call) ? buffer : NULL;
+  if (is_result && i < rets->size && rets->types[i] == XLA_FFI_RetType_BUFFER) return rets->rets[i];
+  if (!is_result && i < args->size && args->types[i] == XLA_FFI_ArgType_BUFFER) return args->args[i];
+  reject(call, "%s: %s: not an array", call->function, name);
+  return NULL;
 }
 
 static inline int64_t entries_of(const XLA_FFI_Buffer *buffer) {
@@ -117,16 +92,15 @@ static inline const float *shared_argument(Call *call, int64_t i, const char *na
 
 /* Float32 result ``[batch axes, tail]``. */
 static inline float *result(Call *call, int64_t i, const char *name, Shape tail) {
-  const XLA_FFI_Buffer *buffer = buffer_at(call, 1, i, name);
-  if (buffer != NULL && entries_of(buffer) > 0) call->has_results = 1;
-  return checked(call, buffer, name, XLA_FFI_DataType_F32, call->num_leading, tail);
+  return checked(call, buffer_at(call, 1, i, name), name, XLA_FFI_DataType_F32, call->num_leading,
+                 tail);
 }
 
 /* A result that begins as an argument, which may have the same memory. */
 static inline float *updated(Call *call, int64_t i, int64_t i_result, const char *name, Shape tail) {
   const float *from = argument(call, i, name, tail);
   float *to = result(call, i_result, name, tail);
-  if (is_valid(call) && from != to && call->has_results) {
+  if (is_valid(call) && from != to) {
     int64_t count = call->batch;
     for (int64_t axis = 0; axis < tail.rank; axis++) count *= tail.dims[axis];
     memcpy(to, from, sizeof(float) * count);
@@ -154,8 +128,7 @@ static inline Call begin(XLA_FFI_CallFrame *frame, const char *function, const c
   call.leading = buffer->dims;
   call.num_leading = buffer->rank - tail;
   call.batch = 1;
-  for (int64_t i = 0; i < call.num_leading; i++) call.batch = times(call.batch, buffer->dims[i]);
-  if (call.batch == SIZE_OVERFLOW) reject(&call, "%s: %s: too large", function, first);
+  for (int64_t i = 0; i < call.num_leading; i++) call.batch *= buffer->dims[i];
   return call;
 }
 
@@ -166,6 +139,11 @@ static inline int64_t axis_of(Call *call, int is_result, int64_t i, int64_t axis
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Reject a call whose smallest size is not positive: loops and divisions rely on it. */
+static inline void reject_empty(Call *call, int64_t smallest) {
+  if (smallest < 1) reject(call, "%s: empty axes", call->function);
+}
 
 /* Work shared by threads, which take items one by one. The caller takes items too, so that a busy
    thread pool only slows it down. `task` must outlive the last item. */
@@ -247,10 +225,9 @@ static void drop(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
   frame->api->XLA_FFI_Error_Destroy(&args);
 }
 
-/* Bytes of scratch memory for aligned_alloc: a positive multiple of 64, or SIZE_OVERFLOW. */
+/* Bytes of scratch memory for aligned_alloc: a positive multiple of 64. */
 static inline int64_t scratch_for(int64_t entries, int64_t size) {
-  const int64_t bytes = plus(times(entries, size), 64);
-  return bytes == SIZE_OVERFLOW ? SIZE_OVERFLOW : bytes / 64 * 64;
+  return (entries * size + 64) / 64 * 64;
 }
 
 /* Number of XLA's threads. */
@@ -263,15 +240,10 @@ static int64_t pool_size(XLA_FFI_CallFrame *frame) {
   return threads > 0 ? threads : 1;
 }
 
-/* Run `description` on at most `threads` threads, or return the error of the call. Does nothing if
-   no result has entries. */
+/* Run `description` on at most `threads` threads, or return the error of the call. */
 static XLA_FFI_Error *share(Call *call, const Work *description) {
   XLA_FFI_CallFrame *frame = call->frame;
-  if (is_valid(call) &&
-      (description->items == SIZE_OVERFLOW || description->scratch_bytes == SIZE_OVERFLOW))
-    reject(call, "%s: too large", call->function);
   if (!is_valid(call)) return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, call->error);
-  if (!call->has_results) return NULL;
   Work *work = malloc(sizeof(Work));
   if (work == NULL) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory");
   *work = *description;
@@ -303,13 +275,19 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
   return NULL;
 }
 
-/* Answer XLA's query of the interface version, which comes before the first call. */
-static int is_metadata_query(XLA_FFI_CallFrame *frame) {
+/* Whether there is nothing to compute: XLA queries the interface version before the first call, or no
+   result has entries. */
+static int is_done(XLA_FFI_CallFrame *frame) {
   XLA_FFI_Metadata_Extension *query = (void *)frame->extension_start;
-  if (query == NULL || query->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
-  query->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-  query->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-  query->metadata->state_type_id.type_id = 0; /* stateless */
+  if (query != NULL && query->extension_base.type == XLA_FFI_Extension_Metadata) {
+    query->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+    query->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    query->metadata->state_type_id.type_id = 0; /* stateless */
+    return 1;
+  }
+  for (int64_t i = 0; i < frame->rets.size; i++)
+    if (frame->rets.types[i] != XLA_FFI_RetType_BUFFER || entries_of(frame->rets.rets[i]) > 0)
+      return 0;
   return 1;
 }
 

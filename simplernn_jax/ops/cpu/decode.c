@@ -277,7 +277,7 @@ static void run_group(const void *task, int64_t g, void *scratch) {
    convolution, bias, final_scale, head_bias, states ...) -> (logits after the last token, inputs of
    the head [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales */
 XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   const int64_t layers = frame->args.size < STATES ? 0 : (frame->args.size - STATES) / 2;
   Call call = begin(frame, "simplernn_decode", "tokens", 1, STATES + 2 * layers, 3 + 2 * layers);
   float *states[2 * layers + 1];
@@ -292,12 +292,12 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
                .key_dim = layers == 0 ? 0 : axis_of(&call, 0, STATES, 2),
                .value_dim = layers == 0 ? 0 : axis_of(&call, 0, STATES, 1)};
   const int64_t D = d.dim, L = layers;
-  const int64_t keys = times(d.heads, d.key_dim), outputs = times(d.heads, d.value_dim);
-  d.width = times(divided(plus(times(3, keys), times(2, outputs)), PANEL), PANEL);
-  const int64_t M = d.mlp_dim = times(axis_of(&call, 0, 9, 3), PANEL); /* filled with zeros */
+  const int64_t keys = d.heads * d.key_dim, outputs = d.heads * d.value_dim;
+  d.width = divided(3 * keys + 2 * outputs, PANEL) * PANEL;
+  const int64_t M = d.mlp_dim = axis_of(&call, 0, 9, 3) * PANEL; /* filled with zeros */
   const int64_t smallest = least(least(D, d.vocab), least(M, least(keys, outputs)));
-  if (call.num_leading != 1 || least(d.length, smallest) < 1)
-    reject(&call, "%s: expected tokens [N, T] and no empty axes", call.function);
+  if (call.num_leading != 1) reject(&call, "%s: tokens: expected [N, T]", call.function);
+  reject_empty(&call, least(d.length, smallest));
   if (d.format != FLOAT32 && d.format != BFLOAT16 && d.format != INT8 && d.format != INT4)
     reject(&call, "%s: embedding: expected float32, bfloat16, int32 or uint32", call.function);
   d.tokens = checked(&call, buffer_at(&call, 0, 0, "tokens"), "tokens", XLA_FFI_DataType_S32, 1,
@@ -314,16 +314,16 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   d.bias = shared_argument(&call, 16, "bias", SHAPE(L, d.width));
   d.final_scale = shared_argument(&call, 17, "final_scale", SHAPE(D));
   d.head_bias = shared_argument(&call, 18, "head_bias", SHAPE(d.vocab));
-  const int64_t per_row = plus(plus(plus(times(2, D), d.width), plus(outputs, M)), 2);
+  const int64_t per_row = 2 * D + d.width + outputs + M + 2;
   d.final = result(&call, 1, "final", SHAPE(d.length, D));
-  float *work = result(&call, 2, "workspace", SHAPE(times(d.length, per_row)));
+  float *work = result(&call, 2, "workspace", SHAPE(d.length * per_row));
   d.logits = updated(&call, 2, 0, "logits", SHAPE(d.vocab));
   for (int64_t l = 0; l < L; l++) {
     const int64_t i = 2 * l;
     states[i] = updated(&call, STATES + i, 3 + i, "state", SHAPE(d.heads, d.key_dim, d.value_dim));
     states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent", SHAPE(3, D));
   }
-  if (is_valid(&call) && call.has_results) {
+  if (is_valid(&call)) {
     const int64_t rows = call.batch * d.length;
     d.x = work;
     d.normed = d.x + rows * D;
@@ -346,8 +346,8 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
       d.rows += count;
     }
   }
-  const int64_t of_layer_weights = times(D, plus(plus(d.width, outputs), times(2, M)));
-  const int64_t weights = plus(times(D, d.vocab), times(L, of_layer_weights));
+  const int64_t of_layer_weights = D * (d.width + outputs + 2 * M);
+  const int64_t weights = D * d.vocab + L * of_layer_weights;
   /* Long sequences one by one, or short ones of one length in a group for each thread. */
   const int64_t pool = pool_size(frame), all = d.active * d.length;
   const int are_long = d.rows >= APART * d.active && d.rows >= all / 4 && d.active >= 2 * pool;
@@ -361,6 +361,6 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
                        .run = d.groups > 0 ? run_group : run_item,
                        .start = d.groups > 0 ? NULL : phase_start,
                        .items = d.groups > 0 ? d.groups : d.rows > 0 ? num_items(&d) : 0,
-                       .threads = times(d.rows, weights) / WEIGHTS_PER_THREAD};
+                       .threads = d.rows * weights / WEIGHTS_PER_THREAD};
   return share(&call, &shared);
 }

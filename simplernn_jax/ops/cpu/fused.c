@@ -246,16 +246,14 @@ INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first
 #define KEPT_BYTES (192 * 1024)
 
 static int64_t block_length(const Arrays *a, int w) {
-  if (a->value_dim == 0) return a->length + 1;
-  int64_t fits = KEPT_BYTES / times(sizeof(Lanes) * w, a->value_dim);
+  if (a->value_dim == 0) return 1; /* rejected */
+  int64_t fits = KEPT_BYTES / (sizeof(Lanes) * w * a->value_dim);
   int64_t root = (int64_t)sqrt((double)a->length);
   return fits > root ? fits : root + 1;
 }
 
 /* Blocks before the last one. */
-static int64_t full_blocks(const Arrays *a, int64_t block) {
-  return a->length == 0 ? 0 : (a->length - 1) / block;
-}
+static int64_t full_blocks(const Arrays *a, int64_t block) { return (a->length - 1) / block; }
 
 INLINE void gradient_rows(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                           Lanes *scratch) {
@@ -296,8 +294,8 @@ typedef struct {
 #define ENTRIES_PER_THREAD (1 << 18)
 
 static int64_t threads_for(const Arrays *a) {
-  const int64_t tokens = times(times(a->batch, a->length), a->heads);
-  return times(tokens, times(a->key_dim, a->value_dim)) / ENTRIES_PER_THREAD;
+  const int64_t tokens = a->batch * a->length * a->heads;
+  return tokens * a->key_dim * a->value_dim / ENTRIES_PER_THREAD;
 }
 
 /* Arguments q, k, v, gate, initial state, reset, in this order. */
@@ -309,6 +307,7 @@ static Arrays read_arguments(Call *call) {
       .key_dim = axis_of(call, 0, 0, 1),
       .value_dim = axis_of(call, 0, 2, 1),
   };
+  reject_empty(call, least(least(a.length, a.heads), least(a.key_dim, a.value_dim)));
   a.q = argument(call, 0, "q", KEYS(a));
   a.k = argument(call, 1, "k", KEYS(a));
   a.v = argument(call, 2, "v", VALUES(a));
@@ -320,12 +319,10 @@ static Arrays read_arguments(Call *call) {
 
 /* Vectors per tile: two share the reads of their common operands. */
 static int vectors_for(int64_t width) {
-  return plus(width, LANES - 1) / LANES % 2 == 0 ? 2 : 1;
+  return divided(width, LANES) % 2 == 0 ? 2 : 1;
 }
 
-static int64_t tiles_for(int64_t width, int w) {
-  return plus(width, w * LANES - 1) / (w * LANES);
-}
+static int64_t tiles_for(int64_t width, int w) { return divided(width, w * LANES); }
 
 static void run_forward(const void *data, int64_t item, void *scratch) {
   const Task *task = data;
@@ -357,7 +354,7 @@ static void run_backward(const void *data, int64_t item, void *scratch) {
 
 /* (q, k, v, gate, initial state, reset) -> (output, final state) */
 XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   Call call = begin(frame, "simplernn_forward", "q", 3, 6, 2);
   Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
@@ -367,7 +364,7 @@ XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
   task.column_tiles = tiles_for(a->value_dim, task.column_vectors);
   const Work work = {.task = &task,
                      .run = run_forward,
-                     .items = times(times(a->batch, a->heads), task.column_tiles),
+                     .items = a->batch * a->heads * task.column_tiles,
                      .threads = threads_for(a),
                      .scratch_bytes = scratch_for(a->key_dim, sizeof(Lanes) * task.column_vectors)};
   return share(&call, &work);
@@ -376,7 +373,7 @@ XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
 /* (q, k, v, gate, initial state, reset, d_output, d_final_state)
    -> (d_q, d_k, d_v, d_log_gate, d_initial_state) */
 XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   Call call = begin(frame, "simplernn_backward", "q", 3, 8, 5);
   Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
@@ -387,20 +384,20 @@ XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   a->d_v = result(&call, 2, "d_v", VALUES((*a)));
   a->d_log_gate = result(&call, 3, "d_log_gate", KEYS((*a)));
   a->d_initial = result(&call, 4, "d_initial_state", STATE((*a)));
-  const int64_t pairs = times(a->batch, a->heads);
+  const int64_t pairs = a->batch * a->heads;
   /* Not two of 16, whose states before each token would fill twice as much of the cache. */
   task.row_vectors = LANES < 16 ? vectors_for(a->key_dim) : 1;
   task.column_vectors = vectors_for(a->value_dim);
   task.row_tiles = tiles_for(a->key_dim, task.row_vectors);
   task.column_tiles = tiles_for(a->value_dim, task.column_vectors);
-  task.row_items = times(pairs, task.row_tiles);
+  task.row_items = pairs * task.row_tiles;
   const int64_t block = block_length(a, task.row_vectors);
   const int64_t states = 2 + least(block, a->length) + full_blocks(a, block);
-  const int64_t rows = scratch_for(times(a->value_dim, states), sizeof(Lanes) * task.row_vectors);
+  const int64_t rows = scratch_for(a->value_dim * states, sizeof(Lanes) * task.row_vectors);
   const int64_t columns = scratch_for(a->key_dim, sizeof(Lanes) * task.column_vectors);
   const Work work = {.task = &task,
                      .run = run_backward,
-                     .items = plus(task.row_items, times(pairs, task.column_tiles)),
+                     .items = task.row_items + pairs * task.column_tiles,
                      .threads = threads_for(a),
                      .scratch_bytes = rows > columns ? rows : columns};
   return share(&call, &work);

@@ -45,12 +45,6 @@ typedef int32_t FourInts __attribute__((vector_size(16)));
 #define pick(x, y, i, j, k, l) __builtin_shuffle(x, y, (FourInts){i, j, k, l})
 #endif
 
-typedef struct {
-  const XLA_FFI_Buffer *const *from;
-  XLA_FFI_Buffer *const *to;
-  int64_t count;
-} Matrices;
-
 /* Entries of an operand that are consecutive along the contracted axis: two of bfloat16, or one of
    float32. */
 typedef uint32_t __attribute__((may_alias)) Group;
@@ -75,10 +69,10 @@ typedef struct {
   int64_t size;
 } Operand;
 
-static inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t rounded_up(int64_t n, int64_t to) { return divided(n, to) * to; }
 
 /* Groups of k entries, filled up with zeros. */
-static inline int64_t groups_of(int64_t k) { return rounded_up(rounded_up(k, GROUP) / GROUP, GROUPS); }
+static inline int64_t groups_of(int64_t k) { return rounded_up(divided(k, GROUP), GROUPS); }
 
 /* Rows of groups [m, groups_of(k)] of a matrix, m x k: in `memory`, or the matrix itself. */
 static Operand rows_of(Operand memory, const float *from, int64_t m, int64_t k) {
@@ -276,7 +270,7 @@ static void multiply(float *to, const float *old, float by_old, float by_product
 
 /* Groups of a part of an operand m x k, as rows or panels, and beyond it what tiles may read. */
 static int64_t groups_for(int64_t m, int64_t k) {
-  return times(rounded_up(m, TILE_ROWS), groups_of(k));
+  return rounded_up(m, TILE_ROWS) * groups_of(k);
 }
 
 /* Scratch memory of an r x c matrix: r x r matrices, and operands of any product. */
@@ -354,25 +348,26 @@ static void iterate_gram(float *x, int64_t r, int64_t c, const Scratch *s) {
 
 /* Entries of the scratch memory of an r x c matrix: X, and what `split` takes. */
 static int64_t entries_for(int64_t r, int64_t c) {
-  const int64_t operands = plus(times(2, groups_for(r, c)), groups_for(c, r));
-  return plus(plus(times(r, c), times(SQUARES, times(r, r))), plus(times(PARTS, operands), 32));
+  const int64_t operands = 2 * groups_for(r, c) + groups_for(c, r);
+  return r * c + SQUARES * r * r + PARTS * operands + 32;
 }
 
 static int64_t num_rows(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 2]; }
 static int64_t num_columns(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 1]; }
 
 static int64_t matrices_in(const XLA_FFI_Buffer *x) {
-  const int64_t size = num_rows(x) * num_columns(x);
-  return size == 0 ? 0 : entries_of(x) / size;
+  return entries_of(x) / (num_rows(x) * num_columns(x));
 }
 
 static void run(const void *task, int64_t item, void *scratch) {
-  const Matrices *matrices = task;
+  const XLA_FFI_CallFrame *frame = task;
+  const XLA_FFI_Buffer *const *matrices = (const XLA_FFI_Buffer *const *)frame->args.args;
   int64_t i = 0;
-  for (; item >= matrices_in(matrices->from[i]); i++) item -= matrices_in(matrices->from[i]);
-  const int64_t m = num_rows(matrices->from[i]), n = num_columns(matrices->from[i]);
-  const float *from = (const float *)matrices->from[i]->data + item * m * n;
-  float *to = (float *)matrices->to[i]->data + item * m * n, *x = scratch;
+  for (; item >= matrices_in(matrices[i]); i++) item -= matrices_in(matrices[i]);
+  const int64_t m = num_rows(matrices[i]), n = num_columns(matrices[i]);
+  const float *from = (const float *)matrices[i]->data + item * m * n;
+  const XLA_FFI_Buffer *result = frame->rets.rets[i];
+  float *to = (float *)result->data + item * m * n, *x = scratch;
   const int64_t r = least(m, n), c = m + n - r;
   double sum = 0;
   for (int64_t j = 0; j < m * n; j++) sum += (double)from[j] * from[j];
@@ -394,7 +389,7 @@ static void run(const void *task, int64_t item, void *scratch) {
 }
 
 XLA_FFI_Error *simplernn_newton_schulz(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   const int64_t count = frame->args.size;
   Call call = begin(frame, "simplernn_newton_schulz", "matrix", 2, count, count);
   int64_t items = 0, size = 0, scratch = 0;
@@ -409,16 +404,15 @@ XLA_FFI_Error *simplernn_newton_schulz(XLA_FFI_CallFrame *frame) {
     const Shape shape = {x->rank, x->dims};
     argument(&call, i, "matrix", shape);
     result(&call, i, "result", shape);
+    reject_empty(&call, entries_of(x));
     if (!is_valid(&call)) break;
     const int64_t r = least(num_rows(x), num_columns(x));
-    items = plus(items, matrices_in(x));
+    items += matrices_in(x);
     const int64_t needed = entries_for(r, num_rows(x) + num_columns(x) - r);
     if (needed > scratch) scratch = needed;
-    size = plus(size, entries_of(x));
+    size += entries_of(x);
   }
-  const Matrices matrices = {(const XLA_FFI_Buffer *const *)frame->args.args,
-                             (XLA_FFI_Buffer *const *)frame->rets.rets, count};
-  const Work work = {.task = &matrices, .run = run, .items = items,
+  const Work work = {.task = frame, .run = run, .items = items,
                      .threads = 1 + size / ENTRIES_PER_THREAD,
                      .scratch_bytes = scratch_for(scratch, sizeof(float))};
   return share(&call, &work);

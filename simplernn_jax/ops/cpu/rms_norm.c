@@ -142,8 +142,8 @@ static void run_backward(const void *task, int64_t item, void *scratch) {
 /* Number of sequences that share weights, which have the first batch axes, or none. */
 static int64_t sequences_per_weights(const Call *call, int64_t num_leading) {
   int64_t count = 1;
-  for (int64_t i = num_leading; i < call->num_leading; i++) count = times(count, call->leading[i]);
-  return count > 0 ? count : 1;
+  for (int64_t i = num_leading; i < call->num_leading; i++) count *= call->leading[i];
+  return count;
 }
 
 /* Arguments x, w, recent, starts, in this order. */
@@ -158,10 +158,10 @@ static Arrays read_arguments(Call *call) {
   const XLA_FFI_Buffer *w = buffer_at(call, 0, 1, "weights");
   int64_t num_leading = w == NULL ? 0 : least(w->rank - 2, call->num_leading);
   if (num_leading < 0) num_leading = 0;
-  a.parts = a.length == 0 ? 1 : (a.length - 1) / TOKENS_PER_PART + 1;
+  reject_empty(call, least(a.length, least(a.dim, a.width)));
+  a.parts = divided(a.length, TOKENS_PER_PART);
   a.x = argument(call, 0, "x", INPUTS(a));
   a.w = checked(call, w, "weights", XLA_FFI_DataType_F32, num_leading, SHAPE(a.width, a.dim));
-  if (a.width < 1) reject(call, "%s: weights: expected W of at least 1; got 0", call->function);
   a.sequences_per_weights = sequences_per_weights(call, num_leading);
   a.recent = argument(call, 2, "recent", RECENT(a));
   a.starts = flags(call, 3, "starts", a.length);
@@ -173,18 +173,18 @@ static Arrays read_arguments(Call *call) {
 
 static XLA_FFI_Error *share_convolution(Call *call, const Arrays *a,
                                  void (*run)(const void *, int64_t, void *), int64_t vectors) {
-  const int64_t entries = times(times(a->batch, a->length), a->dim);
+  const int64_t entries = a->batch * a->length * a->dim;
   const Work work = {.task = a,
                      .run = run,
-                     .items = times(a->batch, a->parts),
+                     .items = a->batch * a->parts,
                      .threads = entries / ENTRIES_PER_THREAD,
-                     .scratch_bytes = scratch_for(times(vectors, a->dim), sizeof(float))};
+                     .scratch_bytes = scratch_for(vectors * a->dim, sizeof(float))};
   return share(call, &work);
 }
 
 /* (x, w, recent, starts) -> (y, scale, final) */
 XLA_FFI_Error *simplernn_convolution_forward(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   Call call = begin(frame, "simplernn_convolution_forward", "x", 2, 4, 3);
   Arrays a = read_arguments(&call);
   a.y = result(&call, 0, "y", INPUTS(a));
@@ -195,7 +195,7 @@ XLA_FFI_Error *simplernn_convolution_forward(XLA_FFI_CallFrame *frame) {
 
 /* (x, w, recent, starts, scale, dy, d_final) -> (dx, dw, d_recent) */
 XLA_FFI_Error *simplernn_convolution_backward(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   Call call = begin(frame, "simplernn_convolution_backward", "x", 2, 7, 3);
   Arrays a = read_arguments(&call);
   a.parts = axis_of(&call, 1, 1, 3);
@@ -205,9 +205,9 @@ XLA_FFI_Error *simplernn_convolution_backward(XLA_FFI_CallFrame *frame) {
   a.dx = result(&call, 0, "dx", INPUTS(a));
   a.dw = result(&call, 1, "dw", SHAPE(a.parts, a.width, a.dim));
   a.d_recent = result(&call, 2, "d_recent", RECENT(a));
-  if (a.parts < 1) reject(&call, "%s: dw: expected at least one part", call.function);
-  if (is_valid(&call)) a.part_length = a.length == 0 ? 1 : (a.length - 1) / a.parts + 1;
-  return share_convolution(&call, &a, run_backward, plus(a.width, 1));
+  reject_empty(&call, a.parts);
+  if (is_valid(&call)) a.part_length = divided(a.length, a.parts);
+  return share_convolution(&call, &a, run_backward, a.width + 1);
 }
 
 /* The norm alone: independent tokens. */
@@ -240,6 +240,7 @@ static void run_norm_backward(const void *task, int64_t item, void *scratch) {
 
 static Norm read_norm(Call *call) {
   Norm n = {.tokens = call->batch, .dim = axis_of(call, 0, 0, 1)};
+  reject_empty(call, n.dim);
   n.x = argument(call, 0, "x", SHAPE(n.dim));
   return n;
 }
@@ -248,8 +249,8 @@ static XLA_FFI_Error *share_norm(Call *call, const Norm *n,
                                  void (*run)(const void *, int64_t, void *)) {
   const Work work = {.task = n,
                      .run = run,
-                     .items = plus(n->tokens, TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM,
-                     .threads = times(n->tokens, n->dim) / ENTRIES_PER_THREAD,
+                     .items = divided(n->tokens, TOKENS_PER_ITEM),
+                     .threads = n->tokens * n->dim / ENTRIES_PER_THREAD,
                      .scratch_bytes = scratch_for(n->dim, sizeof(float))};
   return share(call, &work);
 }
@@ -258,7 +259,7 @@ static XLA_FFI_Error *share_norm(Call *call, const Norm *n,
 
 /* x -> (y, scale) */
 XLA_FFI_Error *simplernn_norm_forward(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   Call call = begin(frame, "simplernn_norm_forward", "x", 1, 1, 2);
   Norm n = read_norm(&call);
   n.y = result(&call, 0, "y", SHAPE(n.dim));
@@ -268,7 +269,7 @@ XLA_FFI_Error *simplernn_norm_forward(XLA_FFI_CallFrame *frame) {
 
 /* (x, scale, dy) -> dx */
 XLA_FFI_Error *simplernn_norm_backward(XLA_FFI_CallFrame *frame) {
-  if (is_metadata_query(frame)) return NULL;
+  if (is_done(frame)) return NULL;
   Call call = begin(frame, "simplernn_norm_backward", "x", 1, 3, 1);
   Norm n = read_norm(&call);
   n.scale_in = argument(&call, 1, "scale", NO_AXES);

@@ -10,18 +10,14 @@ import jax.numpy as jnp
 
 from simplernn_jax.array_types import Keys, LogGates, Queries, RecurrentState, SegmentIds, Values
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
-from simplernn_jax.ops.gated_linear_recurrence.chunkwise import chunkwise, chunkwise_gradient
-from simplernn_jax.ops.gated_linear_recurrence.intra_chunk import BLOCK
+from simplernn_jax.ops.gated_linear_recurrence.chunkwise import BLOCK, chunkwise, chunkwise_gradient
 from simplernn_jax.ops.gated_linear_recurrence.scan import (
     RecurrenceInputs,
     check_log_gate,
     recurrent_step,
     scan,
 )
-from simplernn_jax.ops.gated_linear_recurrence.sharding import (
-    partition_gradient,
-    partition_recurrence,
-)
+from simplernn_jax.ops.gated_linear_recurrence.sharding import partition
 from simplernn_jax.ops.native import call_native, or_empty, supports_native
 from simplernn_jax.ops.primitive import Operation, is_static, on_one_device, vary_like
 from simplernn_jax.ops.segments import reset_state, segment_starts
@@ -142,14 +138,20 @@ def _operation(
 
     def gradient(*arrays: Any) -> Any:
         inputs, (d_output, d_final) = RecurrenceInputs(*arrays[:-2]), arrays[-2:]
-        if is_static(inputs.q.shape):
-            return chunkwise_gradient(inputs, d_output, d_final, chunk_size)
-        _, vjp = jax.vjp(lambda *floating: reference(*floating, inputs.reset), *inputs[:5])
-        return vjp((d_output, d_final))
+        if not is_static(inputs.q.shape):
+            return reference_gradient(*arrays)
+        return chunkwise_gradient(inputs, d_output, d_final, chunk_size)
+
+    def reference_gradient(*arrays: Any) -> Any:
+        floating, reset = arrays[:5], arrays[5 : 5 + has_reset]
+        return jax.vjp(lambda *floating: reference(*floating, *reset), *floating)[1](arrays[-2:])
 
     def with_starts(*arrays: Any) -> Any:
         output, final, starts = chunkwise(RecurrenceInputs(*arrays), chunk_size, with_starts=True)
         return output, final, starts, final
+
+    def reference_with_starts(*arrays: Any) -> Any:
+        return *reference(*arrays), *map(jax.lax.stop_gradient, with_starts(*arrays)[2:])
 
     def gradient_from_starts(*arrays: Any) -> Any:
         *inputs, starts, final, d_output, d_final = arrays
@@ -159,14 +161,14 @@ def _operation(
 
     forward = Operation(default, _fused if has_c else None, reference)
     if saves_starts:
-        bwd = Operation(gradient_from_starts)
-        return dataclasses.replace(forward, fwd=Operation(with_starts), bwd=bwd)
-    bwd = Operation(
-        gradient,
-        _fused_gradient if has_c else None,
-        partition=partition_gradient(forward, has_reset),
-    )
-    return dataclasses.replace(forward, bwd=bwd, partition=partition_recurrence(has_reset))
+        bwd = Operation(gradient_from_starts, reference=reference_gradient)
+        fwd = Operation(with_starts, reference=reference_with_starts)
+        return dataclasses.replace(forward, fwd=fwd, bwd=bwd)
+    bwd = Operation(gradient, _fused_gradient if has_c else None, reference_gradient)
+    forward = dataclasses.replace(forward, bwd=bwd)
+    on_shards, gradient_on_shards = partition(forward, bwd, has_reset)
+    bwd = dataclasses.replace(bwd, partitioned=gradient_on_shards)
+    return dataclasses.replace(forward, bwd=bwd, partitioned=on_shards)
 
 
 # On a CPU without matrix units such as AMX, whose caches hold the state, chunks gain nothing: their

@@ -9,7 +9,6 @@ Per head, with state S in R^{K x V}::
 other implementation is tested against this one: output, final state and gradients.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +31,6 @@ class RecurrenceInputs(NamedTuple):
     def arrays(self) -> list[jax.Array]:
         """List the arrays that are not None."""
         return [x for x in self if x is not None]
-
-    def map_time(
-        self, function: Callable[[jax.Array], jax.Array], state: Any = None
-    ) -> "RecurrenceInputs":
-        """Apply `function` to the arrays that have an axis of time, and replace the state."""
-        q, k, v, log_gate = map(function, self[:4])
-        reset = None if self.reset is None else function(self.reset)
-        return RecurrenceInputs(q, k, v, log_gate, state, reset)
 
 
 def recurrent_step(
@@ -86,12 +77,13 @@ def check_log_gate(log_gate: jax.Array) -> None:
 def scan(inputs: RecurrenceInputs) -> tuple[jax.Array, RecurrentState]:
     """Compute the output ``[B, T, H, V]`` and the final state ``[B, H, K, V]``."""
 
-    def step(state: RecurrentState, token: RecurrenceInputs) -> tuple[RecurrentState, jax.Array]:
-        if token.reset is not None:
-            state = jnp.where(token.reset[:, None, None, None], 0, state)
-        output, state = recurrent_step(*token[:4], state)
+    def step(state: RecurrentState, token: Any) -> tuple[RecurrentState, jax.Array]:
+        q, k, v, log_gate, reset = token
+        if reset is not None:
+            state = jnp.where(reset[:, None, None, None], 0, state)
+        output, state = recurrent_step(q, k, v, log_gate, state)
         return state, output
 
-    time_first = inputs.map_time(lambda x: jnp.moveaxis(x, 1, 0))
+    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*inputs[:4], inputs.reset))
     final_state, output = jax.lax.scan(step, inputs.state, time_first)
     return jnp.moveaxis(output, 0, 1), final_state

@@ -134,15 +134,7 @@ function newConversation() {
 // Keep the conversation for a reload of the page.
 function keep(conversation) {
   messages = conversation;
-  storage()[$("model").textContent] = JSON.stringify(messages);
-}
-
-function storage() {
-  try {
-    return sessionStorage;
-  } catch {  // the browser blocks it
-    return {};
-  }
+  history.replaceState(messages, "");
 }
 
 // The rest
@@ -169,7 +161,7 @@ async function connect() {
   $("modes").hidden = !info.chat_template;
   if (info.chat_template) {
     setMode(true);
-    messages = JSON.parse(storage()[data[0].id] ?? "[]");
+    messages = history.state ?? [];
     $("conversation").replaceChildren();
     messages.forEach(addMessage);
   }

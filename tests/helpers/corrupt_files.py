@@ -1,4 +1,4 @@
-"""Damage to files, the same at every run, and other things in their place."""
+"""Corruption of files, the same at every run, and other things in their place."""
 
 import os
 
