@@ -75,7 +75,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
 }
-_ARGUMENTS = command_line.define_arguments(" ".join(BENCHMARKS))
+_ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ def main() -> None:
                 on_text=lambda text: print(text, end="", flush=True),
             )
             print(flush=True)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,7 @@ from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import check_output, write_file
 
-_WORKDIRS = command_line.define_arguments("WORKDIR WORKDIR ...")
+_WORKDIRS = command_line.Arguments("WORKDIR WORKDIR ...")
 _OUT = flags.DEFINE_string("out", ".", "Folder for compare.png; created if missing.")
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     fields = differences(runs)
     if fields:
         print(_table("configuration", names, fields))
-    elif sum(run.config is not None for run in runs) > 1:
+    else:
         print("configuration: no differences")
     print("\n" + _table("metrics", names, final_metrics(runs)))
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from simplernn_jax.errors import UserError, counted, format_bytes
 from simplernn_jax.files import write_file
 from simplernn_jax.project import name_commands
 
-_ARGUMENTS = command_line.define_arguments("FILE")
+_ARGUMENTS = command_line.Arguments("FILE")
 _CONVERSATIONS = flags.DEFINE_integer("conversations", 2000, "Number of lines.", lower_bound=1)
 _TURNS = flags.DEFINE_integer(
     "turns", 30, "Questions of a conversation, each with its answer.", lower_bound=1

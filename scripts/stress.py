@@ -40,7 +40,7 @@ EXPERIMENTS = {
     "soak": Experiment(soak.soak, full=100, quick=1),
 }
 
-_ARGUMENTS = command_line.define_arguments("|".join([*EXPERIMENTS, "quick", "all"]))
+_ARGUMENTS = command_line.Arguments("|".join([*EXPERIMENTS, "quick", "all"]))
 _COUNT = flags.DEFINE_integer(
     "n",
     None,

@@ -24,7 +24,7 @@ if [ -n "$sanitize" ]; then
     [ -e "$path" ] || fail "--sanitize: $compiler has no $library; install gcc with its sanitizers"
     preload="${preload:+$preload }$path"
   done
-  of_c=(argument_safety gated_linear_recurrence newton_schulz rms_norm)
+  of_c=(native gated_linear_recurrence newton_schulz rms_norm)
   set -- $(printf 'tests/ops/test_%s.py ' "${of_c[@]}") tests/inference/test_native_decoding.py "$@"
   export CC="$compiler -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
   export ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0" # Python frees little at exit

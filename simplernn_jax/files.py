@@ -220,15 +220,11 @@ def read_sealed(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> str | 
     return body if text == f"{body}{sha256_hex(body)}\n" else None
 
 
-def import_file(path: str | os.PathLike[str], flag: str, name: str) -> None:
-    """Run a Python file as the module `name`; `flag` names it in errors, see `importing`."""
-    with importing(Path(path).expanduser(), flag, name):
-        pass
-
-
 @contextlib.contextmanager
 def importing(path: Path, flag: str, name: str) -> Iterator[ModuleType]:
     """Import a Python file as the module `name`, with its folder first on ``sys.path``.
+
+    `flag` names it in errors.
 
     Raises:
       UserError: there is no such file, or its code or the body of the context raises.

@@ -20,7 +20,6 @@ import numpy as np
 from absl import logging
 
 from simplernn_jax.checkpoint.folder import (
-    NEWEST,
     CheckpointFolder,
     read_arrays,
     read_config,
@@ -46,7 +45,7 @@ Process = subprocess.Popen[bytes]
 
 def read_checkpoint(workdir: str | Path) -> dict[str, Any]:
     """Everything in the newest checkpoint, as values that ``==`` compares bit-exactly."""
-    step = read_config(str(workdir), NEWEST)[2]
+    step = read_config(str(workdir))[2]
     path = CheckpointFolder(str(workdir)).step_path(step)
     values = {
         name: (str(array.dtype), array.shape, np.asarray(array).tobytes())

@@ -1,12 +1,12 @@
 """Comparison of training runs by what their workdirs hold: configurations, metrics and curves."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-from absl import logging
 
 from simplernn_jax.analysis.plots import add_legend, new_figure, png
 from simplernn_jax.checkpoint.folder import read_config
@@ -15,19 +15,11 @@ from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.display import format_duration
-from simplernn_jax.training.metrics import (
-    FILE_NAME,
-    Row,
-    comparable,
-    highest_loss,
-    loss_curves,
-    read_metrics,
-)
+from simplernn_jax.training.metrics import Row, comparable, highest_loss, loss_curves, read_metrics
 
-MISSING = "-"
-"""Cell of a value that a run does not have."""
 _MAX_NAME = 80
 _MARKERS = "osD^vPX*"
+_KINDS = ("train", "validation", "held_out")
 
 
 _count, _loss = "{:,.0f}".format, "{:.4f}".format
@@ -53,64 +45,52 @@ class RunRecord(NamedTuple):
     """A training run on disk."""
 
     name: str
-    config: Config | None
+    config: Config
     rows: list[Row]
     """Rows of ``metrics.jsonl``."""
 
 
 def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
-    """Read the runs; a warning names a configuration or metrics that a run lacks.
+    """Read the runs.
 
     Raises:
-      UserError: a workdir is not a folder, or has neither a configuration nor metrics.
+      UserError: a workdir is not a folder, or has no configuration that can be read.
     """
     paths = [os.path.abspath(workdir) for workdir in workdirs]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [one_line(os.path.relpath(path, folder), _MAX_NAME) for path in paths]
-    return [_read(path, name) for path, name in zip(paths, names, strict=True)]
-
-
-def _read(workdir: str, name: str) -> RunRecord:
-    if not os.path.isdir(workdir):
-        raise UserError(f"{workdir}: no such folder; name the workdirs of training runs")
-    rows = [
-        row for row in read_metrics(workdir) if row["kind"] in ("train", "validation", "held_out")
-    ]
-    try:
-        config = _read_config(workdir)
-    except UserError as error:
-        if not rows:
-            what = f"no configuration and no {FILE_NAME} in it"
-            raise UserError(f"{workdir}: not a training run: {what}") from error
-        logging.warning("%s: its configuration is unknown: %s", workdir, error)
-        config = None
-    return RunRecord(name, config, rows)
+    runs = []
+    for path, name in zip(paths, names, strict=True):
+        if not os.path.isdir(path):
+            raise UserError(f"{path}: no such folder; name the workdirs of training runs")
+        rows = [row for row in read_metrics(path) if row["kind"] in _KINDS]
+        runs.append(RunRecord(name, _read_config(path), rows))
+    return runs
 
 
 def _read_config(workdir: str) -> Config:
     """Read config.json, which a run without a checkpoint has too, or else the newest checkpoint."""
-    try:
-        text = read_file(os.path.join(workdir, "config.json")).decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return read_config(workdir)[0]
-    return from_json(text)
+    with contextlib.suppress(OSError, UnicodeDecodeError, UserError):
+        return from_json(read_file(os.path.join(workdir, "config.json")).decode("utf-8"))
+    return read_config(workdir)[0]
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return the values of every field that is not the same in all known configurations."""
-    fields = [by_field(run.config) if run.config else None for run in runs]
-    known = [each for each in fields if each is not None]
+    """Return the values of every field that is not the same in all configurations."""
+    fields = [by_field(run.config) for run in runs]
     return {
-        name: [MISSING if each is None else repr(each[name]) for each in fields]
-        for name in (known[0] if known else {})
-        if any(each[name] != known[0][name] for each in known)
+        name: [repr(each[name]) for each in fields]
+        for name, value in fields[0].items()
+        if any(each[name] != value for each in fields)
     }
 
 
 def final_metrics(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return parameters, steps, speed and losses of each run, as text by name."""
     last = [_last_rows(run) for run in runs]
-    table = {"parameters": [_parameters(run) for run in runs]}
+    models = [abstract_model(run.config.model)[1] for run in runs]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(model)) for model in models]
+    table = {"parameters": [f"{size:,}" for size in sizes]}
     for label, kind, name, text in _METRICS:
         table[label] = [_cell(rows.get(kind), name, text) for rows in last]
     return table
@@ -127,16 +107,10 @@ def _last_rows(run: RunRecord) -> dict[str, Row]:
     return last
 
 
-def _parameters(run: RunRecord) -> str:
-    if run.config is None:
-        return MISSING
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(abstract_model(run.config.model)[1])):,}"
-
-
 def _cell(row: Row | None, name: str, text: Callable[[float], str]) -> str:
-    """Format a value of a row; one that was not finite is null there."""
+    """Format a value of a row, if there is one; one that was not finite is null there."""
     if row is None or name not in row:
-        return MISSING
+        return "-"
     return "not finite" if row[name] is None else text(row[name])
 
 

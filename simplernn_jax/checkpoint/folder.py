@@ -390,13 +390,13 @@ def read_quality(path: str) -> Quality | None:
         return None
 
 
-def read_config(workdir: str, checkpoint: str | int = NEWEST) -> tuple[Config, str, int]:
-    """Read ``(config, tokenizer_json, step)`` of a checkpoint by `choose_checkpoint`; no arrays.
+def read_config(workdir: str) -> tuple[Config, str, int]:
+    """Read ``(config, tokenizer_json, step)`` of the newest intact checkpoint; no arrays.
 
     Raises:
-      UserError: `workdir` has no such checkpoint, or none that is intact.
+      UserError: `workdir` has no checkpoint, or none that is intact.
     """
-    step, _ = choose_checkpoint(workdir, checkpoint)
+    step, _ = choose_checkpoint(workdir, NEWEST)
     return *read_texts(CheckpointFolder(workdir).step_path(step)), step
 
 

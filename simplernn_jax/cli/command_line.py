@@ -55,24 +55,18 @@ _OTHER_NAMES = {
 
 
 class Arguments:
-    """Positional arguments of the command line."""
+    """Positional arguments, shown as `usage` in ``--help``; read `value` inside ``main``.
+
+    A script that defines none rejects them.
+    """
+
+    defined: "Arguments | None" = None
+    """Those of this process, which has one command line."""
 
     def __init__(self, usage: str) -> None:
         self.usage = usage
         self.value: list[str] = []
-
-
-_arguments: Arguments | None = None
-
-
-def define_arguments(usage: str) -> Arguments:
-    """Accept positional arguments, shown as `usage` in ``--help``.
-
-    Read `Arguments.value` inside ``main``. A script without this rejects positional arguments.
-    """
-    global _arguments  # noqa: PLW0603 - like absl's flags: a process has one command line
-    _arguments = Arguments(usage)
-    return _arguments
+        Arguments.defined = self
 
 
 def define_plugin_flag() -> None:
@@ -341,10 +335,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         ) from error
     except SystemExit:  # absl exits with code 1 for --helpfull and its like
         sys.exit(0)
-    if arguments and _arguments is None:
+    if Arguments.defined is not None:
+        Arguments.defined.value = arguments
+    elif arguments:
         raise UserError(f"{arguments[0]!r}: not a flag; --help shows the flags")
-    if _arguments is not None:
-        _arguments.value = arguments
     _show_own_logs_only()
     return argv
 
@@ -366,7 +360,7 @@ def _nearest_flag(name: str) -> str:
 
 def _help() -> str:
     lines = [name_commands((sys.modules["__main__"].__doc__ or "").strip()), ""]
-    positional = f" {_arguments.usage}" if _arguments is not None else ""
+    positional = f" {Arguments.defined.usage}" if Arguments.defined is not None else ""
     lines += [f"usage: {usage()}{positional} [--flag=value ...]"]
     lines += [flags.FLAGS.main_module_help().rstrip()]
     if "config" in flags.FLAGS:

@@ -113,18 +113,22 @@ def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> S
       UserError: the corpus cannot be read, the tokenizer cannot encode it, or a process died.
       OSError: the disk is full or not writable.
     """
-    tables = [np.empty(0, _PIECES)]
-    with (
-        _reading_progress(f"tokenizing {source}", corpus.total_bytes) as show_progress,
-        contextlib.closing(_parts(corpus, tokenizer)) as parts,
-        open(path, "wb") as file,
-    ):
+    tables, total = [np.empty(0, _PIECES)], corpus.total_bytes
+    start = latest = time.monotonic()
+    logging.info("tokenizing %s: %s ...", source, format_bytes(total))
+    with contextlib.closing(_parts(corpus, tokenizer)) as parts, open(path, "wb") as file:
         for tokens, pieces, malformed in parts:
             for problem in malformed:
                 corpus.skip(problem)
             file.write(tokens)
             tables.append(pieces)
-            show_progress(corpus.bytes_read)
+            now = time.monotonic()
+            if now - latest >= SECONDS_PER_LINE:
+                latest = now
+                done = corpus.bytes_read / max(total, 1)
+                left = (now - start) * (1 - done) / max(done, 1e-9)
+                logging.info("tokenizing %s: %.0f %%, %.0f s left", source, 100 * done, left)
+    logging.info("tokenizing %s: done in %.1f s", source, time.monotonic() - start)
     corpus.warn_of_skipped()
     return SourceTokens(path, _token_dtype(tokenizer), np.concatenate(tables))
 
@@ -232,30 +236,3 @@ def _start(parent_id: int, corpus: Corpus, tokenizer_json: str) -> None:
 
 def _run(records: list[Record]) -> Part:
     return _Process.tokenized(records)
-
-
-@contextlib.contextmanager
-def _reading_progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows the bytes read so far: in a bar on a terminal, else in lines."""
-    if sys.stderr.isatty():
-        from rich import markup, progress
-        from rich.console import Console
-
-        with progress.Progress(console=Console(stderr=True)) as bar:
-            handle = bar.add_task(markup.escape(task[-32:]), total=total_bytes)
-            yield lambda bytes_read: bar.update(handle, completed=bytes_read)
-        return
-    start = latest = time.monotonic()
-    logging.info("%s: %s ...", task, format_bytes(total_bytes))
-
-    def show(bytes_read: int) -> None:
-        nonlocal latest
-        now = time.monotonic()
-        if now - latest >= SECONDS_PER_LINE:
-            latest = now
-            done = bytes_read / max(total_bytes, 1)
-            left = (now - start) * (1 - done) / max(done, 1e-9)
-            logging.info("%s: %.0f %%, %.0f s left", task, 100 * done, left)
-
-    yield show
-    logging.info("%s: done in %.1f s", task, time.monotonic() - start)

@@ -23,7 +23,7 @@ class Conversation:
     Args:
       model: the language model.
       tokenizer: the model's.
-      template: the model's.
+      template: the model's; `UserError` if it has none.
       state: a finished conversation to continue, of one sequence; None begins a new one.
       system: system message of a new conversation.
 
@@ -36,11 +36,13 @@ class Conversation:
         self,
         model: LanguageModel,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template: ChatTemplate | None,
         *,
         state: DecoderState | None = None,
         system: str = "",
     ) -> None:
+        if template is None:
+            raise UserError("this model has no chat template; use generate_text")
         if state is not None:
             check_state(model, state)
             if (size := len(state.position)) != 1:

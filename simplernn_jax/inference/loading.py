@@ -61,14 +61,6 @@ def is_exported(folder: Any) -> bool:
 
 def load_exported(folder: str) -> tuple[LanguageModel, Tokenizer, Config]:
     """Load an exported model, executing nothing; raises `UserError` if it is corrupt."""
-    config, tokenizer, digest = read_run(folder)
-    path = os.path.join(folder, WEIGHTS)
-    model = model_from_weights(config.model, read_pytorch_weights(path, digest), path)
-    return model, tokenizer, config
-
-
-def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
-    """Read configuration, tokenizer and digest of the weights; raises `UserError` if corrupt."""
     path = os.path.join(folder, RUN)
     try:
         run: Any = json.loads(read_file(path, _MAX_RUN_BYTES))
@@ -80,9 +72,12 @@ def read_run(folder: str) -> tuple[Config, Tokenizer, str | None]:
         if run.keys() != {"config", "tokenizer"}:
             raise ValueError(f"its fields are {', '.join(run)}")
         config = config_lib.from_json(json.dumps(run["config"]))
-        return config, tokenizer_from_json(json.dumps(run["tokenizer"])), digest
+        tokenizer = tokenizer_from_json(json.dumps(run["tokenizer"]))
     except (UserError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}; export the model again") from error
+    path = os.path.join(folder, WEIGHTS)
+    model = model_from_weights(config.model, read_pytorch_weights(path, digest), path)
+    return model, tokenizer, config
 
 
 def _digest_of(run: dict[str, Any]) -> str:

@@ -124,18 +124,12 @@ def save_state(path: str, state: DecoderState, model: LanguageModel, tokenizer: 
     `model` created the state, and `tokenizer` its tokens.
 
     Raises:
-      UserError: `path` cannot be written or is something else than a regular file, or the state
-        does not fit the model.
+      UserError: the state does not fit the model.
+      OSError: `path` cannot be written or is something else than a regular file.
     """
     check_model(model)
     check_state(model, state)
-    try:
-        write_file(path, encode_state(state, fingerprints(model, tokenizer)))
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        raise UserError(
-            f"{path}: the state cannot be written ({getattr(error, 'strerror', error)}); specify a "
-            "file in a writable folder with free space"
-        ) from error
+    write_file(path, encode_state(state, fingerprints(model, tokenizer)))
 
 
 def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> DecoderState:

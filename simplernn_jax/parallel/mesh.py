@@ -233,9 +233,4 @@ def local_copy(tree: Any) -> Any:
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves):
         return tree
     replicated = NamedSharding(leaves[0].sharding.mesh, P())
-    copies = jax.jit(_identity, out_shardings=replicated)(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), copies)
-
-
-def _identity(tree: Any) -> Any:
-    return tree
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), jax.device_put(tree, replicated))

@@ -55,16 +55,6 @@ def choose_num_chunks(length: int, stages: int) -> int:
     )
 
 
-def describe_stages(length: int, stages: int) -> str:
-    """Describe the schedule of `length` tokens in one line."""
-    chunks = choose_num_chunks(length, stages)
-    bubble = (stages - 1) / (chunks + stages - 1)
-    return (
-        f"{stages} stages, {chunks} chunks of {length // chunks} tokens: "
-        f"a stage is idle {bubble:.1%} of the time"
-    )
-
-
 def run_pipeline(
     layer: Layer,
     params: Any,

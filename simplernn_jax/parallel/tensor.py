@@ -12,7 +12,6 @@ a softmax needs only their maximum and a sum.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -93,16 +92,13 @@ def fused_projection(
         ``[..., out / tensor]``.
     """
     x = vary_like(x, *kernels)  # its gradient is summed over `tensor` once for all kernels
-    run = partial(_gather_and_multiply, dtype=dtype, gathered_axis=int(row_parallel))
-    outputs = remat_if_fsdp(run)(x, tuple(kernels))
+
+    def gather_and_multiply(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        whole = [all_gather(kernel, "fsdp", int(row_parallel), after=x) for kernel in kernels]
+        return fused_matmul(x, whole, dtype)
+
+    outputs = remat_if_fsdp(gather_and_multiply)(x, tuple(kernels))
     return psum(outputs, "tensor") if row_parallel else outputs
-
-
-def _gather_and_multiply(
-    x: jax.Array, kernels: tuple[jax.Array, ...], *, dtype: Any, gathered_axis: int
-) -> tuple[jax.Array, ...]:
-    whole = [all_gather(kernel, "fsdp", gathered_axis, after=x) for kernel in kernels]
-    return fused_matmul(x, whole, dtype)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ from simplernn_jax.serving.requests import (
 from simplernn_jax.serving.service import Service
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"
-PAGE_FILES = ("index.html", "page.js", "tokens.js", "page.css")
+PAGE_FILES = ("index.html", "page.js", "server.js", "page.css")
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"

@@ -25,7 +25,7 @@ SMALL_BODY_BYTES = 1 << 14
 """Bytes of a body that always finds room."""
 BODY_SECONDS = 30.0
 """Seconds within which the body of a request must arrive."""
-OPEN_PATHS = frozenset({"/", "/page.js", "/tokens.js", "/page.css", "/health"})
+OPEN_PATHS = frozenset({"/", "/page.js", "/server.js", "/page.css", "/health"})
 """Paths that need no key: they tell nothing about the model."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -29,7 +29,6 @@ from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
 from simplernn_jax.parallel.mesh import describe, local_copy
 from simplernn_jax.parallel.named_leaves import in_layout_of
-from simplernn_jax.parallel.pipeline import describe_stages
 from simplernn_jax.project import name_commands
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
@@ -125,6 +124,8 @@ class Trainer:
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{config.model.block} {mixer} model, {size}"
+        self._evaluated: Any = (None, None)
+        """The last evaluation, after its step and its number of predictions."""
 
     def train(self, poll_signal: PollSignal) -> str | None:
         """Take the remaining steps and save; return the name of the signal that ended the run."""
@@ -208,7 +209,6 @@ class Trainer:
                 seconds=timer.total_seconds,
                 tokens_per_second=timer.tokens_per_second,
                 skipped_updates=metrics.skipped_updates,
-                recompilations=self._recompilations,
             )
         if is_skipped:
             self._display.print_line(f"step {step}: loss or gradient not finite, update skipped")
@@ -228,11 +228,14 @@ class Trainer:
         return self._measure("held_out", limit_tokens=0)
 
     def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
-        """Evaluate the current state and write a row."""
+        """Evaluate the current state, unless that was done on the same tokens, and write a row."""
         run, split = self._run, self._run.corpus.validation
         if split is None:
             return None
-        result = self._evaluator(run.state.params, split, limit_tokens)
+        key = run.step, min(limit_tokens or split.num_predictions, split.num_predictions)
+        if self._evaluated[0] != key:
+            self._evaluated = key, self._evaluator(run.state.params, split, limit_tokens)
+        result = self._evaluated[1]
         self._write(
             run.step,
             kind,
@@ -279,9 +282,6 @@ class Trainer:
         lines = [f"{self._model}, {on_devices}; {corpus.summary}"]
         if warning := corpus.warning(config.data.validation_fraction):
             lines.append(f"warning: {warning}")
-        if config.mesh.pipeline > 1:
-            length = config.train.bptt_window or config.data.sequence_length
-            lines.append(describe_stages(length, config.mesh.pipeline))
         if run.first_step:
             lines.append(f"resuming {run.workdir} at step {run.first_step} of {run.total_steps}")
         elif config.train.init_from:
@@ -304,7 +304,6 @@ class Trainer:
             "steps": f"{run.step:,}",
             "training time": format_duration(timer.total_seconds),
             "skipped updates": f"{int(run.state.skipped_updates)}",
-            "recompilations": f"{self._recompilations}",
         }
         if run.step > run.first_step:
             lines["training time"] += f", of which {timer.first:.1f} s for the first step"
@@ -324,11 +323,6 @@ class Trainer:
         command = name_commands(f"python scripts/{script}.py")
         lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
         return lines
-
-    @property
-    def _recompilations(self) -> int:
-        """Compilations of the train step after the first: shapes and dtypes should be constant."""
-        return max(self._train_step._cache_size() - 1, 0)
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self._metrics is not None:

@@ -5,8 +5,7 @@ Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix ti
 - ``train``: ``loss`` (nats per token; mean over all predictions since the previous row, excluding
   skipped updates), ``gradient_norm`` (of this step, before clipping), ``learning_rate``,
   ``tokens`` (predictions since step 0), ``seconds`` (of training since step 0, excluding
-  evaluations, samples and saves), ``tokens_per_second``, ``skipped_updates`` and
-  ``recompilations`` so far.
+  evaluations, samples and saves), ``tokens_per_second`` and ``skipped_updates`` so far.
 - ``validation``: ``loss``, ``bits_per_byte``, ``predictions`` (number scored; the same tokens at
   every evaluation, the last step included), ``tokens``, ``seconds``.
 - ``held_out``: the same of the whole validation split, at the end.

@@ -76,7 +76,6 @@ def test_the_newest_or_any_step_is_used_where_that_is_asked_for(tmp_path):
     for step in (3, "3"):
         assert choose_checkpoint(str(tmp_path), step) == (3, "")
     assert read_config(str(tmp_path))[2] == 11
-    assert read_config(str(tmp_path), "best")[2] == 2
     with pytest.raises(UserError, match=r"--checkpoint=4: .*has only these steps: 2, 3, 11"):
         choose_checkpoint(str(tmp_path), 4)
     for word in ("oldest", "-3", "", "٣"):

@@ -128,7 +128,7 @@ def test_a_flag_by_another_name_is_proposed_if_the_script_has_it(script, flag, m
 
 
 def test_arguments_that_are_not_flags(tmp_path):
-    definitions = '_NAMES = command_line.define_arguments("NAME ...")'
+    definitions = '_NAMES = command_line.Arguments("NAME ...")'
     body = "print(_NAMES.value, _WORKDIR.value)"
     commands = ["ops", "--workdir=w", "lm"], ["--help"]
     result, shown = run_script(tmp_path, body, *commands, definitions=definitions)

@@ -66,8 +66,10 @@ def test_undo_and_fork(loaded):
         conversation.ask("\x01", max_new_tokens=9)
 
 
-def test_states_that_cannot_be_continued(loaded):
+def test_what_cannot_be_a_conversation(loaded):
     model, tokenizer, _ = loaded
+    with pytest.raises(UserError, match="this model has no chat template"):
+        Conversation(model, tokenizer, None)
     two = generate_text(model, tokenizer, ["a", "b"], max_new_tokens=0).state
     with pytest.raises(UserError, match="state: 2 sequences"):
         Conversation(*loaded, state=two)
@@ -78,6 +80,7 @@ def test_states_that_cannot_be_continued(loaded):
 def test_chat_script(workdir, tmp_path, loaded):
     lines = ["hi", "/fork here", "more", "/undo", f"/save {tmp_path / 's'}", "more", "/load here",
              "more", "/reset", f"/load {tmp_path / 's'}", "more", "", "/help", "/none", "/load",
+             f"/save {tmp_path}",
              "\x02", "/reset", "hi"]  # fmt: skip
     script = ["scripts/chat.py", f"--workdir={workdir}", "--max_new_tokens=5"]
     ((code, output, errors),) = run_scripts(script, stdin="\n".join(lines).encode())
@@ -92,6 +95,7 @@ def test_chat_script(workdir, tmp_path, loaded):
     assert [line.partition(" ")[2][:20] for line in errors.splitlines()] == [
         "/none: no such comma",
         "/load: needs a name ",
+        "[Errno 21] a folder:",
         "message: a message c",
     ]
     state = load_state(tmp_path / "s", *loaded[:2])

@@ -238,7 +238,6 @@ def test_a_run_on_a_mesh_resumes_bit_exactly_and_is_used_on_one_device(tmp_path)
     rows = read_metrics(str(tmp_path / "whole"))
     kinds = [(row["step"], row["kind"]) for row in rows]
     assert kinds[half : half + 2] == [(half, "validation"), (half, "sample")]
-    assert {row["recompilations"] for row in rows if row["kind"] == "train"} == {0}
 
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / str(steps))

@@ -14,7 +14,7 @@ from small_runs import small_config
 from simplernn_jax.config import MeshConfig
 from simplernn_jax.models.blocks import PlainBlock
 from simplernn_jax.parallel.mesh import make_mesh
-from simplernn_jax.parallel.pipeline import choose_num_chunks, describe_stages, run_pipeline
+from simplernn_jax.parallel.pipeline import choose_num_chunks, run_pipeline
 
 LAYERS, ROWS, LENGTH, WIDTH = 4, 6, 24, 8
 
@@ -106,13 +106,11 @@ def test_a_pipeline_equals_the_layers_one_after_another():
             chex.assert_trees_all_close(same, gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_chunks_divide_time_and_the_bubble_is_the_idle_share_of_the_schedule():
+def test_chunks_divide_time():
     for length, stages, chunks in ((256, 4, 16), (24, 4, 12), (14, 2, 2), (7, 1, 1)):
         assert choose_num_chunks(length, stages) == chunks
     with pytest.raises(ValueError, match="length=10 must be divisible by stages=4"):
         choose_num_chunks(10, 4)
-    found = describe_stages(24, 3)
-    assert found == "3 stages, 12 chunks of 2 tokens: a stage is idle 14.3% of the time"
 
 
 def test_dropout_follows_from_the_key_and_differs_by_chunk():

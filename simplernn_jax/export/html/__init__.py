@@ -8,12 +8,10 @@ import string
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
 import numpy as np
 
-from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN, byte_level_alphabet
-from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.data.pretrained_tokenizer import GPT2_PATTERN
+from simplernn_jax.data.tokenizer import CharTokenizer, Tokenizer, ids_without_text
 from simplernn_jax.errors import UserError, counted
 from simplernn_jax.export.formats import (
     TrainedModel,
@@ -21,6 +19,7 @@ from simplernn_jax.export.formats import (
     check_architecture,
     check_packages,
     description,
+    library_tokenizer,
     stored_weight,
 )
 from simplernn_jax.models.pytorch_weights import named_weights
@@ -39,7 +38,10 @@ def write(trained: TrainedModel, folder: Path) -> None:
     check_packages("html", "py_mini_racer")
     weights = named_weights(trained.model)
     tokenizer, config = trained.tokenizer, trained.model.config
+    parameters = sum(weight.size for weight in weights.values())
     data = {
+        "name": trained.name,
+        "facts": f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
         "chat": chat_format(trained.config.data.template),
         "config": description(trained),
         "weights": encode(weights, trained.quantize),
@@ -50,20 +52,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
             "banned": sorted(ids_without_text(tokenizer, config.vocab_size)),
         },
     }
-    shared = importlib.resources.files("simplernn_jax.serving") / "page"
-    parameters = sum(weight.size for weight in weights.values())
-    # Not escaped as a whole: most parts are styles, scripts and JSON.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701
-    text = environment.from_string(_source("index.html")).render(
-        is_chat=data["chat"] is not None,
-        title=markupsafe.escape(trained.name),
-        facts=f"{counted(parameters, 'parameter')}, {counted(config.num_layers, 'layer')}",
-        css=(shared / "page.css").read_text("utf-8"),
-        model=jinja2.utils.htmlsafe_json_dumps(data),
-        model_js=_source("model.js"),
-        tokens_js=(shared / "tokens.js").read_text("utf-8"),
-        page_js=_source("page.js"),
-    )
+    text = _page(json.dumps(data).replace("<", "\\u003c"))
     if len(text) > MAX_BYTES:
         raise UserError(
             f"--format=html: the page has {len(text):,} bytes, more than a browser loads "
@@ -72,92 +61,90 @@ def write(trained: TrainedModel, folder: Path) -> None:
     (folder / FILE).write_text(text, "utf-8")
 
 
-def _source(name: str) -> str:
-    return (importlib.resources.files(__name__) / name).read_text("utf-8")
+def _page(model: str) -> str:
+    """Return the page of the server in one file, with a model in place of the server."""
+    page = importlib.resources.files("simplernn_jax.serving") / "page"
+    html, css, page_js = (
+        (page / name).read_text("utf-8") for name in ("index.html", "page.css", "page.js")
+    )
+    here = importlib.resources.files(__name__)
+    model_js, source_js = ((here / name).read_text("utf-8") for name in ("model.js", "source.js"))
+    html = html.replace('<link rel="stylesheet" href="page.css">', f"<style>\n{css}</style>")
+    html = html.replace('<script src="page.js"></script>', f"<script>\n{page_js}</script>")
+    return html.replace(
+        '<script src="server.js"></script>',
+        f'<script type="application/json" id="model">{model}</script>\n'
+        f'<script id="forward-pass">\n{model_js}</script>\n<script>\n{source_js}</script>',
+    )
 
 
-def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, str]]:
-    """Encode each array: its type, its little-endian values in base64, and the scales of int8."""
-
-    def base64_of(values: np.ndarray) -> str:
-        values = values.astype(values.dtype.newbyteorder("<"))
-        return base64.b64encode(values.tobytes()).decode()
-
+def encode(weights: dict[str, np.ndarray], kind: str) -> dict[str, dict[str, Any]]:
+    """Encode each array: its type, and in base64 its values and the scales of int8."""
     encoded = {}
     for name, weight in weights.items():
-        values, *scales = stored_weight(weight, kind)
-        encoded[name] = {"type": values.dtype.name, "values": base64_of(values)}
-        if scales:
-            encoded[name]["scales"] = base64_of(scales[0])
+        arrays = stored_weight(weight, kind)
+        parts = [base64.b64encode(array.tobytes()).decode() for array in arrays]
+        encoded[name] = {"type": arrays[0].dtype.name, "arrays": parts}
     return encoded
 
 
 def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Describe a tokenizer for the page: its kind, the bytes of all ids, for BPE merges and words.
+    """Describe a tokenizer as byte-level BPE: the bytes of all ids, merges, and what a word is.
 
-    Bytes are text of as many characters.
+    The bytes of an id are text of as many characters. Characters as tokens are words without
+    merges.
 
     Raises:
-      UserError: a pretrained tokenizer is not byte-level BPE of the known kinds.
+      UserError: a pretrained tokenizer is of another kind.
     """
-    saved = json.loads(tokenizer.to_json())
-    data: dict[str, Any] = {
-        "kind": saved["kind"],
-        "bytes": [tokenizer.decode_bytes([id_]).decode("latin-1") for id_ in range(vocab_size)],
-    }
-    if saved["kind"] == "pretrained":
-        data |= _bpe(json.loads(saved["tokenizer"])) | {"kind": "bpe"}
-    return data
-
-
-def _bpe(content: dict[str, Any]) -> dict[str, Any]:
-    model, normalizer = content["model"], content.get("normalizer") or {}
-    plain = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
+    bytes_of = [tokenizer.decode_bytes([id_]).decode("latin-1") for id_ in range(vocab_size)]
+    if isinstance(tokenizer, CharTokenizer):
+        return {"bytes": bytes_of, "merges": [], "pattern": "[^]", "whole_words": True}
+    content = json.loads(library_tokenizer(tokenizer).to_str())
+    model, pattern = content["model"], _pattern(content["pre_tokenizer"])
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    for reason, found in (
-        ("model is", [] if model.get("type") == "BPE" else [model.get("type")]),
-        ("normalizer is", [normalizer["type"]] if normalizer else []),
-        ("model has", [name for name in odd if model.get(name)]),
-        ("added token is", plain),
+    if (
+        model["type"] != "BPE"
+        or any(model[name] for name in odd)
+        or content["normalizer"]
+        or pattern is None
+        or not all(token["special"] for token in content["added_tokens"])
     ):
-        if found:
-            raise _not_supported(f"its {reason} {found[0]}")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    byte_of = byte_level_alphabet()
-
-    def encoded(token: str) -> str:
-        if not all(character in byte_of for character in token):
-            raise _not_supported("it is not byte-level")
-        return "".join(chr(byte_of[character]) for character in token)
-
+        raise UserError(
+            "--format=html: the tokenizer is not supported by this format; use another format, or "
+            "byte-level BPE without a normalizer, added words, prefix spaces or a second split"
+        )
     return {
-        "merges": [[encoded(part) for part in merge] for merge in merges],
-        "pattern": _pattern(content.get("pre_tokenizer")),
-        "whole_words": bool(model.get("ignore_merges")),
+        "bytes": bytes_of,
+        "merges": [[model["vocab"][token] for token in merge] for merge in model["merges"]],
+        "pattern": pattern,
+        "whole_words": model["ignore_merges"],
     }
 
 
-def _pattern(pre_tokenizer: Any) -> str:
-    """Return the words of a pre-tokenizer as a pattern of JavaScript."""
-    parts = [pre_tokenizer]
-    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
-        parts = pre_tokenizer["pretokenizers"]
-    *splits, last = parts
-    if not isinstance(last, dict) or last.get("type") != "ByteLevel":
-        raise _not_supported("it is not byte-level")
-    if last.get("add_prefix_space"):
-        raise _not_supported("it adds a space before a text")
-    patterns = [GPT2_PATTERN] if last.get("use_regex", True) else []
-    for split in splits:
-        is_known = split.get("type") == "Split" and split.get("behavior") == "Isolated"
-        if not is_known or split.get("invert") or "Regex" not in split["pattern"]:
-            raise _not_supported(f"its pre-tokenizer has a part {split.get('type')}")
-        patterns.append(split["pattern"]["Regex"])
-    if len(patterns) > 1:
-        raise _not_supported("its pre-tokenizer splits twice")
-    pattern = _without_modifiers(patterns[0] if patterns else "")
+def _pattern(pre_tokenizer: Any) -> str | None:
+    """Return the words of a pre-tokenizer as a pattern of JavaScript; None for an unknown kind."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": has_pattern}:
+            pattern = GPT2_PATTERN if has_pattern else ""
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "behavior": "Isolated",
+                    "invert": False,
+                    "pattern": {"Regex": split},
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            pattern = split
+        case _:
+            return None
     # JavaScript's own classes differ in two characters.
-    return pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    return _without_modifiers(pattern)
 
 
 def _without_modifiers(pattern: str) -> str:
@@ -170,23 +157,17 @@ def _without_modifiers(pattern: str) -> str:
     return re.sub(r"\(\?i:([^()\[\]\\{}]*)\)", both_cases, pattern)
 
 
-def _not_supported(reason: str) -> UserError:
-    return UserError(
-        f"--format=html: the tokenizer is not supported by this format ({reason}); use another "
-        "format"
-    )
-
-
 class _Loaded:
     """The scripts of the page in V8, without a page."""
 
     def __init__(self, folder: Path) -> None:
         import py_mini_racer
 
-        page = (folder / FILE).read_text("utf-8")
+        scripts = re.compile(r'<script[^>]* id="[^"]*">(.*?)</script>', re.DOTALL)
+        model, forward_pass = scripts.findall((folder / FILE).read_text("utf-8"))
         self._context = py_mini_racer.MiniRacer()
-        self._context.eval(_part(page, "forward-pass"))
-        self._context.eval(f"const data = JSON.parse({json.dumps(_part(page, 'model'))});")
+        self._context.eval(forward_pass)
+        self._context.eval(f"const data = JSON.parse({json.dumps(model)});")
         self._context.eval(
             """
             const model = new LanguageModel(data.config, decodeWeights(data.weights));
@@ -205,11 +186,6 @@ class _Loaded:
 
     def encode(self, text: str) -> list[int]:
         return self._call(f"tokenizer.encode({json.dumps(text)})")
-
-
-def _part(page: str, name: str) -> str:
-    start = page.index(">", page.index(f'id="{name}"')) + 1
-    return page[start : page.index("</script>", start)]
 
 
 load = _Loaded

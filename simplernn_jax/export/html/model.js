@@ -211,50 +211,38 @@ function argmax(values) {
   return best;
 }
 
-// Draw an id from softmax(logits / temperature); 0 is the likeliest one. Ids of `banned` never.
-function sample(logits, temperature, banned, random = Math.random) {
-  const allowed = Float64Array.from(logits);
-  for (const id of banned) allowed[id] = -Infinity;
-  if (!(temperature > 0)) return argmax(allowed);
-  const largest = allowed[argmax(allowed)];
-  for (let i = 0; i < allowed.length; i++) allowed[i] = (allowed[i] - largest) / temperature;
-  let left = random() * softmax(allowed);
-  for (let i = 0; i < allowed.length; i++) {
-    left -= allowed[i];
-    if (left < 0 && allowed[i] > 0) return i;
-  }
-  return argmax(allowed);
+// Draw an id from softmax(logits / temperature), as the argmax with Gumbel noise; 0 is the likeliest
+// one. Never one of `banned`.
+function sample(logits, temperature, banned) {
+  const scores = Float64Array.from(logits, (x) => (
+    temperature > 0 ? x - temperature * Math.log(-Math.log(Math.random())) : x));
+  for (const id of banned) scores[id] = -Infinity;
+  return argmax(scores);
 }
 
-// The likeliest ids and their probabilities.
+// The likeliest ids and their probabilities; of equal ones the smaller id first.
 function likeliest(logits, count) {
   const probabilities = Float64Array.from(logits);
   const total = softmax(probabilities);
-  const best = [];  // ids, the likeliest first; of equal ones the smaller first
-  for (let id = 0; id < probabilities.length; id++) {
-    let at = best.length;
-    while (at > 0 && probabilities[best[at - 1]] < probabilities[id]) at -= 1;
-    if (at < count) best.splice(at, 0, id);
-    if (best.length > count) best.pop();
-  }
-  return best.map((id) => [id, probabilities[id] / total]);
+  return Array.from({ length: Math.min(count, logits.length) }, () => {
+    const id = argmax(probabilities), probability = probabilities[id] / total;
+    probabilities[id] = -1;
+    return [id, probability];
+  });
 }
 
-// Text to ids. Bytes are a string of a character for each; "kind" is byte, char or bpe.
+// Text to ids, by byte-level BPE. Bytes are a string of a character for each.
 class Tokenizer {
-  constructor(description) {
-    this.description = description;
-    this.bytes = description.bytes.map((bytes) => Uint8Array.from(codes(bytes)));
-    this.ids = new Map(description.bytes.map((bytes, id) => [bytes, id]));
-    this.ranks = new Map((description.merges ?? []).map((pair, rank) => [pair.join(BETWEEN), rank]));
-    this.pattern = description.pattern && new RegExp(description.pattern, "gu");
+  constructor({ bytes, merges, pattern, whole_words }) {
+    this.bytes = bytes.map((text) => Uint8Array.from(text, (byte) => byte.charCodeAt(0)));
+    this.ids = new Map(bytes.map((text, id) => [text, id]));
+    this.ranks = new Map(merges.map(([a, b], rank) => [bytes[a] + BETWEEN + bytes[b], rank]));
+    this.pattern = pattern && new RegExp(pattern, "gu");
+    this.hasWholeWords = whole_words;
   }
 
   encode(text) {
-    const { kind } = this.description;
-    if (kind === "byte") return codes(utf8(text));
-    if (kind === "char") return Array.from(text, (character) => this.idOf(utf8(character), character));
-    return this.words(text).flatMap((word) => this.merge(utf8(word)));
+    return this.words(text).flatMap((word) => this.merge(word));
   }
 
   // Matches of the pattern, and what lies between them.
@@ -269,15 +257,10 @@ class Tokenizer {
     return [...words, text.slice(at)].filter((word) => word);
   }
 
-  idOf(bytes, text) {
-    const id = this.ids.get(bytes);
-    if (id === undefined) throw new Error(`${JSON.stringify(text)} is not known to this model`);
-    return id;
-  }
-
-  // Byte-level BPE: join the pair of lowest rank until none is left.
-  merge(bytes) {
-    if (this.description.whole_words && this.ids.has(bytes)) return [this.ids.get(bytes)];
+  // Join the pair of lowest rank until none is left.
+  merge(word) {
+    const bytes = unescape(encodeURIComponent(word));  // not every engine has TextEncoder
+    if (this.hasWholeWords && this.ids.has(bytes)) return [this.ids.get(bytes)];
     const parts = [...bytes];
     for (;;) {
       let best = -1, lowest = Infinity;
@@ -285,35 +268,26 @@ class Tokenizer {
         const rank = this.ranks.get(parts[i] + BETWEEN + parts[i + 1]);
         if (rank < lowest) [best, lowest] = [i, rank];
       }
-      if (best < 0) return parts.map((part) => this.idOf(part, part));
+      if (best < 0) break;
       parts.splice(best, 2, parts[best] + parts[best + 1]);
     }
+    const unknown = parts.some((part) => !this.ids.has(part));
+    if (unknown) throw new Error(`${JSON.stringify(word)} is not known to this model`);
+    return parts.map((part) => this.ids.get(part));
   }
 }
 
 const BETWEEN = "\u0100";  // no byte
-const codes = (bytes) => Array.from(bytes, (byte) => byte.charCodeAt(0));
-const utf8 = (text) => unescape(encodeURIComponent(text));  // not every engine has TextEncoder
-
-const BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 function fromBase64(text) {
-  const values = new Uint8Array(128);
-  for (let i = 0; i < 64; i++) values[BASE64.charCodeAt(i)] = i;
-  const padding = text.endsWith("==") ? 2 : text.endsWith("=") ? 1 : 0;
-  const bytes = new Uint8Array(text.length / 4 * 3 - padding);
-  for (let i = 0, at = 0; i < text.length; i += 4) {
-    let block = 0;
-    for (let j = 0; j < 4; j++) block = (block << 6) | values[text.charCodeAt(i + j)];
-    for (let shift = 16; shift >= 0 && at < bytes.length; shift -= 8) bytes[at++] = block >> shift;
-  }
-  return bytes;
+  // Older browsers have only atob; V8 without a browser has only the other.
+  return Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (byte) => byte.charCodeAt(0));
 }
 
 // Arrays by name, as float32.
 function decodeWeights(encoded) {
   const weights = {};
-  for (const [name, { type, values, scales }] of Object.entries(encoded)) {
+  for (const [name, { type, arrays: [values, scales] }] of Object.entries(encoded)) {
     const bytes = fromBase64(values).buffer;
     if (type === "float32") weights[name] = new Float32Array(bytes);
     else if (type === "float16") weights[name] = fromHalf(new Uint16Array(bytes));

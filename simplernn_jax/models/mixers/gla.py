@@ -102,15 +102,13 @@ class GatedLinearAttention(MultiHeadLayer, TokenMixer):
         self.gate_up_proj = Dense(GATE_RANK, config.key_dim, ("rank", "heads"), **options)
         self.head_norm = RMSNorm(config.value_dim // config.num_heads, config.norm_epsilon)
         width = int(config.mixer_options["short_convolution"])
-        self.convolutions = nnx.Dict(self._make_convolutions(width)) if width else None
+        # They draw nothing at random.
+        shared: dict[str, Any] = {"rngs": nnx.Rngs(0), "activation": jax.nn.silu, "axis": "heads"}
+        sizes = zip(_CONVOLVED, (self.key_dim, self.key_dim, self.value_dim), strict=True)
+        convolutions = {n: ShortConvolution(width, size, **shared) for n, size in sizes if width}
+        self.convolutions = nnx.Dict(convolutions) if width else None
         self.min_log_gate = float(config.mixer_options["min_log_gate"])
         self.method = str(config.mixer_options["method"])
-
-    def _make_convolutions(self, width: int) -> dict[str, ShortConvolution]:
-        # They draw nothing at random.
-        options: dict[str, Any] = {"rngs": nnx.Rngs(0), "activation": jax.nn.silu, "axis": "heads"}
-        sizes = zip(_CONVOLVED, (self.key_dim, self.key_dim, self.value_dim), strict=True)
-        return {name: ShortConvolution(width, size, **options) for name, size in sizes}
 
     def initial_state(self, batch_size: int) -> GLAState:
         """Return zeros: ``[B, H, K, V]``, and the inputs of convolutions."""

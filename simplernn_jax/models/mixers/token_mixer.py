@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 from simplernn_jax.array_types import Activations, LogicalAxes, SegmentIds
 from simplernn_jax.config import ModelConfig, Scalar
 from simplernn_jax.errors import UserError, nearest_name, one_line
-from simplernn_jax.files import import_file, sha256_hex
+from simplernn_jax.files import importing, sha256_hex
 from simplernn_jax.ops.primitive import vary_like
 
 
@@ -146,9 +147,10 @@ def load_plugin(plugin: str | os.PathLike[str]) -> None:
     """
     text = os.fspath(plugin)
     if text.endswith(".py") or os.sep in text:
-        name = sha256_hex(os.path.realpath(os.path.expanduser(text)))[:16]
-        import_file(text, "--plugin", f"simplernn_plugin_{name}")
-        return
+        file = Path(text).expanduser()
+        name = f"simplernn_plugin_{sha256_hex(os.path.realpath(file))[:16]}"
+        with importing(file, "--plugin", name):
+            return
     path = sys.path[:]
     sys.path.append(os.getcwd())
     try:

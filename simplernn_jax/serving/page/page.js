@@ -1,17 +1,38 @@
 "use strict";
-// The page of the server. Everything that a model or a client has written is set as text, never as
-// markup.
+// The page of the server, and the exported page. What a model or a client writes is set as text,
+// never as markup.
+//
+// Another script calls start(source). A source has
+//   connect()                            return { name, facts, hasChat } of the model
+//   complete(prompt, settings, signal)   generate a text
+//   answer(messages, settings, signal)   answer the last message of a conversation
+// The last two yield { pieces, count }: additions to the text, and how many tokens these are. A
+// piece is [text, alternatives]; the latter, if any, is a function that returns the
+// [name, probability, isChosen] of the likeliest tokens. An error ends the stream.
 
+const $ = (id) => document.getElementById(id);
+const nextTask = () => new Promise((resolve) => setTimeout(resolve));
+const INSPECTED = 2000;  // newest tokens that have their own elements; a long text is slow to lay out
+
+let source;
 let abort = null;  // stops the running stream
 let messages = [];  // the conversation, in chat mode
 let isChat = false;
 
-async function request(method, path, body, signal) {
-  const headers = $("key").value ? { Authorization: "Bearer " + $("key").value } : {};
-  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
-  if (response.ok) return response;
-  const answer = await response.json().catch(() => null);
-  throw new Error(answer?.error?.message ?? `The server answered ${response.status}.`);
+function start(newSource) {
+  source = newSource;
+  guarded(connect);
+}
+
+async function connect() {
+  const { name, facts, hasChat } = await source.connect();
+  document.title = $("name").textContent = name;
+  $("facts").textContent = facts;
+  $("modes").hidden = !hasChat;
+  if (!hasChat) return;
+  setMode(true);
+  messages = history.state ?? [];
+  show(messages);
 }
 
 async function guarded(action) {
@@ -24,111 +45,61 @@ async function guarded(action) {
   }
 }
 
-// Streams
-
-async function* frames(path, body) {
-  const { signal } = abort;
-  const response = await request("POST", path, { ...body, ...settings(), stream: true }, signal);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const frame = JSON.parse(data);
-      if (frame.error) throw new Error(frame.error.message);
-      signal.throwIfAborted();  // frames that have arrived belong to what is no longer shown
-      yield frame.choices[0];
-    }
-    await new Promise((resolve) => setTimeout(resolve));  // or a fast model would block the page
-  }
-}
-
-function settings() {
-  const names = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
-  return Object.fromEntries(
-    names.filter((name) => $(name).value !== "").map((name) => [name, Number($(name).value)]));
-}
+// Generation
 
 async function generate() {
+  const prompt = isChat ? $("prompt").value.trim() : $("prompt").value;
+  if (isChat && !prompt) return;
   abort = new AbortController();
+  showAlternatives(null);
   setRunning(true);
-  const start = performance.now();
-  let count = 0;
   try {
-    for await (const added of isChat ? converse() : complete()) {
-      count += added;
-      const rate = Math.round(1000 * count / (performance.now() - start));
-      $("speed").textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
-    }
+    await (isChat ? converse : complete)(prompt, abort.signal);
   } finally {
     setRunning(false);
   }
 }
 
-// Generate a text; yields numbers of tokens.
-async function* complete() {
-  const body = { prompt: $("prompt").value, logprobs: 5 };
-  $("text").replaceChildren(span("prompt", body.prompt));
-  for await (const choice of frames("v1/completions", body)) {
-    addTokens(choice);
-    yield choice.logprobs.tokens.length;
-  }
+async function complete(prompt, signal) {
+  $("text").replaceChildren(element("span", "prompt", prompt));
+  await write($("text"), source.complete(prompt, settings(), signal));
 }
 
-function addTokens({ text, logprobs }) {
-  const { text_offset: offsets, top_logprobs: tops, tokens, token_logprobs: values } = logprobs;
-  const characters = [...text];
-  appendTokens(offsets.map((offset, i) => {
-    const alternatives = Object.entries({ ...tops[i], [tokens[i]]: values[i] }).sort((a, b) => b[1] - a[1]);
-    return [
-      characters.slice(offset - offsets[0], offsets[i + 1] && offsets[i + 1] - offsets[0]).join(""),
-      () => alternatives.map(([name, value]) => [JSON.stringify(name), Math.exp(value), name === tokens[i]]),
-    ];
-  }));
-}
-
-// Ask the question and show its answer; yields numbers of tokens.
-async function* converse() {
-  const question = { role: "user", content: $("prompt").value };
+async function converse(content, signal) {
+  const asked = [...messages, { role: "user", content }];
   const answer = { role: "assistant", content: "" };
-  const asked = [...messages, question];
-  const nodes = [question, answer].map(addMessage);
+  show([...asked, answer]);
+  const node = $("conversation").lastChild;
   $("prompt").value = "";
   try {
-    for await (const choice of frames("v1/chat/completions", { messages: asked, logprobs: true })) {
-      answer.content += choice.delta.content ?? "";
-      nodes[1].textContent = answer.content;
-      yield choice.logprobs?.content.length ?? 0;
-    }
+    await write(node, source.answer(asked, settings(), signal));
   } finally {
-    const isShown = nodes[0].isConnected;  // another conversation may have begun
+    answer.content = node.textContent;
+    const isShown = node.isConnected;  // another conversation may have begun
     if (isShown && answer.content) {
       keep([...asked, answer]);
     } else if (isShown) {  // nothing was said: the question can be corrected
-      $("prompt").value = question.content;
-      for (const node of nodes) node.remove();
+      $("prompt").value = content;
+      show(messages);
     }
   }
 }
 
-function addMessage(message) {
-  const node = document.createElement("div");
-  node.className = "message " + message.role;
-  node.textContent = message.content;
-  $("conversation").append(node);
-  return node;
+// Append what a stream yields.
+async function write(node, stream) {
+  const begin = performance.now();
+  let total = 0;
+  for await (const { pieces, count } of stream) {
+    append(node, pieces);
+    total += count;
+    const rate = Math.round(1000 * total / (performance.now() - begin));
+    $("speed").textContent = `${total} ${total === 1 ? "token" : "tokens"}, ${rate} tokens/s`;
+  }
 }
 
-function newConversation() {
-  abort?.abort();
-  keep([]);
-  $("conversation").replaceChildren();
-  $("prompt").focus();
+function settings() {
+  const inputs = [...document.querySelectorAll(".settings [type=number]")].filter(({ value }) => value);
+  return Object.fromEntries(inputs.map(({ id, valueAsNumber }) => [id, valueAsNumber]));
 }
 
 // Keep the conversation for a reload of the page.
@@ -137,7 +108,76 @@ function keep(conversation) {
   history.replaceState(messages, "");
 }
 
-// The rest
+function newConversation() {
+  abort?.abort();
+  keep([]);
+  show([]);
+  $("prompt").focus();
+}
+
+// Text
+
+function element(name, kind, text) {
+  const node = document.createElement(name);
+  node.className = kind;
+  node.textContent = text;
+  return node;
+}
+
+function show(conversation) {
+  const box = $("conversation");
+  box.replaceChildren(
+    ...conversation.map(({ role, content }) => element("div", "message " + role, content)));
+  box.scrollTop = box.scrollHeight;
+}
+
+function append(node, pieces) {
+  const box = node.closest(".output");
+  const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 20;
+  for (const [text, alternatives] of pieces) {
+    node.append(alternatives ? Object.assign(element("span", "token", text), { alternatives }) : text);
+  }
+  const tokens = node.querySelectorAll(".token");
+  if (tokens.length > 2 * INSPECTED) {
+    const old = [...tokens].slice(0, -INSPECTED);
+    old[0].before(element("div", "", old.map((token) => token.textContent).join("")));
+    for (const token of old) token.remove();
+  }
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+function showAlternatives(token) {
+  document.querySelector(".token.current")?.classList.remove("current");
+  const box = $("alternatives");
+  box.hidden = !token;
+  if (!token) return;
+  token.classList.add("current");
+  const table = document.createElement("table");
+  for (const [name, probability, isChosen] of token.alternatives()) {
+    const row = table.insertRow();
+    row.className = isChosen ? "chosen" : "";
+    row.insertCell().textContent = name;
+    row.insertCell().textContent = (100 * probability).toFixed(1) + " %";
+  }
+  box.replaceChildren(table);
+  const place = token.getBoundingClientRect();
+  const left = Math.min(place.left, document.documentElement.clientWidth - box.offsetWidth - 8);
+  box.style.left = Math.max(0, left) + scrollX + "px";
+  box.style.top = place.bottom + scrollY + 4 + "px";
+}
+
+function moveToken(event) {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (event.key === "Escape") showAlternatives(null);
+  if (!step) return;
+  event.preventDefault();
+  const tokens = [...event.currentTarget.querySelectorAll(".token")];
+  const at = tokens.findIndex((token) => token.classList.contains("current"));
+  const next = tokens[at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step];
+  if (next) showAlternatives(next);
+}
+
+// The form
 
 function setRunning(isRunning) {
   $("generate").disabled = isRunning;
@@ -149,22 +189,10 @@ function setMode(chat) {
   $("mode-chat").setAttribute("aria-selected", chat);
   $("mode-text").setAttribute("aria-selected", !chat);
   $("prompt-label").textContent = chat ? "Message" : "Prompt";
+  $("prompt").placeholder = chat ? "Enter sends, Shift+Enter begins a new line" : "";
   $("generate").textContent = chat ? "Send" : "Generate";
   for (const id of ["conversation", "anew"]) $(id).hidden = !chat;
   $("text").hidden = chat;
-}
-
-async function connect() {
-  const { data } = await (await request("GET", "v1/models")).json();
-  $("model").textContent = data[0].id;
-  const info = await (await request("GET", "tokenizer_info")).json();
-  $("modes").hidden = !info.chat_template;
-  if (info.chat_template) {
-    setMode(true);
-    messages = history.state ?? [];
-    $("conversation").replaceChildren();
-    messages.forEach(addMessage);
-  }
 }
 
 $("form").onsubmit = (event) => { event.preventDefault(); guarded(generate); };
@@ -172,11 +200,15 @@ $("prompt").onkeydown = (event) => {
   const sends = isChat ? !event.shiftKey : event.ctrlKey || event.metaKey;
   if (event.key !== "Enter" || event.isComposing || !sends) return;
   event.preventDefault();
-  if (!$("generate").disabled && $("prompt").value) guarded(generate);
+  $("generate").click();
 };
 $("stop").onclick = () => abort?.abort();
 $("anew").onclick = newConversation;
 $("key").onchange = () => guarded(connect);
 $("mode-text").onclick = () => setMode(false);
 $("mode-chat").onclick = () => setMode(true);
-guarded(connect);
+for (const box of document.querySelectorAll(".output")) {
+  box.onmouseover = (event) => showAlternatives(event.target.closest(".token"));
+  box.onmouseleave = box.onblur = () => showAlternatives(null);
+  box.onkeydown = moveToken;
+}
