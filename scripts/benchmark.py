@@ -4,6 +4,7 @@
     python scripts/benchmark.py attention --out FOLDER [--quick]
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
+    python scripts/benchmark.py scoring --seconds S [--logs PATHS]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -17,6 +18,8 @@
                --quick measures small sizes, --only a part of it
     baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
                architecture, an LSTM and a GRU, for --seconds each
+    scoring    score.py: speed relative to prefill, and recall of 200 wrong tokens and lines in
+               held-out files and logs, after --seconds of training on each
 
 Except in attention and baselines, candidates run in alternating blocks of one process, compiled
 and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of earlier runs.
@@ -32,7 +35,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import decoding, scaling, serving, training
+from benchmarks import decoding, scaling, scoring, serving, training
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -59,6 +62,7 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
+_LOGS = flags.DEFINE_list("logs", [], "scoring: logs; default: those of Debian and this project.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
@@ -74,6 +78,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "baselines": lambda _, results: report.run(
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
+    "scoring": lambda effort, _: scoring.run(flags.FLAGS.seconds, _LOGS.value, effort),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 

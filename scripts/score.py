@@ -1,11 +1,12 @@
 """Score a text: the lines that surprise a trained model most, and what it expected instead.
 
     python scripts/score.py --workdir runs/base module.py
-    python scripts/score.py --workdir runs/logs --mask=digits,hex --relative --top=50 system.log
+    python scripts/score.py --workdir runs/base --by word --html module.html module.py
+    python scripts/score.py --workdir runs/logs --mask digits --relative system.log
     tail -F system.log | python scripts/score.py --workdir runs/logs --follow -
 
-Each file is one document, which is read once, in constant memory; - is standard input. A line is
-ranked by the squares of its tokens' bits beyond those that the model expected.
+Each file is one document, which is read once, in constant memory; - is standard input. Lines are
+ranked by the squares of their tokens' bits beyond those that the model expected.
 """
 
 import bootstrap
@@ -13,17 +14,16 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import bisect
+import functools
+import heapq
 import json
 import os
+import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from typing import TYPE_CHECKING
-
-from absl import flags
+from absl import flags, logging
 
 from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, one_line
@@ -32,15 +32,27 @@ from simplernn_jax.files import check_writable, open_file, write_file
 if TYPE_CHECKING:
     from simplernn_jax.analysis.surprise import Unit
 
-_MODEL = command_line.ModelFlags()
-_FILES = command_line.define_arguments("FILE...")
+_MODEL = command_line.ModelFlags(quantizes=False)
+_FILES = command_line.Arguments("FILE...")
 _BY = flags.DEFINE_enum("by", "line", ["line", "word", "token"], "Units that are ranked.")
-_TOP = flags.DEFINE_integer("top", 20, "Number of units that are printed.", lower_bound=0)
+_TOP = flags.DEFINE_integer(
+    "top",
+    20,
+    "Number of units that are printed, the most surprising first; 0 prints all, in the order of "
+    "the text and without what was expected.",
+    lower_bound=0,
+    upper_bound=1000,
+)
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object for each unit.")
-_HTML = flags.DEFINE_string("html", None, "HTML file to write: the text, coloured by its bits.")
-_MASK = flags.DEFINE_list("mask", [], "Fields that do not count: digits, hex, uuid, time.")
+_HTML = flags.DEFINE_string("html", None, "HTML file to write: the text, colored by its bits.")
+_MASK = flags.DEFINE_multi_enum(
+    "mask",
+    [],
+    ["digits", "hex", "uuid", "time"],
+    "Fields whose bits do not count; may be given several times.",
+)
 _RELATIVE = flags.DEFINE_bool(
-    "relative", False, "Rank lines relative to earlier lines that differ in words and numbers only."
+    "relative", False, "Rank relative to earlier lines that differ in words and numbers only."
 )
 _FOLLOW = flags.DEFINE_bool(
     "follow", False, "Print surprising lines as they come, and wait for more at the end of a file."
@@ -50,134 +62,122 @@ _QUANTILE = flags.DEFINE_float(
     0.99,
     "With --follow, print lines that surprise more than this share of the last 10,000.",
     lower_bound=0,
-    upper_bound=1,
+    upper_bound=0.9999,
 )
-_RECENT = 10_000
-_FIRST = 100
-"""Lines before the first that is printed with --follow."""
+_PAGE_BYTES = 1 << 20
+"""Bytes of all texts that a page shows."""
 
 
 def main() -> None:
     """Score the files with the chosen checkpoint of --workdir."""
-    if not _FILES.value:
+    names = list(dict.fromkeys(_FILES.value))
+    if not names:
         raise UserError("no file: name the files to score, or - for standard input")
-    from simplernn_jax.analysis.surprise import MASKS, Page, Top, Units, read_blocks
-
-    for mask in _MASK.value:
-        if mask not in MASKS:
-            raise UserError(f"--mask={mask}: use {', '.join(MASKS)}")
+    if _FOLLOW.value and (_HTML.value is not None or len(names) > 1):
+        raise UserError("--follow reads one file, without --html: leave out the others")
     if _HTML.value is not None:
-        if _FOLLOW.value:
-            raise UserError("--html shows whole texts: leave out --follow")
         check_writable(_HTML.value)
-    if _FOLLOW.value and len(_FILES.value) > 1:
-        raise UserError("--follow reads one file: name one, or - for standard input")
-    readers = {name: _reader(name) for name in _FILES.value}  # before the model is loaded
+    for name in names:  # errors come before the model is loaded
+        if name != "-" and not _FOLLOW.value:
+            next(_blocks(name), "")
     model, tokenizer, _ = _MODEL.load()
-    from simplernn_jax.inference.scoring import Scorer
+    from simplernn_jax.analysis.surprise import Threshold, Units, colored, render_page
+    from simplernn_jax.inference.scoring import Scorer, expected_text
 
-    top, quantile = Top(_TOP.value), _Quantile()
-    page = Page() if _HTML.value is not None else None
-    num_bytes, num_bits, num_lines = 0, 0.0, 0
-    for name, read in readers.items():
-        scorer = Scorer(model, tokenizer)
-        units = Units(_BY.value, tuple(_MASK.value), _RELATIVE.value)
-        if page is not None:
-            page.begin(name)
-        for text in read_blocks(read, name):
-            block = scorer.feed(text)
-            num_bytes, num_lines = num_bytes + len(block.text), num_lines + text.count("\n")
-            num_bits += float(block.scores.bits.sum(dtype="float64"))
-            if page is not None:
-                page.add(block)
-            for unit in units.cut(block):
-                if not _FOLLOW.value:
-                    top.add(name, unit)
-                elif quantile.exceeds(unit.surprise):
-                    _print(name, unit, scorer.expected_text(unit.block, unit.peak_token))
-        if page is not None:
-            page.end()
+    num_bytes, num_bits, problem = 0, 0.0, ""
+    texts: dict[str, list[tuple[int, str]]] = {}
+
+    def score() -> "Iterator[tuple[str, Unit]]":
+        nonlocal num_bytes, num_bits, problem
+        for name in names:
+            scorer, units = Scorer(model, tokenizer), Units(_BY.value, _MASK.value, _RELATIVE.value)
+            parts = texts.setdefault(name, [])
+            for text in _blocks(name):
+                try:
+                    block = scorer.feed(text)
+                except UserError as error:  # what was scored is not lost
+                    problem = f"{name}, after {num_bytes:,} bytes: {error}"
+                    return
+                if _HTML.value is not None and num_bytes < _PAGE_BYTES:
+                    parts += colored(block)
+                num_bytes += len(block.text)
+                num_bits += float(block.bits.sum(dtype="float64"))
+                for unit in units.cut(block):
+                    yield name, unit
+
+    rows = []
+    if _FOLLOW.value:
+        threshold = Threshold(_QUANTILE.value)
+        for name, unit in score():
+            if threshold.is_exceeded(unit.surprise):
+                _print(name, unit, expected_text(model, tokenizer, unit.place))
+    elif not _TOP.value:
+        for name, unit in score():
+            _print(name, unit)
+    else:
+        for name, unit in heapq.nlargest(_TOP.value, score(), key=lambda found: found[1].surprise):
+            rows.append((name, unit, expected_text(model, tokenizer, unit.place)))
+            _print(*rows[-1])
     if not num_bytes:
-        raise UserError(f"{one_line(', '.join(readers))}: empty; score a text")
-    rows = [
-        (name, unit, scorer.expected_text(unit.block, unit.peak_token))
-        for name, unit in top.units()
-    ]
-    for row in rows:
-        _print(*row)
-    if page is not None:
-        names = one_line(", ".join(readers), 100)
-        shown = f"Model: {_MODEL.checkpoint} checkpoint of {one_line(_MODEL.workdir)}."
-        write_file(_HTML.value, page.render(names, shown, rows).encode())
-        print(f"page: {_HTML.value}", file=sys.stderr)
+        raise UserError(problem or f"{', '.join(names)}: empty; score a text")
+    if _HTML.value is not None:
+        shown = f"Model: {_MODEL.checkpoint} checkpoint of {flags.FLAGS['workdir'].value}."
+        if num_bytes > _PAGE_BYTES:
+            shown += f" The end of {num_bytes:,} bytes is not shown."
+        page = render_page(one_line(", ".join(names), 100), shown, texts, rows)
+        write_file(_HTML.value, page.encode("utf-8", "replace"))
+        logging.info("page: %s", _HTML.value)
     if not _JSON.value:
-        print(f"{num_lines:,} lines, {num_bytes:,} bytes: {num_bits / num_bytes:.4f} bits/byte")
+        print(f"{num_bytes:,} bytes, {num_bits / num_bytes:.4f} bits/byte")
+    if problem:
+        raise UserError(problem)
 
 
-class _Quantile:
-    """Which numbers exceed --quantile of the last 10,000."""
+def _blocks(name: str) -> Iterator[str]:
+    """Yield the text of a file, or of standard input for ``-``; with --follow, as it grows."""
+    from simplernn_jax.analysis.surprise import read_blocks
 
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-
-    def exceeds(self, value: float) -> bool:
-        """Add a number; return whether it exceeds the quantile of those before."""
-        size = len(self._sorted)
-        is_high = (
-            size >= _FIRST and value > self._sorted[min(size - 1, int(_QUANTILE.value * size))]
-        )
-        self._recent.append(value)
-        bisect.insort(self._sorted, value)
-        if len(self._recent) > _RECENT:
-            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
-        return is_high
-
-
-def _reader(name: str) -> Callable[[int], bytes]:
-    """Open a file; return a function that reads up to so many bytes, none at its end."""
     if name == "-":
-        return lambda size: os.read(sys.stdin.fileno(), size)
+        with open(sys.stdin.fileno(), "rb", closefd=False) as stdin:
+            yield from read_blocks(stdin.read1 if _FOLLOW.value else stdin.read, "standard input")
+        return
     path = command_line.expand_path(name, "FILE")
-    try:
-        file = open_file(path)
-    except OSError as error:
-        raise UserError(f"{one_line(name)}: {error.strerror}; name a file of text") from error
-
-    def read(size: int) -> bytes:
-        nonlocal file
-        while not (data := file.read1(size)) and _FOLLOW.value:
-            time.sleep(0.2)
-            status = os.stat(path) if os.path.exists(path) else None
-            if status is None:
-                continue
-            if status.st_ino != os.fstat(file.fileno()).st_ino or status.st_size < file.tell():
-                file = open_file(path)  # rotated or truncated
-        return data
-
-    return read
+    with open_file(path) as file:
+        if not _FOLLOW.value:
+            yield from read_blocks(file.read, name)
+            return
+    command = ["tail", "-n", "+1", "-F", "--", path]  # also when the file is truncated or rotated
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as tail:
+        assert tail.stdout is not None
+        try:
+            yield from read_blocks(functools.partial(os.read, tail.stdout.fileno()), name)
+        finally:
+            tail.terminate()
 
 
-def _print(name: str, unit: "Unit", expected: str) -> None:
+def _print(name: str, unit: "Unit", expected: str | None = None) -> None:
     before, peak, after = unit.around_peak()
     if _JSON.value:
-        record = {
-            "file": name,
-            "line": unit.line,
-            "column": unit.column + 1,
-            "text": before + peak + after,
-            "bits": round(unit.bits, 3),
-            "surprise": round(unit.surprise, 3),
-            "at": len(before),
-            "expected": expected,
-        }
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        place: dict[str, Any] = {"file": name, "line": unit.line, "column": unit.column + 1}
+        numbers = {"bits": unit.bits, "surprise": unit.surprise}
+        found = {} if expected is None else {"at": len(before), "expected": expected}
+        record = place | {"text": before + peak + after} | numbers | found
+        print(json.dumps(record), flush=_FOLLOW.value)
         return
-    before = before[-60:].replace("\t", " ")
-    place = f"{name}:{unit.line}" + (f":{unit.column + 1}" if _BY.value != "line" else "")
-    print(f"{place}  {unit.bits:.1f} bits, {unit.bits / max(len(unit.text), 1):.2f} per byte")
-    print(f"    {before}{peak}{after[:40]}")
-    print(f"    {' ' * len(before)}^ expected {expected!r}", flush=True)
+    column = f":{unit.column + 1}" if _BY.value != "line" else ""
+    line = f"{_printable(name)}:{unit.line}{column}  {unit.bits:.1f} bits"
+    if expected is None:
+        print(f"{line}  {_printable(before + peak + after)}")
+        return
+    before = _printable(before[-60:])
+    print(f"{line}, {unit.bits / max(len(unit.text), 1):.2f} per byte")
+    print(f"    {before}{_printable(peak + after[:60])}")
+    print(f"    {' ' * len(before)}^ expected {expected!r}", flush=_FOLLOW.value)
+
+
+def _printable(text: str) -> str:
+    """Replace tabs and control codes, which may come from a log, by one space each."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 if __name__ == "__main__":

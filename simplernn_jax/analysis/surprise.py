@@ -5,39 +5,41 @@ expected: random digits, which the model knows to be random, count little, and o
 counts more than many slightly unusual ones.
 """
 
-import heapq
-import html
-import io
+import codecs
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jinja2
 import numpy as np
 
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.scoring import ScoredBlock
+from simplernn_jax.inference.scoring import Place, ScoredBlock
 
 BLOCK_BYTES = 1 << 14
-"""Bytes of text that are scored at a time, and of a line that are one unit; a longer line has
-several."""
-_MAX_KINDS = 1 << 12
-"""Kinds of lines whose average is remembered."""
+"""Bytes that are read at a time; a line of more is several units."""
+LEVELS = (1, 2, 4, 6, 9, 13)
+"""Bits more than expected, from which each color of the page is used."""
+_MAX_KINDS, _KIND_BYTES = 1 << 12, 200
+"""Kinds of lines whose average is remembered, and bytes of a line that decide its kind."""
+_RECENT = 10_000
+"""Units whose surprise is compared in a stream."""
 
 _CLOCK = rb"\d{1,2}:\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[+-]\d\d:?\d\d)?"
 MASKS = {
     "digits": rb"\d+",
-    "hex": rb"\b(?:0x)?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{6,}\b",
+    "hex": rb"\b0x[0-9a-fA-F]+\b|\b(?=[a-fA-F]*\d)[0-9a-fA-F]{6,}\b",
     "uuid": rb"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b",
-    "time": rb"\b\d{4}[-/]\d\d[-/]\d\d(?:[T ]" + _CLOCK + rb")?|\b" + _CLOCK,
+    "time": rb"\b\d{4}[-/]\d\d[-/]\d\d(?:[T ]+%b)?|\b(?:[A-Z][a-z]{2} [ \d]\d )?%b"
+    % (_CLOCK, _CLOCK),
 }
 """Patterns of fields that vary, whose bits are not counted."""
 
 
 class Unit(NamedTuple):
-    """A line, a word or a token of a text."""
+    """A line, a word with the space before it, or a token of a text."""
 
     line: int
     """Number of its line, from 1."""
@@ -49,17 +51,14 @@ class Unit(NamedTuple):
     surprise: float
     """What units are ranked by; see above."""
     peak: int
-    """Position in `text` of its most surprising token."""
-    peak_token: int
-    """Index in `block` of that token."""
-    block: ScoredBlock
+    """Position in `text` of its most surprising character."""
+    place: Place
+    """The text before that character."""
 
     def around_peak(self) -> tuple[str, str, str]:
         """Return the text before its most surprising character, that character, and the rest."""
-        before, after = (
-            part.decode("utf-8", "replace")
-            for part in (self.text[: self.peak], self.text[self.peak :])
-        )
+        before = self.text[: self.peak].decode("utf-8", "replace")
+        after = self.text[self.peak :].decode("utf-8", "replace")
         return before, after[:1], after[1:]
 
 
@@ -69,154 +68,130 @@ class Units:
     Args:
       by: ``line``, ``word`` or ``token``.
       masks: names of `MASKS`.
-      relative: subtract the average surprise of the earlier lines of the same kind, which are those
-        that differ in their words and numbers only.
+      relative: subtract the average surprise of the earlier units of the same kind, which are those
+        that differ in their words and numbers only. The average of all counts as one more of them.
     """
 
-    def __init__(self, by: str, masks: tuple[str, ...] = (), relative: bool = False) -> None:
+    def __init__(self, by: str, masks: Iterable[str] = (), relative: bool = False) -> None:
         self._by, self._relative = by, relative
-        self._mask = re.compile(b"|".join(MASKS[name] for name in masks)) if masks else None
+        self._mask = re.compile(b"|".join(MASKS[name] for name in masks) or rb"(?!)")
         self._kinds: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
+        self._all = (0, 0.0)
         self._line, self._column = 1, 0
 
     def cut(self, block: ScoredBlock) -> Iterator[Unit]:
-        """Yield the units of a block, which ends with a line or a part of one."""
-        bits = np.array(block.scores.bits, np.float64)
-        excess = np.maximum(bits - block.scores.expected, 0)
-        if self._mask is not None:
-            is_masked = np.zeros(len(block.text) + 1, np.bool_)
-            for match in self._mask.finditer(block.text):
-                is_masked[match.start() : match.end()] = True
-            bits[is_masked[block.starts]] = excess[is_masked[block.starts]] = 0
-        for start, end in self._spans(block):
-            first, last = np.searchsorted(block.starts, (start, end))
-            text = block.text[start:end]
-            line, column = self._line, self._column
-            ends_line = text.endswith(b"\n")
-            self._line, self._column = (line + 1, 0) if ends_line else (line, column + len(text))
-            if first == last or not text.strip():
+        """Yield the units of the next block."""
+        text, starts = block.text, block.starts
+        is_counted = np.ones(len(starts), np.bool_)
+        for match in self._mask.finditer(text):
+            first = np.searchsorted(starts, match.start(), "right") - 1
+            is_counted[first : np.searchsorted(starts, match.end())] = False
+        excess = block.excess * is_counted
+        edges = self._edges(block)
+        tokens = np.searchsorted(starts, edges)
+        totals = (
+            np.diff(np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[tokens]).tolist()
+            for each in (block.bits * is_counted, np.square(excess))
+        )
+        spans = itertools.pairwise(zip(edges, tokens.tolist(), strict=True))
+        for ((start, first), (end, last)), bits, surprise in zip(spans, *totals, strict=True):
+            whole, line, column = text[start:end], self._line, self._column
+            is_end = whole.endswith(b"\n")
+            self._line, self._column = (line + 1, 0) if is_end else (line, column + len(whole))
+            if first == last or not whole.strip():
                 continue
-            peak = first + int(np.argmax(excess[first:last]))
-            surprise = float(np.sum(np.square(excess[first:last])))
             if self._relative:
-                surprise -= self._expect(text, surprise)
-            at = int(block.starts[peak]) - start
-            total = float(np.sum(bits[first:last]))
-            yield Unit(line, column, text.rstrip(b"\r\n"), total, surprise, at, peak, block)
+                surprise -= self._expect(whole, surprise)
+            peak = first + int(np.argmax(excess[first:last]))
+            while peak > first and text[starts[peak]] & 0xC0 == 0x80:  # inside a character
+                peak -= 1
+            at, place = int(starts[peak]) - start, block.before(peak)
+            yield Unit(line, column, whole.rstrip(b"\r\n"), bits, surprise, at, place)
 
-    def _spans(self, block: ScoredBlock) -> Iterator[tuple[int, int]]:
+    def _edges(self, block: ScoredBlock) -> list[int]:
+        """List the positions where units begin, and the length of the text."""
         if self._by == "token":
-            edges = [*block.starts.tolist(), len(block.text)]
-        else:
-            pattern = rb"\n" if self._by == "line" else rb"\S+|\n"
-            edges = [0, *(match.end() for match in re.finditer(pattern, block.text))]
-            edges += [len(block.text)] if edges[-1] < len(block.text) else []
-        return itertools.pairwise(edges)
+            return [*block.starts.tolist(), len(block.text)]
+        pattern = rb"\n" if self._by == "line" else rb"\S+|\n"
+        ends = (match.end() for match in re.finditer(pattern, block.text))
+        return sorted({0, *ends, len(block.text)})
 
     def _expect(self, text: bytes, surprise: float) -> float:
-        """Return the average surprise of the kind of a line so far, and add this line to it."""
+        """Return the average surprise of the kind of a unit so far, and add this unit to it."""
         kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", re.sub(rb"[0-9a-fA-F]*\d\w*", b"0", text))
-        count, mean = self._kinds.pop(kind, (0, 0.0))
-        self._kinds[kind] = count + 1, mean + (surprise - mean) / (count + 1)
+        count, total = self._kinds.pop(kind[:_KIND_BYTES], (0, 0.0))
+        number, sum_of_all = self._all
+        expected = (total + sum_of_all / max(number, 1)) / (count + 1)
+        self._kinds[kind[:_KIND_BYTES]] = count + 1, total + surprise
+        self._all = number + 1, sum_of_all + surprise
         if len(self._kinds) > _MAX_KINDS:
             self._kinds.popitem(last=False)
-        return mean
+        return expected
 
 
-class Top:
-    """The most surprising units of all that were added."""
+class Threshold:
+    """A quantile of the last 10,000 numbers of a stream."""
 
-    def __init__(self, size: int) -> None:
-        self._size, self._added = size, 0
-        self._heap: list[tuple[float, int, str, Unit]] = []
+    def __init__(self, quantile: float) -> None:
+        self._quantile, self._count = quantile, 0
+        self._recent = np.zeros(_RECENT)
 
-    def add(self, name: str, unit: Unit) -> None:
-        """Add a unit of the text `name`."""
-        self._added += 1
-        entry = unit.surprise, -self._added, name, unit
-        if len(self._heap) < self._size:
-            heapq.heappush(self._heap, entry)
-        elif self._size:
-            heapq.heappushpop(self._heap, entry)
+    def is_exceeded(self, number: float) -> bool:
+        """Add a number; return True if it exceeds the quantile of those before.
 
-    def units(self) -> list[tuple[str, Unit]]:
-        """List the names and units, the most surprising first."""
-        return [(name, unit) for _, _, name, unit in sorted(self._heap, reverse=True)]
+        The first ``1 / (1 - quantile)`` numbers never do.
+        """
+        recent = self._recent[: self._count]
+        is_first = self._count * (1 - self._quantile) < 1
+        is_high = not is_first and number > np.quantile(recent, self._quantile)
+        self._recent[self._count % _RECENT] = number
+        self._count += 1
+        return bool(is_high)
 
 
 def read_blocks(read: Callable[[int], bytes], name: str) -> Iterator[str]:
     """Yield the text that `read` returns as it comes, in whole lines, or parts of long ones.
 
-    Bytes that are not UTF-8 become U+FFFD. Raises `UserError` for a binary file.
+    Bytes that are not UTF-8 become U+FFFD. Raises `UserError` for a binary file, which has a zero
+    among its first bytes.
     """
-    rest = b""
-    while new := read(BLOCK_BYTES):
-        if b"\0" in new:
-            raise UserError(f"{name}: a binary file; score text")
-        rest += new
-        end = rest.rfind(b"\n") + 1
-        if not end and len(rest) >= BLOCK_BYTES:
-            end = len(rest)
-            while end > 1 and rest[end - 1] & 0xC0 == 0x80:  # the last character may be unfinished
-                end -= 1
-            end -= 1
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest, is_first = "", True
+    while data := read(BLOCK_BYTES):
+        if is_first and b"\0" in data:
+            raise UserError(f"{name}: a binary file; score text in UTF-8")
+        rest, is_first = rest + decoder.decode(data), False
+        end = rest.rfind("\n") + 1 or (len(rest) if len(rest) >= BLOCK_BYTES else 0)
         if end:
-            yield rest[:end].decode("utf-8", "replace")
+            yield rest[:end]
             rest = rest[end:]
+    rest += decoder.decode(b"", final=True)
     if rest:
-        yield rest.decode("utf-8", "replace")
+        yield rest
 
 
-class Page:
-    """An HTML page of texts, colored by the bits of their tokens beyond the expected ones."""
+def colored(block: ScoredBlock) -> list[tuple[int, str]]:
+    """Split the text of a block into parts of one color, from 0; lines have parts of their own."""
+    data = np.frombuffer(block.text, np.uint8)
+    of_tokens = np.searchsorted(LEVELS, block.excess, side="right")
+    of_bytes = np.repeat(of_tokens, np.diff(block.starts, append=len(data)))
+    begins = np.flatnonzero(data & 0xC0 != 0x80)
+    of_characters = np.maximum.reduceat(of_bytes, begins)
+    cuts = (data[begins] == ord("\n")) | (np.diff(of_characters, prepend=-1) != 0)
+    spans = itertools.pairwise([*np.flatnonzero(cuts).tolist(), len(begins)])
+    text = block.text.decode()
+    return [(int(of_characters[start]), text[start:end]) for start, end in spans]
 
-    levels = (1, 2, 4, 6, 9, 13)
-    """Bits from which each color is used."""
-    max_bytes = 1 << 22
-    """Bytes of all texts that are shown."""
 
-    def __init__(self) -> None:
-        self._body, self._left = io.StringIO(), self.max_bytes
-
-    def begin(self, name: str) -> None:
-        """Begin the text `name`."""
-        self._name, self._line = name, 1
-        title = html.escape(name)
-        self._body.write(f'<h2>{title}</h2>\n<pre><a id="{title}:1"></a>')
-
-    def add(self, block: ScoredBlock) -> None:
-        """Add the next block of the text."""
-        text = block.text[: self._left]
-        self._left -= len(text)
-        excess = np.maximum(block.scores.bits - block.scores.expected, 0)
-        level = np.searchsorted(self.levels, excess, side="right")
-        level = np.repeat(level, np.diff(block.starts, append=len(block.text)))[: len(text)]
-        data = np.frombuffer(text, np.uint8)
-        begins = (data == ord("\n")) | (np.diff(level, prepend=-1) != 0)
-        edges = [*np.flatnonzero(begins & (data & 0xC0 != 0x80)).tolist(), len(text)]
-        for start, end in itertools.pairwise(edges):
-            if text[start:end].startswith(b"\n"):
-                self._line += 1
-                self._body.write(f'\n<a id="{html.escape(self._name)}:{self._line}"></a>')
-                start += 1
-            shown = html.escape(text[start:end].decode("utf-8", "replace"))
-            if shown and level[start]:
-                shown = f'<span class="s{level[start]}">{shown}</span>'
-            self._body.write(shown)
-
-    def end(self) -> None:
-        """End the text."""
-        self._body.write("</pre>\n" if self._left else "</pre>\n<p>The rest is not shown.</p>\n")
-
-    def render(self, name: str, model: str, rows: Iterable[tuple[str, Unit, str]]) -> str:
-        """Return the HTML of the page; `rows` are the names, units and expected texts to list."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("simplernn_jax.analysis", ""), autoescape=True
-        )
-        return environment.get_template("surprise.html").render(
-            name=name,
-            model=model,
-            levels=self.levels,
-            rows=[(name, unit, *unit.around_peak(), expected) for name, unit, expected in rows],
-            body=self._body.getvalue(),
-        )
+def render_page(
+    name: str,
+    model: str,
+    texts: Mapping[str, list[tuple[int, str]]],
+    rows: Iterable[tuple[str, Unit, str]],
+) -> str:
+    """Return an HTML page of `colored` texts; `rows` are the units to list, with expected texts."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("simplernn_jax.analysis", ""), autoescape=True
+    )
+    template = environment.get_template("surprise.html")
+    return template.render(name=name, model=model, levels=LEVELS, texts=texts, rows=list(rows))

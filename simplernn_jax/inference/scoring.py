@@ -7,6 +7,7 @@ to its last. The bits of a token are its negative log2 probability given everyth
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,42 +19,51 @@ from jaxtyping import Array, Float, Int
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
+from simplernn_jax.inference.arguments import check_logits
 from simplernn_jax.inference.decode import CHUNK_LENGTHS, generate
 from simplernn_jax.inference.engine import Architecture, Engine, PrefixState, split_model
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.models import LanguageModel
 
-LN2 = math.log(2)
 _ROWS = 64
 """Rows of logits that are in memory at a time."""
-_EXPECTED_TOKENS = 16
+_EXPECTED_TOKENS = 40
 """Maximum number of tokens of the text that the model expected."""
 
 
-class TokenBits(NamedTuple):
-    """Surprise of n tokens; in bits, float32."""
+class Place(NamedTuple):
+    """A place in a text: tokens, fewer than a chunk, after a state."""
 
-    bits: Float[Array | np.ndarray, "n"]
-    """-log2 p of the token."""
-    expected: Float[Array | np.ndarray, "n"]
-    """Entropy of the prediction: the bits that the model itself expected."""
-    variance: Float[Array | np.ndarray, "n"]
-    """Variance of -log2 p under the prediction."""
+    state: PrefixState
+    ids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredBlock:
-    """Consecutive text with the surprise of its tokens."""
+    """Consecutive text and its n tokens."""
 
     text: bytes
     """UTF-8."""
     ids: np.ndarray
-    """[n] int32 tokens."""
+    """[n] int32."""
     starts: np.ndarray
     """[n] int64 position in `text` of the first byte of each token."""
-    scores: TokenBits
+    bits: np.ndarray
+    """[n] float32."""
+    entropy: np.ndarray
+    """[n] float32 bits that the model expected."""
     _chunks: list[tuple[int, PrefixState]]
     """Positions of the first tokens of chunks, and the states before them."""
+
+    @property
+    def excess(self) -> np.ndarray:
+        """[n] float32 bits beyond the expected ones, at least 0."""
+        return np.maximum(self.bits - self.entropy, 0)
+
+    def before(self, index: int) -> Place:
+        """Return the place before token `index`."""
+        first, state = next(chunk for chunk in reversed(self._chunks) if chunk[0] <= index)
+        return Place(state, self.ids[first:index])
 
 
 class Scorer:
@@ -63,107 +73,89 @@ class Scorer:
         self._model, self._tokenizer = model, tokenizer
         self._engine = Engine(model)
         architecture, self._parameters = split_model(model)
-        self._surprise = _surprise_of(architecture)
+        self._score = _program(architecture)
         empty = empty_state(model, 1)
         self._state = PrefixState(empty.layers, empty.logits)
-        self._lengths = np.full(tokenizer.vocab_size, -1, np.int64)
-        """Bytes of the text of each token; -1 if not known yet."""
+        self._lengths = np.full(tokenizer.vocab_size, -1)  # in bytes, of known tokens
         self._advance(np.array([tokenizer.bos_id], np.int32))
 
     def feed(self, text: str) -> ScoredBlock:
-        """Score the next text of the document; its memory grows with this text.
+        """Score the next text of the document; memory grows with this text only.
 
         Raises:
-          UserError: the tokenizer cannot encode it, or its tokens are not pieces of the text.
+          UserError: the tokenizer cannot encode it, its tokens are not pieces of the text, or the
+            model's logits are not finite.
         """
         ids, data = self._tokenizer.encode(text), text.encode()
-        lengths = self._token_lengths(ids)
+        unknown = np.unique(ids[self._lengths[ids] < 0])
+        self._lengths[unknown] = [len(self._tokenizer.decode_bytes([x])) for x in unknown]
+        lengths = self._lengths[ids]
         if lengths.sum() != len(data):
             raise UserError(
                 "the tokens of this model are not pieces of its text, so that none has bits of its "
                 "own; use a model of bytes, characters or a byte-level tokenizer"
             )
-        chunks, scores = [], []
-        position = 0
-        for state, taken, new in self._advance(ids):
-            chunks.append((position, state))
-            scores.append((taken, new))
-            position += taken
-        rows = [[x[:n] for x in found] for n, found in jax.device_get(scores)]
-        columns = [np.concatenate(part) for part in zip(*rows, strict=True)] or [np.zeros(0)] * 3
-        return ScoredBlock(data, ids, np.cumsum(lengths) - lengths, TokenBits(*columns), chunks)
+        chunks, scores = self._advance(ids)
+        check_logits(self._state.logits)
+        bits, entropy = np.concatenate([np.zeros((2, 0), np.float32), *scores], axis=1)
+        return ScoredBlock(data, ids, np.cumsum(lengths) - lengths, bits, entropy, chunks)
 
-    def expected_text(self, block: ScoredBlock, index: int) -> str:
-        """Return what the model would have written from token `index` of a block on.
+    def _advance(
+        self, ids: np.ndarray
+    ) -> tuple[list[tuple[int, PrefixState]], list[Float[np.ndarray, "2 n"]]]:
+        """Read tokens; return their chunks, and the bits and entropy of each chunk's tokens."""
+        chunks, scores, position = [], [], 0
+        while position < len(ids):
+            left, before = ids[position:], self._state
+            length = self._engine.chunk_length(len(left), CHUNK_LENGTHS)
+            (((self._state, hidden),), (count,)) = self._engine.prefill([before], [left], length)
+            targets = np.resize(left[:count], length)
+            scores.append(self._score(self._parameters, before.logits, hidden, targets))
+            chunks.append((position, before))
+            position += int(count)
+        found = zip(jax.device_get(scores), chunks, strict=True)
+        # Only the last chunk may have fewer tokens than its length.
+        return chunks, [each[:, : len(ids) - first] for each, (first, _) in found]
 
-        The text ends with the first word or line end, and has at most 16 tokens.
-        """
-        at = np.searchsorted([start for start, _ in block._chunks], index, side="right") - 1
-        first, state = block._chunks[at]
-        start = dataclasses.replace(
-            empty_state(self._model, 1), layers=state.layers, logits=state.logits
-        )
-        tokenizer = self._tokenizer
-        generation = generate(
-            self._model,
-            [block.ids[first:index]],
-            max_new_tokens=_EXPECTED_TOKENS,
-            eos_id=tokenizer.eos_id,
-            state=start,
-        )
-        new = [x for x in generation.sequences()[0] if x != tokenizer.eos_id]
-        text = tokenizer.decode_bytes(new).decode("utf-8", "ignore")
-        word = text.lstrip()
-        end = len(text) - len(word) + len(word.split(maxsplit=1)[0]) if word else len(text)
-        return text[: max(end, 1)]
 
-    def _advance(self, ids: np.ndarray) -> list[tuple[PrefixState, int, TokenBits]]:
-        """Read tokens; return the state before each chunk, its tokens, and their surprise."""
-        found = []
-        while len(ids):
-            length = self._engine.chunk_length(len(ids), CHUNK_LENGTHS)
-            before = self._state
-            (((self._state, hidden),), counts) = self._engine.prefill([before], [ids], length)
-            count = int(counts[0])
-            targets = np.zeros(length, np.int32)
-            targets[:count] = ids[:count]
-            found.append(
-                (before, count, self._surprise(self._parameters, before.logits, hidden, targets))
-            )
-            ids = ids[count:]
-        return found
+def expected_text(model: LanguageModel, tokenizer: Tokenizer, place: Place) -> str:
+    """Generate greedily from a place in a scored text to the end of a word or line.
 
-    def _token_lengths(self, ids: np.ndarray) -> np.ndarray:
-        unknown = np.unique(ids[self._lengths[ids] < 0])
-        self._lengths[unknown] = [len(self._tokenizer.decode_bytes([x])) for x in unknown]
-        return self._lengths[ids]
+    The text has at most 40 tokens.
+    """
+    generation = generate(
+        model,
+        [place.ids],
+        max_new_tokens=_EXPECTED_TOKENS,
+        eos_id=tokenizer.eos_id,
+        state=dataclasses.replace(empty_state(model, 1), **place.state._asdict()),
+    )
+    text = tokenizer.decode_bytes(generation.sequences()[0]).decode("utf-8", "ignore")
+    found = re.match(r"\s*\S+|\s*", text)
+    return found[0] if found else ""
 
 
 @functools.lru_cache(maxsize=4)
-def _surprise_of(architecture: Architecture) -> Callable[..., TokenBits]:
-    """Make the program that scores the tokens of a chunk."""
+def _program(architecture: Architecture) -> Callable[..., Float[Array, "2 T"]]:
+    """Make the program that computes the bits and the entropy of the tokens of a chunk."""
 
     @jax.jit
-    def surprise(
+    def score(
         parameters: list[Array],
         logits: Float[Array, "1 vocab"],
         hidden: Float[Array, "1 T D"],
         targets: Int[Array, "T"],
-    ) -> TokenBits:
+    ) -> Float[Array, "2 T"]:
         model = architecture.merge(parameters)
 
-        def score(row: tuple[jax.Array, ...]) -> TokenBits:
+        def score_one(row: tuple[jax.Array, ...]) -> Float[Array, "2"]:
             is_first, inputs, target = row
             new = jnp.where(is_first, logits[0], model.logits(inputs[None, None])[0, 0])
             nats = -jax.nn.log_softmax(new)
-            p = jnp.exp(-nats)
-            mean = jnp.sum(p * nats)
-            return TokenBits(nats[target], mean, jnp.sum(p * jnp.square(nats - mean)))
+            return jnp.stack([nats[target], jnp.sum(jnp.exp(-nats) * nats)]) / math.log(2)
 
-        # The head at a token predicts the next one; the state before predicts the first.
-        is_first = jnp.arange(len(targets)) == 0
-        rows = is_first, jnp.roll(hidden[0], 1, axis=0), targets
-        bits, expected, variance = lax.map(score, rows, batch_size=_ROWS)
-        return TokenBits(bits / LN2, expected / LN2, variance / LN2**2)
+        # The head at a token predicts the next one; the logits before the chunk predict its first.
+        rows = jnp.arange(len(targets)) == 0, jnp.roll(hidden[0], 1, axis=0), targets
+        return lax.map(score_one, rows, batch_size=_ROWS).T
 
-    return surprise
+    return score

@@ -1,131 +1,143 @@
-"""Bits of tokens, units and pages, against the model's own log-probabilities."""
+"""Units of a scored text, streams, and the page."""
 
 import html
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import small_model
 
-from simplernn_jax.analysis.surprise import Page, Top, Units, read_blocks
-from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.analysis.surprise import (
+    BLOCK_BYTES,
+    Threshold,
+    Units,
+    colored,
+    read_blocks,
+    render_page,
+)
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference import generate
-from simplernn_jax.inference.scoring import Scorer
+from simplernn_jax.inference.scoring import ScoredBlock
 
-TEXT = "a b 12\n\nwörter <b>\nab\n" * 30
-
-
-@pytest.fixture(scope="module", params=["residual", "plain"])
-def scorer_of(request):
-    """Makes scorers of a model that a C function decodes, and of one that XLA decodes."""
-    model = small_model(request.param, vocab_size=259)
-    return lambda: Scorer(model, ByteTokenizer()), model
+TEXT = "a b 12\n\nwörter <b>\r\nab\n"
 
 
-def test_bits_are_negative_log_probabilities_however_the_text_is_cut(scorer_of):
-    new, model = scorer_of
-    scorer = new()
-    blocks = [scorer.feed(part) for part in (TEXT[:3], "", TEXT[3:600], TEXT[600:])]
-    assert b"".join(block.text for block in blocks) == TEXT.encode()
-    ids = np.concatenate([block.ids for block in blocks])
-    logits, _ = model(jnp.asarray([256, *ids[:-1]])[None])
-    nats = -np.asarray(jax.nn.log_softmax(logits[0].astype(jnp.float32)), np.float64)
-    p, bit = np.exp(-nats), np.log(2)
-    found = [np.concatenate(part) for part in zip(*(block.scores for block in blocks), strict=True)]
-    np.testing.assert_allclose(found[0], nats[np.arange(len(ids)), ids] / bit, rtol=1e-4)
-    np.testing.assert_allclose(found[1], np.sum(p * nats, axis=1) / bit, rtol=1e-4)
+def scored(text, **surprising):
+    """A block of bytes of 2 bits, 1 more than expected; 5 at the first place of `surprising`."""
+    data = text.encode()
+    bits = np.full(len(data), 2, np.float32)
+    for found in surprising.values():
+        bits[data.index(found.encode())] = 5
+    ids = np.frombuffer(data, np.uint8).astype(np.int32)
+    return ScoredBlock(data, ids, np.arange(len(data)), bits, np.ones_like(bits), [(0, None)])
 
 
-def test_the_expected_text_is_what_generate_writes(scorer_of):
-    new, model = scorer_of
-    scorer = new()
-    scorer.feed("abc\n")
-    block = scorer.feed(TEXT)
-    index = 530  # in a later chunk
-    prompt = np.concatenate([[256], np.frombuffer(b"abc\n", np.uint8), block.ids[:index]])
-    new_ids = generate(model, [prompt], max_new_tokens=16, eos_id=257).sequences()[0]
-    text = ByteTokenizer().decode_bytes(new_ids).decode("utf-8", "ignore")
-    assert text.startswith(scorer.expected_text(block, index))
+def cut(*blocks, by="line", **options):
+    units = Units(by, **options)
+    return [unit for block in blocks for unit in units.cut(block)]
 
 
-def test_units_cover_the_text_and_their_bits_add_up(scorer_of):
-    new, _ = scorer_of
-    for by in ("line", "word", "token"):
-        scorer, units = new(), Units(by)
-        blocks = [scorer.feed(part) for part in (TEXT[:8], TEXT[8:])]
-        found = [unit for block in blocks for unit in units.cut(block)]
-        assert "".join(TEXT.split()) == b"".join(unit.text for unit in found).decode().translate(
-            {ord(" "): None, ord("\n"): None}
-        )
-        lines = TEXT.encode().split(b"\n")
-        for unit in found:
-            assert lines[unit.line - 1][unit.column :].startswith(unit.text), by
-        assert sum(unit.bits for unit in found) <= sum(b.scores.bits.sum() for b in blocks)
-    assert {unit.text.strip() for unit in found} >= {b"a", b"1", "ö".encode()[:1]}
-    assert [unit.line for _, unit in _top(new(), 2)] == sorted(
-        {unit.line: unit.surprise for _, unit in _top(new(), 99)},
-        key=lambda line: -{u.line: u.surprise for _, u in _top(new(), 99)}[line],
-    )[:2]
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("line", ["a b 12", "wörter <b>", "ab"]),
+        ("word", ["a", " b", " 12", "wörter", " <b>", "ab"]),
+        ("token", [*"ab12w", b"\xc3", b"\xb6", *"rter<b>ab"]),
+    ],
+)
+def test_units_have_their_text_place_and_bits_however_the_text_is_cut(by, expected):
+    blocks = [scored(TEXT[:3]), scored(TEXT[3:])] if by == "word" else [scored(TEXT)]
+    units = cut(*blocks, by=by)
+    expected = [x if isinstance(x, bytes) else x.encode() for x in expected]
+    assert [unit.text for unit in units] == expected
+    lines = TEXT.encode().split(b"\n")
+    for unit in units:
+        assert lines[unit.line - 1][unit.column :].startswith(unit.text)
+    ends = {"line": len("\n\r\n\n")}.get(by, 0)  # they belong to lines
+    assert sum(unit.bits for unit in units) == 2 * (sum(map(len, expected)) + ends)
 
 
-def _top(scorer, size, **options):
-    top = Top(size)
-    for unit in Units("line", **options).cut(scorer.feed(TEXT)):
-        top.add("x", unit)
-    return top.units()
+def test_one_character_surprises_more_than_many_a_little():
+    wrong, long = cut(scored("abcd\n" + 15 * "x" + "\n", first="c"))
+    assert (wrong.bits, wrong.surprise) == (13, 4 * 1 + 4**2)
+    assert (long.bits, long.surprise) == (32, 16)
+    assert wrong.around_peak() == ("ab", "c", "d")
+    np.testing.assert_array_equal(wrong.place.ids, [*b"ab"])
+    (inside,) = cut(scored("aöb", first="ö"))
+    assert inside.around_peak() == ("a", "ö", "b")
 
 
-def test_masked_fields_have_no_bits(scorer_of):
-    new, _ = scorer_of
-    log = "at 2026-12-01T10:00:00 id 123e4567-e89b-12d3-a456-426614174000 0xdeadbeef1 n=42 abc\n"
-    masked = {}
-    block = new().feed(log)
-    for mask in ("time", "uuid", "hex", "digits"):
-        (unit,) = Units("line", masks=(mask,)).cut(block)
-        masked[mask] = unit.bits
-    (whole,) = Units("line").cut(block)
-    fields = {"time": "2026-12-01T10:00:00", "uuid": "123e4567-e89b-12d3-a456-426614174000"}
-    for mask, field in fields.items():
-        start = log.index(field)
-        assert whole.bits - masked[mask] == pytest.approx(
-            float(block.scores.bits[start : start + len(field)].sum()), rel=1e-4
-        )
-    assert max(masked["digits"], masked["hex"]) < whole.bits
+@pytest.mark.parametrize(
+    ("mask", "fields"),
+    [
+        ("digits", ["17", "3"]),
+        ("hex", ["0xdeadbeef", "12ab34cd"]),
+        ("uuid", ["123e4567-e89b-12d3-a456-426614174000"]),
+        ("time", ["2026-12-01T10:00:00.123+01:00", "2026-12-01", "10:00", "Dec  1 16:42:01"]),
+    ],
+)
+def test_bits_of_masked_fields_do_not_count(mask, fields):
+    line = " ".join(f"of={field}," for field in fields)
+    (whole,), (masked,) = cut(scored(line)), cut(scored(line), masks=[mask])
+    assert whole.bits - masked.bits == 2 * sum(map(len, fields))
+    assert whole.surprise - masked.surprise == sum(map(len, fields))
+    (plain,) = cut(scored("a decade of facades"), masks=[mask])
+    assert plain.bits == 2 * len("a decade of facades")
 
 
-def test_relative_ranks_a_line_below_others_of_its_kind(scorer_of):
-    new, _ = scorer_of
-    absolute = {u.line: u.surprise for _, u in _top(new(), 999)}
-    relative = {u.line: u.surprise for _, u in _top(new(), 999, relative=True)}
-    assert relative[1] == absolute[1]
-    assert relative[5] == pytest.approx(absolute[5] - absolute[1])  # a line like line 1
+def test_a_token_with_a_part_of_a_masked_field_does_not_count():
+    starts, bits = np.array([0, 2, 6]), np.array([3, 5, 7], np.float32)
+    block = ScoredBlock(b"ab 12 3c", starts, starts, bits, np.zeros(3), [(0, None)])
+    assert [unit.bits for unit in cut(block, masks=["digits"])] == [3]
+
+
+def test_relative_ranks_by_the_average_of_earlier_lines_of_the_kind():
+    lines = "took 17 ms\n", "took 9 ms\n", "left 1 s\n", "end\n"
+    block = scored("".join(lines), usual="17", new="end")
+    usual, same, again, other = (unit.surprise for unit in cut(block))
+    first, second, third, fourth = (unit.surprise for unit in cut(block, relative=True))
+    assert first == usual
+    assert second == same - (usual + usual) / 2
+    assert third == pytest.approx(again - (usual + same + (usual + same) / 2) / 3)
+    assert fourth == pytest.approx(other - (usual + same + again) / 3)  # the first of its kind
+
+
+def test_a_threshold_is_the_quantile_of_what_came_before():
+    threshold = Threshold(0.75)
+    numbers = {1: False, 2: False, 3: False, 4: False, 3.2: False, 3.3: True}
+    assert {x: threshold.is_exceeded(x) for x in numbers} == numbers
+    for _ in range(10_000):
+        threshold.is_exceeded(-1.0)
+    assert threshold.is_exceeded(0.0)
+    assert [Threshold(0).is_exceeded(x) for x in (1, 2)] == [False, False]
 
 
 def test_blocks_are_whole_lines_and_long_ones_are_cut_between_characters():
-    text = "é" * 20_000 + "\nab\n" + "x" * 10
-    data = text.encode()
-    pieces = iter([data[:5], data[5:16_385], data[16_385:32_769], data[32_769:], b""])
-    blocks = list(read_blocks(lambda size: next(pieces), "x"))
-    assert "".join(blocks) == text
-    assert max(map(len, blocks)) <= 1 << 14
+    text = "é" * 3 * BLOCK_BYTES + "\nab\n\0" + "x" * 10
+    data = text.encode() + b"\xff\n\xe9"
+    position = 1
+
+    def read(size):
+        nonlocal position
+        before, position = position - 1, position + size
+        return data[before : position - 1]
+
+    blocks = list(read_blocks(read, "x"))
+    assert "".join(blocks) == text + "\ufffd\n\ufffd"
+    assert max(map(len, blocks)) < 2 * BLOCK_BYTES
+    pieces = iter([b"a", b"b\nc\nd", b"e\n", b""])
+    assert list(read_blocks(lambda size: next(pieces), "x")) == ["ab\nc\n", "de\n"]
     with pytest.raises(UserError, match="x: a binary file"):
         list(read_blocks(lambda size: b"a\0", "x"))
+    invalid = iter([b"\x80" * BLOCK_BYTES] * 5 + [b""])
+    assert len(list(read_blocks(lambda size: next(invalid), "x"))) == 5
 
 
-def test_the_page_shows_all_text_escaped(scorer_of):
-    new, _ = scorer_of
-    page, scorer = Page(), new()
-    page.begin("<n>")
-    block = scorer.feed(TEXT)
-    page.add(block)
-    page.end()
-    (unit, *_) = Units("line").cut(block)
-    shown = page.render("<n>", "m", [("<n>", unit, "<e>")])
-    assert shown.count("&lt;n&gt;") > 1
+def test_the_page_shows_all_text_escaped():
+    block = scored(TEXT, first="ö")
+    shown = render_page("<n>", "m", {"<n>": colored(block)}, [("<n>", cut(block)[1], "<e>")])
     assert "expected <code>&lt;e&gt;" in shown
+    assert '<a href="#&lt;n&gt;:3">' in shown
     assert "<n>" not in shown
     body = shown[shown.rindex("<pre>") :].replace("</body>\n</html>", "")
+    assert re.findall(r'class="s3">(.*?)</span>', body) == ["ö"]
+    assert '\n<a id="&lt;n&gt;:3"></a><span class="s1">w</span>' in body
     assert html.unescape(re.sub(r"<[^>]*>", "", body)).strip() == TEXT.strip()
