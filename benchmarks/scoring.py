@@ -10,12 +10,10 @@ import io
 import keyword
 import random
 import re
-import subprocess
-import sys
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
 from simplernn_jax.inference.scoring import Scorer
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.project import ROOT
 from simplernn_jax.training.preparation import prepare
 
 from .baselines.trainers import CALIBRATION, OurTrainer, seconds_per_step
@@ -44,11 +41,6 @@ LINES = (100, 600)
 """Lines of a text: fewer are easy, and more take long."""
 LOGS = "/var/log/**/*.log"
 """Those that Debian's packages leave."""
-COMMANDS = (
-    "-m pytest -v --durations=0 tests/test_config.py tests/data",
-    "-m pip wheel -v --no-deps --no-build-isolation -w {folder} .",
-)
-"""Arguments of Python whose output is a log of this project."""
 _OTHERS = {
     "==": "!=", "!=": "==", "<": ">=", ">": "<=", "<=": "<", ">=": ">", "+": "-", "-": "+",
     "*": "+", "and": "or", "or": "and", "True": "False", "False": "True", "in": "is", "is": "in",
@@ -56,6 +48,8 @@ _OTHERS = {
 }  # fmt: skip
 Defect = tuple[str, int]
 """A text, and the index of its wrong line."""
+Ranking = Callable[[str], np.ndarray]
+"""The surprise of every line of a text."""
 
 
 def run(times: Sequence[str], logs: Sequence[str], effort: Effort) -> Iterator[Table]:
@@ -78,7 +72,7 @@ def run(times: Sequence[str], logs: Sequence[str], effort: Effort) -> Iterator[T
         yield Table("score: wrong tokens", compare(tokens, trained))
         lines = [wrong_line(draw.choice(files), files, draw) for _ in range(DEFECTS)]
         yield Table("score: wrong lines", compare(lines, trained))
-        texts = split_logs(logs or make_logs(folder), Path(folder, "halves"))
+        texts = split_logs(logs or glob.glob(LOGS, recursive=True), Path(folder, "halves"))
         config.data.source, config.data.split = f"{folder}/halves", "position"
         trained = train(config, seconds, f"{folder}/logs")
         lines = [wrong_line(draw.choice(texts), texts, draw) for _ in range(DEFECTS)]
@@ -126,17 +120,6 @@ def texts_of(trained: Trained) -> Iterator[str]:
             yield text
 
 
-def make_logs(folder: str) -> list[str]:
-    """Paths of `LOGS`, and of the output of `COMMANDS` in `folder`."""
-    paths = glob.glob(LOGS, recursive=True)
-    for command in COMMANDS:
-        paths.append(f"{folder}/{len(paths)}.log")
-        words = command.format(folder=folder).split()
-        with open(paths[-1], "wb") as log:
-            subprocess.run([sys.executable, *words], check=False, stdout=log, stderr=log, cwd=ROOT)
-    return paths
-
-
 def split_logs(paths: Sequence[str], folder: Path) -> list[str]:
     """Write the first half of every log to `folder`; return the rest, in texts of few lines."""
     folder.mkdir()
@@ -181,7 +164,6 @@ def wrong_line(text: str, others: Sequence[str], draw: random.Random) -> Defect:
 
 def compare(defects: Sequence[Defect], trained: Trained) -> list[Row]:
     """A row for each ranking, by the surprise of every line."""
-    ngrams = NGrams(trained.corpus.train.tokens)
     model, tokenizer = trained.model(), trained.corpus.tokenizer
 
     def by_model(text: str, relative: bool = False) -> np.ndarray:
@@ -190,10 +172,10 @@ def compare(defects: Sequence[Defect], trained: Trained) -> list[Row]:
             scores[unit.line - 1] = unit.surprise
         return scores
 
-    rankings: Mapping[str, Callable[[str], np.ndarray]] = {
+    rankings: dict[str, Ranking] = {
         "score": by_model,
         "score --relative": lambda text: by_model(text, relative=True),
-        "n-grams to order 8": ngrams.rank,
+        "n-grams to order 8": ngram_ranking(trained.corpus.train.tokens),
         "gzip": rank_by_gzip,
         "length": lambda text: np.array([float(len(line)) for line in text.split("\n")]),
     }
@@ -220,28 +202,26 @@ def rank_by_gzip(text: str) -> np.ndarray:
     return -np.array(sizes, float)
 
 
-class NGrams:
-    """Bytes given up to 7 before them, with backoff by Witten and Bell (1991)."""
+def ngram_ranking(tokens: Any) -> Ranking:
+    """Bits of bytes given up to 7 before them, with backoff by Witten and Bell (1991)."""
+    tables = []
+    for grams in _grams(np.asarray(tokens)):
+        grams, counts = np.unique(grams, return_counts=True)
+        contexts, first, kinds = np.unique(grams >> 8, return_index=True, return_counts=True)
+        tables.append((grams, counts, contexts, np.add.reduceat(counts, first), kinds))
 
-    def __init__(self, tokens: Any) -> None:
-        self._tables = []
-        for grams in _grams(np.asarray(tokens)):
-            grams, counts = np.unique(grams, return_counts=True)
-            contexts, first, kinds = np.unique(grams >> 8, return_index=True, return_counts=True)
-            self._tables.append((grams, counts, contexts, np.add.reduceat(counts, first), kinds))
-
-    def rank(self, text: str) -> np.ndarray:
-        """Bits of every line."""
+    def rank(text: str) -> np.ndarray:
         data = np.frombuffer(text.encode(), np.uint8)
         p = np.full(len(data), 1 / 256)
-        for found, (grams, counts, contexts, *others) in zip(
-            _grams(data), self._tables, strict=True
-        ):
+        for found, table in zip(_grams(data), tables, strict=True):
+            grams, counts, contexts, *others = table
             count = _look_up(found, grams, counts)
             total, kinds = (_look_up(found >> 8, contexts, values) for values in others)
             p = np.where(total > 0, (count + kinds * p) / np.maximum(total + kinds, 1), p)
         line = np.cumsum(data == ord("\n")) - (data == ord("\n"))
         return np.bincount(line, -np.log2(p), minlength=text.count("\n") + 1)
+
+    return rank
 
 
 def _grams(text: np.ndarray) -> Iterator[np.ndarray]:

@@ -62,7 +62,7 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
-_LOGS = flags.DEFINE_list("logs", [], "scoring: logs; default: those of Debian and this project.")
+_LOGS = flags.DEFINE_list("logs", [], "scoring: paths of logs; default: those in /var/log.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),

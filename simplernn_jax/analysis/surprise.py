@@ -9,7 +9,7 @@ import codecs
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jinja2
@@ -27,33 +27,27 @@ _MAX_KINDS, _KIND_BYTES = 1 << 12, 200
 _RECENT = 10_000
 """Units whose surprise is compared in a stream."""
 
+_DATE = rb"\b\d{4}[-/]\d\d[-/]\d\d"
 _CLOCK = rb"\d{1,2}:\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[+-]\d\d:?\d\d)?"
 MASKS = {
-    "digits": rb"\d+",
-    "hex": rb"\b0x[0-9a-fA-F]+\b|\b(?=[a-fA-F]*\d)[0-9a-fA-F]{6,}\b",
     "uuid": rb"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b",
-    "time": rb"\b\d{4}[-/]\d\d[-/]\d\d(?:[T ]+%b)?|\b(?:[A-Z][a-z]{2} [ \d]\d )?%b"
-    % (_CLOCK, _CLOCK),
+    "time": _DATE + rb"[T ]+" + _CLOCK + rb"|\b(?:[A-Z]\w\w [ \d]\d )?" + _CLOCK + rb"|" + _DATE,
+    "hex": rb"\b0x[0-9a-fA-F]+\b|\b(?=[a-fA-F]*\d)[0-9a-fA-F]{6,}\b",
+    "digits": rb"\d+",
 }
-"""Patterns of fields that vary, whose bits are not counted."""
+"""Patterns of fields that vary; one that may be a part of another comes after it."""
 
 
 class Unit(NamedTuple):
     """A line, a word with the space before it, or a token of a text."""
 
-    line: int
-    """Number of its line, from 1."""
-    column: int
-    """Bytes of its line before it."""
-    text: bytes
-    """Without the end of the line."""
+    line: int  # from 1
+    column: int  # bytes of its line before it
+    text: bytes  # without the end of the line
     bits: float
-    surprise: float
-    """What units are ranked by; see above."""
-    peak: int
-    """Position in `text` of its most surprising character."""
-    place: Place
-    """The text before that character."""
+    surprise: float  # what units are ranked by
+    peak: int  # position in `text` of the most surprising character
+    place: Place  # the text before that character
 
     def around_peak(self) -> tuple[str, str, str]:
         """Return the text before its most surprising character, that character, and the rest."""
@@ -72,9 +66,11 @@ class Units:
         that differ in their words and numbers only. The average of all counts as one more of them.
     """
 
-    def __init__(self, by: str, masks: Iterable[str] = (), relative: bool = False) -> None:
+    def __init__(self, by: str, masks: Sequence[str] = (), relative: bool = False) -> None:
         self._by, self._relative = by, relative
-        self._mask = re.compile(b"|".join(MASKS[name] for name in masks) or rb"(?!)")
+        self._mask = re.compile(
+            b"|".join(MASKS[name] for name in MASKS if name in masks) or rb"(?!)"
+        )
         self._kinds: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
         self._all = (0, 0.0)
         self._line, self._column = 1, 0
@@ -87,7 +83,11 @@ class Units:
             first = np.searchsorted(starts, match.start(), "right") - 1
             is_counted[first : np.searchsorted(starts, match.end())] = False
         excess = block.excess * is_counted
-        edges = self._edges(block)
+        if self._by == "token":
+            edges = [*starts.tolist(), len(text)]
+        else:
+            pattern = rb"\n" if self._by == "line" else rb"\S+|\n"
+            edges = sorted({0, *(match.end() for match in re.finditer(pattern, text)), len(text)})
         tokens = np.searchsorted(starts, edges)
         totals = (
             np.diff(np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[tokens]).tolist()
@@ -107,14 +107,6 @@ class Units:
                 peak -= 1
             at, place = int(starts[peak]) - start, block.before(peak)
             yield Unit(line, column, whole.rstrip(b"\r\n"), bits, surprise, at, place)
-
-    def _edges(self, block: ScoredBlock) -> list[int]:
-        """List the positions where units begin, and the length of the text."""
-        if self._by == "token":
-            return [*block.starts.tolist(), len(block.text)]
-        pattern = rb"\n" if self._by == "line" else rb"\S+|\n"
-        ends = (match.end() for match in re.finditer(pattern, block.text))
-        return sorted({0, *ends, len(block.text)})
 
     def _expect(self, text: bytes, surprise: float) -> float:
         """Return the average surprise of the kind of a unit so far, and add this unit to it."""

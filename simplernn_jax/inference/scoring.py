@@ -42,18 +42,12 @@ class Place(NamedTuple):
 class ScoredBlock:
     """Consecutive text and its n tokens."""
 
-    text: bytes
-    """UTF-8."""
-    ids: np.ndarray
-    """[n] int32."""
-    starts: np.ndarray
-    """[n] int64 position in `text` of the first byte of each token."""
-    bits: np.ndarray
-    """[n] float32."""
-    entropy: np.ndarray
-    """[n] float32 bits that the model expected."""
-    _chunks: list[tuple[int, PrefixState]]
-    """Positions of the first tokens of chunks, and the states before them."""
+    text: bytes  # UTF-8
+    ids: np.ndarray  # [n] int32
+    starts: np.ndarray  # [n] int64 position in `text` of the first byte of each token
+    bits: np.ndarray  # [n] float32
+    entropy: np.ndarray  # [n] float32 bits that the model expected
+    _chunks: list[tuple[int, PrefixState]]  # first tokens of chunks, and the states before them
 
     @property
     def excess(self) -> np.ndarray:

@@ -66,27 +66,22 @@ def test_one_character_surprises_more_than_many_a_little():
 
 
 @pytest.mark.parametrize(
-    ("mask", "fields"),
+    ("masks", "fields"),
     [
-        ("digits", ["17", "3"]),
-        ("hex", ["0xdeadbeef", "12ab34cd"]),
-        ("uuid", ["123e4567-e89b-12d3-a456-426614174000"]),
-        ("time", ["2026-12-01T10:00:00.123+01:00", "2026-12-01", "10:00", "Dec  1 16:42:01"]),
+        (["digits"], "17 3"),
+        (["hex"], "0xdeadbeef 12ab34cd"),
+        (["digits", "uuid"], "123e4567-e89b-12d3-a456-426614174000 5"),
+        (["time"], "2026-12-01T10:00:00.123+01:00 2026-12-01 10:00"),
     ],
 )
-def test_bits_of_masked_fields_do_not_count(mask, fields):
-    line = " ".join(f"of={field}," for field in fields)
-    (whole,), (masked,) = cut(scored(line)), cut(scored(line), masks=[mask])
-    assert whole.bits - masked.bits == 2 * sum(map(len, fields))
-    assert whole.surprise - masked.surprise == sum(map(len, fields))
-    (plain,) = cut(scored("a decade of facades"), masks=[mask])
-    assert plain.bits == 2 * len("a decade of facades")
-
-
-def test_a_token_with_a_part_of_a_masked_field_does_not_count():
+def test_bits_of_masked_fields_do_not_count(masks, fields):
+    line = "a decade " + " ".join(f"of={field}," for field in fields.split())
+    (whole,), (masked,) = cut(scored(line)), cut(scored(line), masks=masks)
+    length = len(fields.replace(" ", ""))
+    assert (whole.bits - masked.bits, whole.surprise - masked.surprise) == (2 * length, length)
     starts, bits = np.array([0, 2, 6]), np.array([3, 5, 7], np.float32)
     block = ScoredBlock(b"ab 12 3c", starts, starts, bits, np.zeros(3), [(0, None)])
-    assert [unit.bits for unit in cut(block, masks=["digits"])] == [3]
+    assert [unit.bits for unit in cut(block, masks=["digits"])] == [3]  # tokens with a part of one
 
 
 def test_relative_ranks_by_the_average_of_earlier_lines_of_the_kind():

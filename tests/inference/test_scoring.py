@@ -33,6 +33,9 @@ def test_bits_are_negative_log_probabilities_across_chunks_and_blocks(scored):
         for name in ("ids", "bits", "entropy")
     )
     assert tokenizer.decode(ids) == TEXT
+    for block in blocks:
+        for token, start in zip(block.ids, block.starts, strict=True):
+            assert block.text.startswith(tokenizer.decode_bytes([token]), start)
     logits, _ = model(jnp.asarray([tokenizer.bos_id, *ids[:-1]])[None])
     logprobs = np.asarray(jax.nn.log_softmax(logits[0]), np.float64) / np.log(2)
     np.testing.assert_allclose(bits, -logprobs[np.arange(len(ids)), ids], rtol=1e-4)
@@ -40,13 +43,6 @@ def test_bits_are_negative_log_probabilities_across_chunks_and_blocks(scored):
     generation = generate(model, [[tokenizer.bos_id, *ids[:-1]]], max_new_tokens=0)
     next_bits = -jax.nn.log_softmax(generation.state.logits[0])[ids[-1]] / np.log(2)
     assert bits[-1] == pytest.approx(float(next_bits), rel=1e-5)
-
-
-def test_tokens_start_where_their_text_does(scored):
-    _, tokenizer, blocks = scored
-    for block in blocks:
-        for token, start in zip(block.ids, block.starts, strict=True):
-            assert block.text.startswith(tokenizer.decode_bytes([token]), start)
 
 
 def test_the_expected_text_is_what_generate_continues_with(scored):
