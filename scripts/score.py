@@ -5,8 +5,8 @@
     python scripts/score.py --workdir runs/logs --mask digits --relative system.log
     tail -F system.log | python scripts/score.py --workdir runs/logs --follow -
 
-Each file is one document, which is read once, in constant memory; - is standard input. Lines are
-ranked by the squares of their tokens' bits beyond those that the model expected.
+Each file is one document, which is read once, in constant memory; - is standard input. A line is
+ranked by the bits of its most surprising token beyond those that the model expected there.
 """
 
 import bootstrap
@@ -165,13 +165,13 @@ def _print(name: str, unit: "Unit", expected: str | None = None) -> None:
         print(json.dumps(record), flush=_FOLLOW.value)
         return
     column = f":{unit.column + 1}" if _BY.value != "line" else ""
-    line = f"{_printable(name)}:{unit.line}{column}  {unit.bits:.1f} bits"
+    line = f"{_printable(name)}:{unit.line}{column}"
+    line += f"  surprise {unit.surprise:.1f}, {unit.bits:.1f} bits"
     if expected is None:
         print(f"{line}  {_printable(before + peak + after)}")
         return
     before = _printable(before[-60:])
-    print(f"{line}, {unit.bits / max(len(unit.text), 1):.2f} per byte")
-    print(f"    {before}{_printable(peak + after[:60])}")
+    print(f"{line}\n    {before}{_printable(peak + after[:60])}")
     print(f"    {' ' * len(before)}^ expected {expected!r}", flush=_FOLLOW.value)
 
 

@@ -1,8 +1,7 @@
 """The surprising lines, words or tokens of a text, from the bits of its tokens.
 
-A unit is ranked by the sum of squares of the bits that its tokens have beyond those that the model
-expected: random digits, which the model knows to be random, count little, and one wrong character
-counts more than many slightly unusual ones.
+A unit is ranked by its most surprising token: by the bits that this has beyond those that the model
+expected, so that random digits, which the model knows to be random, count little.
 """
 
 import codecs
@@ -89,20 +88,19 @@ class Units:
             pattern = rb"\n" if self._by == "line" else rb"\S+|\n"
             edges = sorted({0, *(match.end() for match in re.finditer(pattern, text)), len(text)})
         tokens = np.searchsorted(starts, edges)
-        totals = (
-            np.diff(np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])[tokens]).tolist()
-            for each in (block.bits * is_counted, np.square(excess))
-        )
+        total = np.concatenate([[0.0], np.cumsum(block.bits * is_counted, dtype=np.float64)])
+        sums = np.diff(total[tokens]).tolist()
         spans = itertools.pairwise(zip(edges, tokens.tolist(), strict=True))
-        for ((start, first), (end, last)), bits, surprise in zip(spans, *totals, strict=True):
+        for ((start, first), (end, last)), bits in zip(spans, sums, strict=True):
             whole, line, column = text[start:end], self._line, self._column
             is_end = whole.endswith(b"\n")
             self._line, self._column = (line + 1, 0) if is_end else (line, column + len(whole))
             if first == last or not whole.strip():
                 continue
+            peak = first + int(np.argmax(excess[first:last]))
+            surprise = float(excess[peak])
             if self._relative:
                 surprise -= self._expect(whole, surprise)
-            peak = first + int(np.argmax(excess[first:last]))
             while peak > first and text[starts[peak]] & 0xC0 == 0x80:  # inside a character
                 peak -= 1
             at, place = int(starts[peak]) - start, block.before(peak)

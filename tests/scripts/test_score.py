@@ -47,7 +47,8 @@ def test_prints_the_most_surprising_units_of_all_files_and_writes_a_page(workdir
     assert all(f"<h2>{name}</h2>" in (tmp_path / "page.html").read_text("utf-8") for name in names)
     top = max(lines[:3], key=lambda x: x["surprise"])
     first, *_, expected, total = human.output.splitlines()
-    assert first.startswith(f"a :{top['line']}  {top['bits']:.1f} bits, ")
+    numbers = f"surprise {top['surprise']:.1f}, {top['bits']:.1f} bits"
+    assert first == f"a :{top['line']}  {numbers}"
     assert "^ expected '" in expected
     assert total.startswith("19 bytes, ")
 
