@@ -7,6 +7,7 @@
     python scripts/benchmark.py completion --workdirs DIRS [--cursors N] [--lines N]
     python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
     python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
+    python scripts/benchmark.py scoring --seconds S [--logs PATHS]
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -26,6 +27,8 @@
                the speeds that it measures first, alone with --minutes= (then on a quiet machine)
     tune       held-out loss of a state, low-rank updates and all parameters of --workdir after
                --seconds (15,60,240) on another author (--source) and language; 100 states served
+    scoring    score.py: speed relative to prefill, and recall of 200 wrong tokens and lines in
+               held-out files and logs, after --seconds of training on each
 
 Except in attention and what follows it, candidates run in alternating blocks of one process,
 compiled and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of
@@ -42,7 +45,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import completion, decoding, minutes, scaling, serving, training, tuning
+from benchmarks import completion, decoding, minutes, scaling, scoring, serving, training, tuning
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -79,6 +82,7 @@ _LINES = flags.DEFINE_integer(
     "lines", 100, "completion: number of lines that are typed.", lower_bound=2 * CLIENTS[-1]
 )
 _MINUTES = flags.DEFINE_list("minutes", ["1", "5", "30"], "minutes: minutes of training.")
+_LOGS = flags.DEFINE_list("logs", [], "scoring: paths of logs; default: those in /var/log.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
@@ -99,6 +103,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
         _MINUTES.value, flags.FLAGS["source"].value, results.tables
     ),
     "tune": lambda *_: tuning.run(_base(), *(_OF_BASELINES[n].value for n in (1, 2))),
+    "scoring": lambda effort, _: scoring.run(flags.FLAGS.seconds, _LOGS.value, effort),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 

@@ -253,7 +253,8 @@ def write_texts(root):
         (texts / f"{number}.txt").write_text(SENTENCE * 20)
     (root / "tinyshakespeare.txt").write_text("ROMEO:\n" + SENTENCE * 40)
     (root / "book.txt").write_text(SENTENCE * 8)
-    (root / "story.txt").write_text(SENTENCE * 2)
+    for name in ("story.txt", "module.py", "system.log"):
+        (root / name).write_text(SENTENCE * 2)
     record = '{"user": "", "bot": "The quick brown fox."}\n'
     (root / "dialogues.jsonl").write_text(record * 8)
 

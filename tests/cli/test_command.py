@@ -102,7 +102,7 @@ def complete(script, *words):
         (["completion", ""], ["bash", "zsh"]),
         (["sample", "--top"], ["--top_k", "--top_p"]),
         (["launch_local", "2", "--workd"], ["--workdir"]),
-        (["benchmark", "s"], ["serve", "startup", "scaling", "sizes"]),
+        (["benchmark", "s"], ["serve", "startup", "scaling", "sizes", "scoring"]),
         (["evaluate", "--split", ""], ["validation", "train"]),
         (["evaluate", "--split", "=", "t"], ["train"]),
         (["train", "--config", "ti"], ["tiny"]),

@@ -1,0 +1,101 @@
+"""scripts/score.py in a process of its own."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+from processes import ROOT, assert_each_refused, run_scripts, start_python
+from small_data import write
+from small_runs import untrained_run
+
+SCRIPT = ROOT / "scripts" / "score.py"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return untrained_run(tmp_path_factory.mktemp("scored"))
+
+
+def test_prints_the_most_surprising_units_of_all_files_and_writes_a_page(workdir, tmp_path):
+    (tmp_path / "empty").touch()
+    write(tmp_path / "a\x1b", "\tfirst\r\nan é\n\nlast")
+    write(tmp_path / "b", b"\xff\n")
+    names = ["a\x1b", "empty", "b"]
+    flags = [SCRIPT, "--workdir", workdir, "--json"]
+    every, two, page, human, piped = run_scripts(
+        [*flags, "--top=0", *names],
+        [*flags, "--top=2", "--by=word", *names],
+        [*flags, "--html=page.html", *names],
+        [*flags, "--nojson", "--top=1", names[0]],
+        [*flags, "--top=0", "-"],
+        cwd=tmp_path,
+        stdin=(tmp_path / names[0]).read_bytes(),
+    )
+    lines, words, ranked, again = (
+        [json.loads(line) for line in result.output.splitlines()]
+        for result in (every, two, page, piped)
+    )
+    places = [(x["file"], x["line"], x["text"]) for x in lines]
+    in_first = [("a\x1b", 1, "\tfirst"), ("a\x1b", 2, "an é"), ("a\x1b", 4, "last")]
+    assert places == [*in_first, ("b", 1, "\ufffd")]
+    assert len(words) == 2
+    assert words[0]["surprise"] >= words[1]["surprise"]
+    assert [x["bits"] for x in again] == [x["bits"] for x in lines[:3]]
+    most = sorted(lines, key=lambda x: -x["surprise"])
+    assert [{key: x[key] for key in lines[0]} for x in ranked] == most
+    assert all(f"<h2>{name}</h2>" in (tmp_path / "page.html").read_text("utf-8") for name in names)
+    top = max(lines[:3], key=lambda x: x["surprise"])
+    first, *_, expected, total = human.output.splitlines()
+    numbers = f"surprise {top['surprise']:.1f}, {top['bits']:.1f} bits"
+    assert first == f"a :{top['line']}  {numbers}"
+    assert "^ expected '" in expected
+    assert total.startswith("19 bytes, ")
+
+
+def test_follows_a_file_until_interrupted(workdir, tmp_path):
+    log = write(tmp_path / "log", "a\n" * 4)
+    flags = ("--workdir", workdir, "--follow", "--quantile=0.75", "--json", log)
+    process = start_python(SCRIPT, *flags)
+
+    def follow(mode, text):
+        with log.open(mode) as file:
+            file.write(f"{text}\n")
+        found = json.loads(process.stdout.readline())
+        assert found["text"] == text
+        return found["line"]
+
+    try:
+        assert follow("a", "a line of many words, which is more than the others have") == 5
+        assert follow("w", "another line of many words, in a truncated file") == 6
+        log.rename(tmp_path / "log.1")
+        assert follow("a", "the first line of another file after a rotation of logs") == 7
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    assert subprocess.run(["pgrep", "-f", f"tail .* {log}"], check=False).returncode == 1
+
+
+def test_bad_input_is_one_line(workdir, tmp_path):
+    write(tmp_path / "binary", b"a\0b")
+    (tmp_path / "empty").touch()
+    of = ["--workdir", workdir]
+    assert_each_refused(
+        SCRIPT,
+        (of, "no file: name the files"),
+        ([*of, "--mask=words", "x"], "mask"),
+        ([*of, "--follow", "x", "y"], "--follow reads one file"),
+        ([*of, "--follow", "--html=z", "x"], "--follow reads one file"),
+        ([*of, "--html=no/z", "x"], "no/z: its folder does not exist"),
+        ([*of, "missing"], "missing: no such file"),
+        ([*of, "."], "not a regular file"),
+        ([*of, "binary"], "binary: a binary file; score text"),
+        cwd=tmp_path,
+    )
+    for name in ("empty", "-"):
+        (result,) = run_scripts([SCRIPT, *of, name], cwd=tmp_path)
+        assert (result.code, result.output) == (2, "")
+        assert result.errors.splitlines()[-1] == f"error: {name}: empty; score a text"
