@@ -23,7 +23,16 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import tables
-from benchmarks.stress import Experiment, corruption, faults, fuzz, non_finite, run_experiment, soak
+from benchmarks.stress import (
+    Experiment,
+    corruption,
+    faults,
+    fuzz,
+    lookup,
+    non_finite,
+    run_experiment,
+    soak,
+)
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
@@ -37,6 +46,7 @@ EXPERIMENTS = {
     "stores": Experiment(corruption.stores, full=1200, quick=60),
     "fuzz": Experiment(fuzz.fuzz, full=10_000, quick=1000),
     "non_finite": Experiment(non_finite.non_finite, full=500, quick=4),
+    "lookup": Experiment(lookup.lookup, full=10_000, quick=40),
     "soak": Experiment(soak.soak, full=100, quick=1),
 }
 

@@ -77,7 +77,10 @@ class Scheduler:
         self._prefiller = Prefiller(self._engine, self._zero, self.cache)
         nothing = _new_sequence(_NO_JOB, 0, self._vocab_size)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
-        self._slots: Sequences = slots._replace(state=_empty_state(model, num_slots))
+        history = self._engine.history([_NO_JOB.tokens] * num_slots)
+        self._slots: Sequences = slots._replace(
+            state=_empty_state(model, num_slots), history=history
+        )
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefilling: deque[Prompt] = deque()
         self._ready: deque[Prompt] = deque()
@@ -120,8 +123,10 @@ class Scheduler:
         yield from self._prefiller.compile()
         yield "insertion"
         self._insert([(len(self._choices), Prompt(_NO_JOB, self._zero, []), 0)])
-        yield f"decoding in {len(self._choices)} slots"
-        self._dispatch(self._choices, is_first=False)
+        for name, has_choice in (("few", False), ("all", True)):  # lookup is for few
+            yield f"decoding in {name} of {len(self._choices)} slots"
+            is_active = np.full(len(self._choices), has_choice)
+            _, self._slots = self._engine.decode(self._slots, is_active, 1)
 
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
@@ -197,11 +202,19 @@ class Scheduler:
         sequences = [
             _new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
         ]
+        recent = (
+            p.job.tokens[:0] if p.job.prefix is None else p.job.prefix.recent for _, p, _ in new
+        )
+        texts = [
+            np.concatenate([r, p.job.tokens]) for r, (_, p, _) in zip(recent, new, strict=True)
+        ]
         self._slots = insert_sequences(
             self._slots,
             np.array([slot for slot, _, _ in new], np.int32),
             tuple(prompt.state for _, prompt, _ in new),
-            jax.tree.map(lambda *x: np.stack(x), *sequences),
+            jax.tree.map(lambda *x: np.stack(x), *sequences)._replace(
+                history=self._engine.history(texts)
+            ),
         )
 
     def _dispatch(self, choices: list[_Choice | None], is_first: bool) -> _Dispatched:
