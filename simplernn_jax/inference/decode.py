@@ -40,6 +40,8 @@ class Generation:
     """[B] int32 number of new tokens of each sequence, EOS included."""
     state: DecoderState
     """State after the new tokens, from which `generate` continues."""
+    drafts: np.ndarray
+    """[B, 2] int32 numbers of tokens that `lookup` drafted, and of those that were accepted."""
 
     def sequences(self) -> list[np.ndarray]:
         """List the new tokens of each sequence without padding."""
@@ -116,9 +118,9 @@ def generate(
 
     (fill,) = sampling.stop_ids or (0,)
     tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
-    lengths = np.zeros(len(prompts), np.int32)
+    lengths, drafts = np.zeros(len(prompts), np.int32), np.zeros((len(prompts), 2), np.int32)
     if not max_new_tokens:
-        return Generation(tokens, lengths, state)
+        return Generation(tokens, lengths, state, drafts)
     uses_lookup = lookup and len(prompts) <= engine.max_lookups
     finished = np.asarray(state.finished) & bool(sampling.stop_ids)
     sequences = batch_sequences(
@@ -138,6 +140,7 @@ def generate(
             tokens[index, lengths[index] :][: len(added)] = added
             finished[index] |= len(added) > 0 and added[-1] in sampling.stop_ids
         lengths += block.counts
+        drafts += block.drafts
         if on_tokens is not None:
             on_tokens(new)
     layers, logits = sequences.state
@@ -150,7 +153,7 @@ def generate(
         finished=jnp.asarray(finished),
     )
     new = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    return Generation(tokens, lengths, _with_recent(state, new))
+    return Generation(tokens, lengths, _with_recent(state, new), drafts)
 
 
 def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:

@@ -77,6 +77,8 @@ class Block(NamedTuple):
 
     tokens: Int[Array, "B block"]
     counts: Int[Array, "B"]
+    drafts: Int[Array, "B 2"]
+    """Numbers of tokens that were drafted, and accepted."""
     logprobs: TokenLogprobs | None
     """Meaningless unless an active sequence wants them."""
     has_ended: Bool[Array, ""]
@@ -401,6 +403,7 @@ def _empty_block(start: Sequences, length: int) -> Block:
     return Block(
         tokens=jnp.zeros((num_sequences, length), jnp.int32),
         counts=jnp.zeros(num_sequences, jnp.int32),
+        drafts=jnp.zeros((num_sequences, 2), jnp.int32),
         logprobs=logprobs,
         has_ended=jnp.bool_(False),
     )
@@ -560,6 +563,7 @@ def _lookup(
         block = Block(
             tokens=put(block.tokens, window),
             counts=block.counts + new,
+            drafts=block.drafts + jnp.stack([jnp.maximum(num_read - 1, 0), accepted], axis=1),
             logprobs=jax.tree.map(put, block.logprobs, logprobs),
             has_ended=block.has_ended,
         )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simplernn_jax.ops.native import supports_native
+
 RECENT = 1 << 14
 """Tokens of a sequence in which drafts are looked up."""
 
@@ -52,6 +54,8 @@ def draft_tokens(
       ``[N, W]``: `following`, then the drafted tokens, then zeros; ``[N]`` the number of the first
       two; and the histories.
     """
+    if not supports_native(jnp.float32):
+        raise ValueError("draft_tokens requires a CPU and a C compiler")
     arguments = [tokens, counts, following, limits, *history]
     drafted = jax.ShapeDtypeStruct((len(tokens), width), np.dtype(np.int32))
     results = [drafted, jax.typeof(counts), *map(jax.typeof, history)]

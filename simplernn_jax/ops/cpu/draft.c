@@ -27,11 +27,11 @@ static uint32_t hash_of(const History *h, int32_t next) {
 
 /* The newest match of the last tokens and `next`, a longer one if they continue it. */
 static void match_next(const History *h, int32_t next, uint32_t hash, uint32_t *at, uint32_t *count) {
-  const uint32_t length = h->cursor[LENGTH], match = h->cursor[MATCH];
-  *at = *count = 0;
+  const uint32_t length = h->cursor[LENGTH], match = h->cursor[MATCH], matched = h->cursor[MATCHED];
+  *at = *count = 0; /* which may be those of the cursor */
   if (match > 0 && length - match <= h->ring_mask && h->ring[match & h->ring_mask] == next) {
     *at = match + 1;
-    *count = least(h->cursor[MATCHED] + 1, LONGEST);
+    *count = least((int64_t)matched + 1, LONGEST);
     return;
   }
   const uint32_t found = h->table[hash], oldest = length > h->ring_mask ? length - h->ring_mask : 0;
