@@ -40,7 +40,8 @@ MAX_BLOCK = 128
 WINDOW = 12
 """Maximum number of tokens of a sequence, a certain one and drafts, that are checked at a time."""
 LOOKUPS = 2
-BYTE_VOCAB, BYTE_ORDER, ORDER = 512, 6, 3
+"""Sequences that are decoded with drafts together, at most; more keep all cores busy without."""
+BYTE_VOCAB, BYTE_ORDER, ORDER = 512, 5, 3
 """Tokens of the shortest match, of a vocabulary of bytes and of others."""
 
 
@@ -93,8 +94,6 @@ class Engine:
         self.is_native = architecture.decodes_natively
         """True if a C function decodes the model."""
         self.max_lookups = LOOKUPS if self.is_native else 0
-        """Sequences that are decoded with drafts together, at most: more of them keep all cores
-        busy without."""
         self._vocab_size = model.config.vocab_size
         self.programs = programs_for(architecture)
         self.weights: Any = self.parameters
@@ -144,7 +143,8 @@ class Engine:
     ) -> tuple[Block, Sequences]:
         """Decode up to `num_tokens` more tokens of the active sequences; donates `sequences`."""
         active = np.flatnonzero(is_active)
-        if sequences.history is not None and len(active) <= self.max_lookups:
+        is_few = 0 < len(active) <= self.max_lookups and num_tokens >= WINDOW
+        if sequences.history is not None and is_few:
             index = np.full(min(len(is_active), self.max_lookups), len(is_active), np.int32)
             index[: len(active)] = active
             return self.programs.lookup(self.weights, sequences, index, np.int32(num_tokens))
@@ -421,7 +421,7 @@ def _count(
         return now
 
     def count(counts: jax.Array) -> jax.Array:
-        is_new = jnp.arange(tokens.shape[1]) < new[:, None]
+        is_new = jnp.arange(tokens.shape[1])[None] < new[:, None]
         return counts.at[jnp.arange(len(new))[:, None], tokens].add(is_new.astype(jnp.int32))
 
     counts = lax.cond(with_penalties, count, lambda counts: counts, now.penalties.counts)
@@ -481,7 +481,7 @@ def _lookup(
     """
     batch, settings = len(start.remaining), start.settings
     with_penalties, with_logprobs, keys = _options(start, is_active)
-    place = jnp.arange(WINDOW)
+    place = jnp.arange(WINDOW)[None]
 
     def of_tokens(x: Array, t: Array) -> Array:
         """x[n, t[n]], [B, ...]"""
@@ -493,7 +493,7 @@ def _lookup(
         repeated = functools.partial(
             jax.tree.map, lambda x: jnp.repeat(x, width, axis=0) if len(x) == batch else x
         )
-        penalties, position = now.penalties, now.position[:, None] + 1 + place[:width]
+        penalties, position = now.penalties, now.position[:, None] + 1 + place[:, :width]
         if penalties is not None:
             # Drafts before a token count as accepted: it is used only if they are.
             def counted() -> Array:
@@ -542,7 +542,7 @@ def _lookup(
         is_stop_drawn = stops(drawn)
         # A stop id is never accepted as a draft: it is the next token, which may end a sequence.
         is_right = (drawn[:, :-1] == window[:, 1:]) & ~is_stop_drawn[:, :-1]
-        is_right &= place[1:] < num_read[:, None]
+        is_right &= place[:, 1:] < num_read[:, None]
         accepted = jnp.sum(jnp.cumprod(is_right.astype(jnp.int32), axis=1), axis=1)
         new = jnp.where(is_new, 1 + accepted, 0)
 

@@ -123,10 +123,11 @@ class Scheduler:
         yield from self._prefiller.compile()
         yield "insertion"
         self._insert([(len(self._choices), Prompt(_NO_JOB, self._zero, []), 0)])
-        for name, has_choice in (("few", False), ("all", True)):  # lookup is for few
-            yield f"decoding in {name} of {len(self._choices)} slots"
-            is_active = np.full(len(self._choices), has_choice)
-            _, self._slots = self._engine.decode(self._slots, is_active, 1)
+        num_slots = len(self._choices)
+        for number in sorted({1, num_slots}):  # lookup is for few
+            yield f"decoding in {number} of {num_slots} slots"
+            is_active = np.arange(num_slots) < number
+            _, self._slots = self._engine.decode(self._slots, is_active, MAX_BLOCK)
 
     def step(self) -> list[tuple[Job, Event]]:
         """Prefill a little, decode a block, and return its events."""
