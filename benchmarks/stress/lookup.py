@@ -19,9 +19,8 @@ from simplernn_jax.models import LanguageModel
 
 from . import Case, run_cases
 
-VOCABULARIES = {2: "none", 7: "none", 71: "int4", 259: "int8"}
-"""Formats of the weights, by the number of ids; of few ids, most drafts are right."""
-SLOTS = 4
+MODELS = {2: ("none", 4), 71: ("int4", 1), 259: ("int8", 4)}
+"""Format of the weights and number of slots, by that of ids; of few ids, most drafts are right."""
 
 
 def lookup(folder: Path, count: int, seed: int) -> Iterator[Case]:
@@ -35,10 +34,10 @@ def lookup(folder: Path, count: int, seed: int) -> Iterator[Case]:
 @functools.cache
 def make_model(vocab_size: int) -> LanguageModel:
     """A random model whose greedy text repeats itself."""
-    sizes = {"hidden_dim": 16, "key_dim": 8, "value_dim": 12, "num_heads": 2, "mlp_dim": 19}
+    sizes: Any = {"hidden_dim": 16, "key_dim": 8, "value_dim": 12, "num_heads": 2, "mlp_dim": 19}
     config = ModelConfig(vocab_size=vocab_size, num_layers=2, **sizes)
     model = LanguageModel(config, rngs=nnx.Rngs(vocab_size))
-    return quantize_model(model, VOCABULARIES[vocab_size])
+    return quantize_model(model, MODELS[vocab_size][0])
 
 
 def draw_sequence(draw: random.Random, vocab_size: int) -> tuple[Sampling, list[int], Any]:
@@ -71,9 +70,9 @@ def draw_sequence(draw: random.Random, vocab_size: int) -> tuple[Sampling, list[
 
 
 def _compare(number: int, draw: random.Random) -> Case:
-    vocab_size = draw.choice(list(VOCABULARIES))
+    vocab_size = draw.choice(list(MODELS))
     model = make_model(vocab_size)
-    engine, slots = Engine(model), SLOTS if number % 2 else 1
+    engine, slots = Engine(model), MODELS[vocab_size][1]
     drawn = [draw_sequence(draw, vocab_size) for _ in range(slots)]
     prompts = [prompt for _, prompt, _ in drawn]
     state = generate(model, prompts, max_new_tokens=0).state
@@ -82,7 +81,8 @@ def _compare(number: int, draw: random.Random) -> Case:
     is_active[draw.sample(range(slots), draw.randint(1, min(slots, engine.max_lookups)))] = True
     lengths, found = [draw.randint(1, 128) for _ in range(3)], []
     for history in (None, engine.history([np.array(prompt, np.int32) for prompt in prompts])):
-        sequences = Sequences(PrefixState(state.layers, state.logits), *rest, history)
+        arrays: Any = PrefixState(state.layers, state.logits), *rest, history
+        sequences = Sequences(*arrays)
         sequences, blocks = jax.tree.map(jax.numpy.copy, sequences), []
         for length in lengths:
             block, sequences = engine.decode(sequences, is_active, length)

@@ -465,8 +465,10 @@ def _decode_some(
     put = functools.partial(
         jax.tree.map, lambda all, some: all.at[index].set(some, mode="drop", unique_indices=True)
     )
-    has_ended, all_block = block.has_ended, _empty_block(all_sequences, MAX_BLOCK)
-    block = put(all_block._replace(has_ended=None), block._replace(has_ended=None))
+    # The only leaf without the axis B.
+    has_ended, nothing = block.has_ended, jnp.zeros(batch, bool)
+    all_block = _empty_block(all_sequences, MAX_BLOCK)._replace(has_ended=nothing)
+    block = put(all_block, block._replace(has_ended=nothing[: len(index)]))
     return block._replace(has_ended=has_ended), put(all_sequences, some)
 
 
@@ -496,9 +498,9 @@ def _lookup(
         penalties, position = now.penalties, now.position[:, None] + 1 + place[:, :width]
         if penalties is not None:
             # Drafts before a token count as accepted: it is used only if they are.
-            def counted() -> Array:
+            def counted(counts: Array = penalties.counts) -> Array:
                 is_id = jax.nn.one_hot(window[:, :width], logits.shape[-1], dtype=jnp.int32)
-                counts = now.penalties.counts[:, None] + jnp.cumsum(is_id, axis=1)
+                counts = counts[:, None] + jnp.cumsum(is_id, axis=1)
                 return counts.reshape(-1, logits.shape[-1])
 
             shape = batch * width, logits.shape[-1]
@@ -531,7 +533,7 @@ def _lookup(
         block, now, logits, layers, first, window, count, is_stop = carry
         is_new = is_decoded(block, now)
         num_read = jnp.where(is_new & ~is_stop, count, 0)
-        before = None if block.logprobs is None else of_tokens(logits, first)[:, None]
+        before = of_tokens(logits, first)[:, None]
         logits, _, layers = decode_ahead(weights, window, num_read, first, logits, layers)
         drawn = lax.cond(
             jnp.any(num_read > 1),
@@ -548,7 +550,7 @@ def _lookup(
 
         def put(all: Array, values: Array) -> Array:
             for n in range(batch):
-                at = n, block.counts[n], *[0] * (all.ndim - 2)
+                at: tuple[Any, ...] = n, block.counts[n], *[0] * (all.ndim - 2)
                 all = lax.dynamic_update_slice(all, values[n : n + 1], at)
             return all
 

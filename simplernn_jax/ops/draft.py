@@ -1,6 +1,6 @@
 """Draft tokens of speculative decoding, looked up in the history of a sequence: `cpu/draft.c`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ class History(NamedTuple):
 
 def empty_history(num_sequences: int, order: int) -> History:
     """Make the NumPy arrays of histories without tokens; a match has `order` tokens at least."""
-    zeros = np.zeros((2, num_sequences, RECENT), np.int32)
-    return History(*zeros, np.array([[0, 0, 0, order]] * num_sequences, np.int32))
+    zeros = np.zeros((num_sequences, RECENT), np.int32)
+    arrays: tuple[Any, ...] = (zeros, zeros, zeros[:, :4] + np.array([0, 0, 0, order], np.int32))
+    return History(*arrays)
 
 
 def draft_tokens(

@@ -203,11 +203,9 @@ class Scheduler:
         sequences = [
             _new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
         ]
-        recent = (
-            p.job.tokens[:0] if p.job.prefix is None else p.job.prefix.recent for _, p, _ in new
-        )
         texts = [
-            np.concatenate([r, p.job.tokens]) for r, (_, p, _) in zip(recent, new, strict=True)
+            job.tokens if job.prefix is None else np.concatenate([job.prefix.recent, job.tokens])
+            for job in (prompt.job for _, prompt, _ in new)
         ]
         self._slots = insert_sequences(
             self._slots,
