@@ -462,9 +462,7 @@ def _decode_some(
         )
     some = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), all_sequences)
     block, some = _lookup(weights, some, index < batch, num_tokens)
-    put = functools.partial(
-        jax.tree.map, lambda all, some: all.at[index].set(some, mode="drop", unique_indices=True)
-    )
+    put = functools.partial(jax.tree.map, lambda all, some: all.at[index].set(some, mode="drop"))
     # The only leaf without the axis B.
     has_ended, nothing = block.has_ended, jnp.zeros(batch, bool)
     all_block = _empty_block(all_sequences, MAX_BLOCK)._replace(has_ended=nothing)
