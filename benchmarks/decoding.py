@@ -5,8 +5,11 @@ prefix, which the PyTorch project recomputes in a loop over time. Then the same 
 weights at several sizes, compared with the rate at which the machine reads that many bytes.
 """
 
+import functools
+import itertools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from simplernn_jax import load_model, project
 from simplernn_jax.config import ModelConfig
+from simplernn_jax.data.batches import document_ends
+from simplernn_jax.data.token_store import TokenizedCorpus
+from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.decoder_weights import QUANTIZATIONS
 from simplernn_jax.inference.engine import Engine
@@ -28,6 +35,8 @@ from .train_steps import load_config
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""
 STREAMS, NEW_TOKENS, PREFILL = 32, 1024, 16_384
+LOOKUP_PROMPT, LOOKUP_TOKENS = 2000, 512
+"""Characters of a prompt of `run_lookup`, and new tokens after it."""
 FORMATS_OF = ("base", "small", "gpt2_size")
 """Configurations of the tables of formats: 1 M, 25 M and 124 M parameters."""
 WEIGHTS_PER_CALL = 1 << 33
@@ -167,3 +176,48 @@ def reading(num_bytes: int) -> Call:
     parts = np.array_split(np.ones(num_bytes // 8, np.uint64), count)
     pool = ThreadPoolExecutor(count)
     return lambda: sum(pool.map(np.sum, parts))
+
+
+def run_lookup(
+    effort: Effort, workdir: str | None, open_corpus: Callable[[str], TokenizedCorpus]
+) -> Iterator[Table]:
+    """Decoding with drafts from the text so far, compared with decoding token by token.
+
+    Each kind has four prompts: a held-out document with another word for ``self``, after which the
+    original begins again (edits); one that ends with three lines that begin alike (code); and a
+    page of the documentation (prose). The model decides what follows. Prefill is not counted.
+    """
+    if workdir is None:
+        raise UserError("lookup: name a trained model: --workdir=DIR")
+    model, tokenizer, _ = load_model(workdir)
+    split = open_corpus(workdir).validation
+    if split is None:
+        raise UserError(f"{workdir}: has no held-out text; train with validation_fraction above 0")
+    bounds = zip(split.document_starts, document_ends(split), strict=True)
+    texts = [tokenizer.decode_bytes(split.tokens[a:b]).decode(errors="replace") for a, b in bounds]
+    begins = [text[:LOOKUP_PROMPT] for text in texts]
+    alike = (re.search(r"(?s).*\n(\s*\S.{8})[^\n]*\n(\1[^\n]*\n){2}", text) for text in begins)
+    pages = sorted((project.ROOT / "docs").glob("*.md"))
+    prompts = {
+        "edits": [f"{one.replace('self', 'this')}\n{one[: len(one) // 4]}" for one in begins],
+        "code": [match[0] for match in alike if match],
+        "prose": [page.read_text("utf-8")[:LOOKUP_PROMPT] for page in pages],
+    }
+    rows: list[Row] = []
+    for kind, temperature, streams in itertools.product(prompts, (0.0, 0.8), (1, 8)):
+        ids = [[tokenizer.encode(text)] * streams for text in prompts[kind][:4]]
+
+        def call(new: int, lookup: bool, ids: Any = ids, temperature: Any = temperature) -> Any:
+            options: Any = {"max_new_tokens": new, "temperature": temperature, "lookup": lookup}
+            return [generate(model, prompts, **options) for prompts in ids]
+
+        count = len(ids) * streams * LOOKUP_TOKENS
+        drafted, accepted = sum(x.drafts.sum(axis=0) for x in call(LOOKUP_TOKENS, True)) / count
+        kinds = {"lookup": (LOOKUP_TOKENS, True), "plain": (LOOKUP_TOKENS, False), "": (0, False)}
+        times = alternate({name: functools.partial(call, *x) for name, x in kinds.items()}, effort)
+        with_drafts, without = (median(times[x]) - median(times[""]) for x in ("lookup", "plain"))
+        row: Row = {"text": kind, "temperature": temperature, "sequences": streams}
+        row |= {"tokens/s": count / with_drafts, "without": count / without}
+        row |= {"ratio": without / with_drafts}
+        rows.append(row | {"drafted/token": drafted, "accepted/token": accepted})
+    yield Table("decode: lookup", rows)

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py ops [train decode serve startup memory scaling sizes]
     python scripts/benchmark.py attention --out FOLDER [--quick]
+    python scripts/benchmark.py lookup --workdir DIR
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
     python scripts/benchmark.py completion --workdirs DIRS [--cursors N] [--lines N]
@@ -12,6 +13,7 @@
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
     decode     time per generated token, compared with recomputing the prefix
+    lookup     decoding with drafts looked up in the text so far, by the trained model of --workdir
     startup    the first train step, with and without a compilation cache
     memory     memory of a train step against the length of its sequence
     sizes      memory and communication of a train step of small and gpt2_size on eight devices
@@ -57,6 +59,8 @@ from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 
 _OUT = flags.DEFINE_string("out", None, "Folder of results.json, table.md and the plots.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "lookup: workdir of a trained model.")
+_CORPUS = command_line.CorpusFlags()
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
@@ -87,6 +91,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
     "decode": lambda effort, _: decoding.run(effort),
+    "lookup": lambda effort, _: decoding.run_lookup(effort, _WORKDIR.value, _CORPUS.open),
     "serve": lambda effort, _: serving.run(effort),
     "startup": lambda effort, _: training.run_startup(effort),
     "memory": lambda *_: scaling.run_memory(),

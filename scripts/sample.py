@@ -45,6 +45,9 @@ _SAVE_STATE = flags.DEFINE_string(
 _LOAD_STATE = flags.DEFINE_string(
     "load_state", None, "Saved decoder state to resume from; --prompt is appended to it."
 )
+_LOOKUP = flags.DEFINE_bool(
+    "lookup", True, "Decode several tokens at a time where text repeats; the text is the same."
+)
 
 
 def main() -> None:
@@ -80,6 +83,7 @@ def main() -> None:
         state=forked,
         max_new_tokens=max_new_tokens,
         on_text=(lambda pieces: _write(pieces[0])) if is_streamed else None,
+        lookup=_LOOKUP.value,
         **settings,
     )
     if is_streamed:

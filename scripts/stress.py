@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import stress, tables
-from benchmarks.stress import corruption, edits, faults, fuzz, non_finite, soak
+from benchmarks.stress import corruption, edits, faults, fuzz, lookup, non_finite, soak
 from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import write_file
@@ -38,6 +38,7 @@ EXPERIMENTS = {
     "edits": stress.Experiment(edits.edits, full=10_000, quick=101),
     "fuzz": stress.Experiment(fuzz.fuzz, full=10_000, quick=1000),
     "non_finite": stress.Experiment(non_finite.non_finite, full=500, quick=4),
+    "lookup": stress.Experiment(lookup.lookup, full=10_000, quick=40),
     "soak": stress.Experiment(soak.soak, full=100, quick=1),
 }
 

@@ -178,7 +178,8 @@ def mask_logits(
     ranked, order = lax.top_k(logits, logits.shape[-1])
     rank = jnp.arange(logits.shape[-1])[None]
     in_top_k = (rank < top_k) | (jnp.asarray(top_k) <= 0)
-    probabilities = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
+    # Rows alone: no bit depends on their number.
+    probabilities = lax.map(jax.nn.softmax, jnp.where(in_top_k, ranked, -jnp.inf))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     in_top_p = (before < top_p) | (jnp.asarray(top_p) >= 1)  # rounded sums may reach 1 too early
     is_kept = (in_top_k & in_top_p) | (rank == 0)

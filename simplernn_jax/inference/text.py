@@ -34,6 +34,7 @@ def generate_text(
     seed: int = 0,
     state: DecoderState | None = None,
     on_text: Callable[[list[str]], None] | None = None,
+    lookup: bool = True,
 ) -> Texts:
     """Continue each prompt, as the beginning of a document, up to its end or `max_new_tokens`.
 
@@ -51,6 +52,7 @@ def generate_text(
       max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
       state: sequences to continue, from an earlier call with the same model, loaded or forked.
       on_text: called with the new characters of every sequence (whole ones only) as they come.
+      lookup: as for `generate`.
 
     Returns:
       The continuations, a list, and the state after them as its attribute ``state``.
@@ -92,6 +94,7 @@ def generate_text(
         on_tokens=lambda new: take(
             [stream.feed(tokens) for stream, tokens in zip(streams, new, strict=True)]
         ),
+        lookup=lookup,
     )
     take([stream.finish() for stream in streams])
     return Texts(texts, generation.state)

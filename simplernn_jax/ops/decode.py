@@ -70,19 +70,46 @@ def decode_tokens(
       The logits after the last token; the inputs of the head at all of them, ``[N, T, D]``, zeros
       from `num_tokens` on; and the states.
     """
+    first = jnp.zeros_like(num_tokens)
+    # One state of each sequence, which the tokens of a call update one after another.
+    logits, states = jax.tree.map(lambda x: x[:, None], (logits, states))
+    logits, final, states = decode_ahead(weights, tokens, num_tokens, first, logits, states)
+    return logits[:, 0], final, jax.tree.map(lambda x: x[:, 0], states)
+
+
+def decode_ahead(
+    weights: DecoderWeights,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    first: jax.Array,
+    logits: jax.Array,
+    states: ModelState,
+) -> tuple[jax.Array, jax.Array, ModelState]:
+    """Compute as `decode_tokens`, and keep logits and states after each token.
+
+    Args:
+      weights, tokens, num_tokens: as for `decode_tokens`.
+      first: ``[N]`` int32, 0 to W - 1; which of its W states a sequence begins with.
+      logits: ``[N, W, vocab]`` float32.
+      states: arrays of `decode_tokens` with an axis W after N. W is at least T, or 1.
+
+    Returns:
+      As `decode_tokens`; after token t of a sequence, logits and state t are its own, and others
+      have no meaning unless it has no tokens. If W is 1, there are those after the last token only.
+    """
     if not supports_native(jnp.float32):
         raise ValueError("decode_tokens requires a CPU and a C compiler")
     # The C function checks the shapes and dtypes of all its arguments.
     leaves, structure = jax.tree.flatten(states)
-    (num_sequences, length), (_, heads, _, value_dim) = tokens.shape, leaves[0].shape
+    (num_sequences, length), (*_, heads, _, value_dim) = tokens.shape, leaves[0].shape
     dim, width = weights.final_scale.shape[0], weights.bias.shape[-1]
-    per_row = 2 * dim + width + heads * value_dim + weights.mlp_dim + 2
+    per_row = 2 * dim + width + heads * value_dim + weights.mlp_dim + 3
     of_head = jax.ShapeDtypeStruct((*tokens.shape, dim), jnp.float32)
     workspace = jax.ShapeDtypeStruct((num_sequences, length * per_row), jnp.float32)
-    arguments = [tokens, num_tokens, logits, *jax.tree.leaves(weights), *leaves]
-    first = len(arguments) - len(leaves)
+    arguments = [tokens, num_tokens, logits, *jax.tree.leaves(weights), first, *leaves]
     results = [jax.typeof(logits), of_head, workspace, *map(jax.typeof, leaves)]
-    aliases = {2: 0} | {first + i: 3 + i for i in range(len(leaves))}
+    before = len(arguments) - len(leaves)
+    aliases = {2: 0} | {before + i: 3 + i for i in range(len(leaves))}
     called = jax.ffi.ffi_call("simplernn_decode", results, input_output_aliases=aliases)(*arguments)
     logits, final, _, *leaves = called
     return logits, final, jax.tree.unflatten(structure, leaves)

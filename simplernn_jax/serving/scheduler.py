@@ -82,7 +82,10 @@ class Scheduler:
         self._prefiller = Prefiller(self._engine, self._zero, self.cache)
         nothing = _new_sequence(_NO_JOB, 0, self._vocab_size)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
-        self._slots: Sequences = slots._replace(state=_empty_state(model, num_slots))
+        history = self._engine.history([_NO_JOB.tokens] * num_slots)
+        self._slots: Sequences = slots._replace(
+            state=_empty_state(model, num_slots), history=history
+        )
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefilling: deque[Prompt] = deque()
         self._ready: deque[Prompt] = deque()
@@ -125,8 +128,11 @@ class Scheduler:
         yield from self._prefiller.compile()
         yield "insertion"
         self._insert([(len(self._choices), self._prefiller.begin(_NO_JOB), 0)])
-        yield f"decoding in {len(self._choices)} slots"
-        self._dispatch(self._choices, is_first=False)
+        num_slots = len(self._choices)
+        for number in sorted({1, num_slots}):  # lookup is for few
+            yield f"decoding in {number} of {num_slots} slots"
+            is_active = np.arange(num_slots) < number
+            _, self._slots = self._engine.decode(self._slots, is_active, MAX_BLOCK)
         _sequence(self._slots.state, 0)
 
     def step(self) -> list[tuple[Job, Event]]:
@@ -207,11 +213,17 @@ class Scheduler:
         sequences = [
             _new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
         ]
+        texts = [
+            job.tokens if job.prefix is None else np.concatenate([job.prefix.recent, job.tokens])
+            for job in (prompt.job for _, prompt, _ in new)
+        ]
         self._slots = insert_sequences(
             self._slots,
             np.array([slot for slot, _, _ in new], np.int32),
             tuple(prompt.state for _, prompt, _ in new),
-            jax.tree.map(lambda *x: np.stack(x), *sequences),
+            jax.tree.map(lambda *x: np.stack(x), *sequences)._replace(
+                history=self._engine.history(texts)
+            ),
         )
 
     def _dispatch(self, choices: list[_Choice | None], is_first: bool) -> _Dispatched:

@@ -11,7 +11,10 @@
 
    Each output is summed in the order of its inputs: a sequence's results are the same bits whatever
    the number of sequences, their order and the threads, and however its tokens are divided among
-   calls. Sequences without tokens keep state and logits. */
+   calls. Sequences without tokens keep state and logits.
+
+   States and logits may have room for those after each token of a call, one after another: the next
+   call then begins at any of them. */
 
 #include <math.h>
 
@@ -24,10 +27,13 @@ typedef struct {
   int format;
   Matrix embedding, in_proj, out_proj, mlp_in, mlp_out, head;
   const float *convolution, *bias, *final_scale, *head_bias;
-  const int32_t *tokens, *num_tokens;
-  float *final, *logits, **states; /* of each layer: S [N, H, K, V], recent [N, 3, D] */
+  const int32_t *tokens, *num_tokens, *first; /* first: the state that each sequence begins with */
+  int64_t kept; /* states and logits of a sequence: 1, the last ones, or after each token */
+  float *final, *logits, **states; /* of each layer: S [N, kept, H, K, V], recent [N, kept, 3, D] */
   int32_t *sequences; /* those with tokens */
   const int32_t *starts; /* row of the first token of each */
+  const int32_t *outputs; /* rows of the logits, in the order of their inputs */
+  int64_t num_outputs;
   int64_t before; /* rows of the groups before this one */
   int64_t groups; /* 0: threads share the items of each phase */
   float *x, *normed, *projected, *heads_output, *hidden;
@@ -40,12 +46,12 @@ enum { ASSIGN, ADD, SQUARED_RELU };
 #define IN_CACHE (1 << 21) /* the most weights that threads may read apart for fewer than BLOCK rows */
 
 /* A panel of outputs of a block of rows: x ``[rows, in]`` to y ``[rows, stride]``, whose rows are at
-   `sequences`, unless it is NULL. */
+   `outputs`, unless it is NULL. */
 static void project(const Decoder *d, const Matrix *m, int64_t item, const float *x, float *y,
-                    int64_t stride, const int32_t *sequences, const float *bias, int how) {
+                    int64_t stride, const int32_t *outputs, const float *bias, int how) {
   float sums[ROWS * PANEL];
   const int64_t panel = item % m->panels, start = item / m->panels * BLOCK;
-  const int64_t count = least(BLOCK, (sequences == NULL ? d->rows : d->active) - start);
+  const int64_t count = least(BLOCK, (outputs == NULL ? d->rows : d->num_outputs) - start);
   const int64_t first = panel * PANEL, columns = least(PANEL, m->outputs - first);
   const int64_t tiles = divided(count, ROWS);
   for (int64_t t = 0; t < tiles; t++) {
@@ -56,7 +62,7 @@ static void project(const Decoder *d, const Matrix *m, int64_t item, const float
     if (d->format == INT8) multiply_int8(m, panel, rows, from, sums);
     if (d->format == INT4) multiply_int4(m, panel, rows, from, sums);
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t row = sequences == NULL ? begin + r : sequences[begin + r];
+      const int64_t row = outputs == NULL ? begin + r : outputs[begin + r];
       float *to = y + row * stride + first;
       const float *sum = sums + r * PANEL;
       for (int64_t c = 0; c < columns; c++) {
@@ -104,35 +110,45 @@ static void convolve_token(float *restrict to, const float *restrict x, float by
   }
 }
 
+/* The array of a sequence that its t-th token continues, and that it leaves: each has `size` floats. */
+static float *before_token(const Decoder *d, float *all, int64_t n, int64_t t, int64_t size) {
+  return all + (n * d->kept + (t == 0 ? d->first[n] : least(t, d->kept) - 1)) * size;
+}
+static float *after_token(const Decoder *d, float *all, int64_t n, int64_t t, int64_t size) {
+  return all + (n * d->kept + least(t, d->kept - 1)) * size;
+}
+
 /* normed = C(n(x)) of the s-th sequence, and the next inputs of the convolution. */
 static void convolve(const Decoder *d, int64_t layer, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s];
   const float *w = d->convolution + layer * 4 * D;
-  float *recent = d->states[2 * layer + 1] + n * 3 * D;
   for (int64_t t = 0; t < d->num_tokens[n]; t++) {
     const int64_t row = d->starts[s] - d->before + t;
     if (layer == 0) embed(d, row, d->tokens[n * d->length + t]);
-    const float *x = d->x + row * D;
+    const float *x = d->x + row * D, *from = before_token(d, d->states[2 * layer + 1], n, t, 3 * D);
+    float *recent = after_token(d, d->states[2 * layer + 1], n, t, 3 * D);
+    if (recent != from) memcpy(recent, from, sizeof(float) * 3 * D);
     convolve_token(d->normed + row * D, x, scale_of(x, D), w, recent + 2 * D, recent + D, recent, D);
   }
 }
 
-/* The state after a token, and S^T q, of the w * LANES columns of values from S, v and y. */
-INLINE void recur_columns(float *S, const float *q, const float *k, const float *g, const float *v,
+/* The state S after a token, and S^T q, of the w * LANES columns of values from S, v and y. */
+INLINE void recur_columns(const float *from, float *S, const float *q, const float *k, const float *g, const float *v,
                           float *y, int64_t key_dim, int64_t value_dim, const int w) {
   Lanes sum[4];
   for (int j = 0; j < w; j++) sum[j] = (Lanes){0};
   for (int64_t i = 0; i < key_dim; i++)
     for (int j = 0; j < w; j++) {
       FloatsAt *at = (FloatsAt *)(S + i * value_dim + j * LANES);
-      *at = *at * g[i] + *(const FloatsAt *)(v + j * LANES) * k[i];
+      const Lanes old = *(const FloatsAt *)(from + i * value_dim + j * LANES);
+      *at = old * g[i] + *(const FloatsAt *)(v + j * LANES) * k[i];
       sum[j] += *at * q[i];
     }
   for (int j = 0; j < w; j++) *(FloatsAt *)(y + j * LANES) = sum[j];
 }
 
-/* A head's output for a token, and its state S after it. */
-static void recur(const Decoder *d, float *S, int64_t row, int64_t head) {
+/* A head's output for a token, and its state S after it; `from` before it may be S too. */
+static void recur(const Decoder *d, const float *from, float *S, int64_t row, int64_t head) {
   const int64_t H = d->heads, K = d->key_dim, V = d->value_dim;
   float *q = d->projected + row * d->width + head * K, *k = q + H * K;
   float *v = d->projected + row * d->width + 2 * H * K + head * V;
@@ -141,12 +157,14 @@ static void recur(const Decoder *d, float *S, int64_t row, int64_t head) {
   sigmoid(k, K);
   sigmoid(g, K);
   int64_t c = 0;
-  for (; c + 4 * LANES <= V; c += 4 * LANES) recur_columns(S + c, q, k, g, v + c, y + c, K, V, 4);
-  for (; c + LANES <= V; c += LANES) recur_columns(S + c, q, k, g, v + c, y + c, K, V, 1);
+  for (; c + 4 * LANES <= V; c += 4 * LANES)
+    recur_columns(from + c, S + c, q, k, g, v + c, y + c, K, V, 4);
+  for (; c + LANES <= V; c += LANES)
+    recur_columns(from + c, S + c, q, k, g, v + c, y + c, K, V, 1);
   for (; c < V; c++) {
     y[c] = 0;
     for (int64_t i = 0; i < K; i++) {
-      S[i * V + c] = S[i * V + c] * g[i] + v[c] * k[i];
+      S[i * V + c] = from[i * V + c] * g[i] + v[c] * k[i];
       y[c] += S[i * V + c] * q[i];
     }
   }
@@ -163,13 +181,16 @@ static void normalize_rows(const Decoder *d, int64_t item) {
     normalize(d->normed + row * D, d->x + row * D, NULL, D);
 }
 
-/* Inputs of the head of the s-th sequence; the last token's input is also in normed. */
-static void normalize_last(const Decoder *d, int64_t s) {
+/* Inputs of the head of the s-th sequence; those whose logits are kept are also in normed. */
+static void normalize_final(const Decoder *d, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s], count = d->num_tokens[n];
   const float *x = d->x + (d->starts[s] - d->before) * D;
   float *to = d->final + n * d->length * D;
   for (int64_t t = 0; t < count; t++) normalize(to + t * D, x + t * D, d->final_scale, D);
-  memcpy(d->normed + s * D, to + (count - 1) * D, sizeof(float) * D);
+  if (d->kept > 1)
+    memcpy(d->normed + (d->starts[s] - d->before) * D, to, sizeof(float) * count * D);
+  else
+    memcpy(d->normed + s * D, to + (count - 1) * D, sizeof(float) * D);
 }
 
 /* Number of items of a phase. */
@@ -183,7 +204,7 @@ static int64_t items_of(const Decoder *d, int phase) {
     case MIX: return d->out_proj.panels * blocks;
     case MLP_IN: return d->mlp_in.panels * blocks;
     case MLP_OUT: return d->mlp_out.panels * blocks;
-    case HEAD: return d->head.panels * divided(d->active, BLOCK);
+    case HEAD: return d->head.panels * divided(d->num_outputs, BLOCK);
     default: return blocks;
   }
 }
@@ -237,8 +258,12 @@ static void run_item(const void *task, int64_t i, void *scratch) {
       return project(d, &m, i, d->normed, d->projected, width, NULL, d->bias + layer * width, ASSIGN);
     case RECUR: {
       const int64_t s = i / d->heads, head = i % d->heads, n = d->sequences[s];
-      float *S = d->states[2 * layer] + (n * d->heads + head) * d->key_dim * d->value_dim;
-      for (int64_t t = 0; t < d->num_tokens[n]; t++) recur(d, S, d->starts[s] - d->before + t, head);
+      const int64_t of_head = d->key_dim * d->value_dim, size = d->heads * of_head;
+      for (int64_t t = 0; t < d->num_tokens[n]; t++) {
+        const float *from = before_token(d, d->states[2 * layer], n, t, size) + head * of_head;
+        float *S = after_token(d, d->states[2 * layer], n, t, size) + head * of_head;
+        recur(d, from, S, d->starts[s] - d->before + t, head);
+      }
       return;
     }
     case MIX: return project(d, &m, i, d->heads_output, d->x, D, NULL, NULL, ADD);
@@ -246,9 +271,9 @@ static void run_item(const void *task, int64_t i, void *scratch) {
     case MLP_IN:
       return project(d, &m, i, d->normed, d->hidden, d->mlp_dim, NULL, NULL, SQUARED_RELU);
     case MLP_OUT: return project(d, &m, i, d->hidden, d->x, D, NULL, NULL, ADD);
-    case FINAL_NORM: return normalize_last(d, i);
+    case FINAL_NORM: return normalize_final(d, i);
     default:
-      return project(d, &m, i, d->normed, d->logits, d->vocab, d->sequences, d->head_bias, ASSIGN);
+      return project(d, &m, i, d->normed, d->logits, d->vocab, d->outputs, d->head_bias, ASSIGN);
   }
 }
 
@@ -259,6 +284,8 @@ static void run_group(const void *task, int64_t g, void *scratch) {
   d.before = d.starts[first];
   d.rows = (end < d.active ? d.starts[end] : d.rows) - d.before;
   d.active = end - first;
+  d.num_outputs = d.kept > 1 ? d.rows : d.active;
+  d.outputs += d.kept > 1 ? d.before : first;
   d.sequences += first;
   d.starts += first;
   d.x += d.before * d.dim;
@@ -270,12 +297,13 @@ static void run_group(const void *task, int64_t g, void *scratch) {
   for (int64_t i = 0; i < items; i++) run_item(&d, i, scratch);
 }
 
-#define STATES 19 /* arguments before the states */
+#define STATES 20 /* arguments before the states */
 #define WEIGHTS_PER_THREAD (1 << 20) /* multiplied by one row: about 20 microseconds */
 
 /* (tokens [N, T], num_tokens, logits, embedding, in_proj, out_proj, mlp_in, mlp_out, head,
-   convolution, bias, final_scale, head_bias, states ...) -> (logits after the last token, inputs of
-   the head [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales */
+   convolution, bias, final_scale, head_bias, first [N], states ...) -> (logits, inputs of the head
+   [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales. Logits and
+   states have the axes [N, kept] in front. */
 XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
   const int64_t layers = frame->args.size < STATES ? 0 : (frame->args.size - STATES) / 2;
@@ -286,6 +314,7 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
                .states = states,
                .format = values == NULL ? FLOAT32 : values->dtype,
                .length = axis_of(&call, 0, 0, 1),
+               .kept = axis_of(&call, 0, 2, 2),
                .dim = axis_of(&call, 0, 17, 1),
                .vocab = axis_of(&call, 0, 18, 1),
                .heads = layers == 0 ? 0 : axis_of(&call, 0, STATES, 3),
@@ -297,7 +326,10 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   const int64_t M = d.mlp_dim = axis_of(&call, 0, 9, 3) * PANEL; /* filled with zeros */
   const int64_t smallest = least(least(D, d.vocab), least(M, least(keys, outputs)));
   if (call.num_leading != 1) reject(&call, "%s: tokens: expected [N, T]", call.function);
-  reject_empty(&call, least(d.length, smallest));
+  reject_empty(&call, least(d.length, least(d.kept, smallest)));
+  if (d.kept > 1 && d.kept < d.length)
+    reject(&call, "%s: logits: expected 1 or %lld for each sequence", call.function,
+           (long long)d.length);
   if (d.format != FLOAT32 && d.format != BFLOAT16 && d.format != INT8 && d.format != INT4)
     reject(&call, "%s: embedding: expected float32, bfloat16, int32 or uint32", call.function);
   d.tokens = checked(&call, buffer_at(&call, 0, 0, "tokens"), "tokens", XLA_FFI_DataType_S32, 1,
@@ -314,14 +346,17 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   d.bias = shared_argument(&call, 16, "bias", SHAPE(L, d.width));
   d.final_scale = shared_argument(&call, 17, "final_scale", SHAPE(D));
   d.head_bias = shared_argument(&call, 18, "head_bias", SHAPE(d.vocab));
-  const int64_t per_row = 2 * D + d.width + outputs + M + 2;
+  d.first = checked(&call, buffer_at(&call, 0, 19, "first"), "first", XLA_FFI_DataType_S32, 1,
+                    (Shape){0, NULL});
+  const int64_t per_row = 2 * D + d.width + outputs + M + 3;
   d.final = result(&call, 1, "final", SHAPE(d.length, D));
   float *work = result(&call, 2, "workspace", SHAPE(d.length * per_row));
-  d.logits = updated(&call, 2, 0, "logits", SHAPE(d.vocab));
+  d.logits = updated(&call, 2, 0, "logits", SHAPE(d.kept, d.vocab));
   for (int64_t l = 0; l < L; l++) {
     const int64_t i = 2 * l;
-    states[i] = updated(&call, STATES + i, 3 + i, "state", SHAPE(d.heads, d.key_dim, d.value_dim));
-    states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent", SHAPE(3, D));
+    states[i] = updated(&call, STATES + i, 3 + i, "state",
+                        SHAPE(d.kept, d.heads, d.key_dim, d.value_dim));
+    states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent", SHAPE(d.kept, 3, D));
   }
   if (is_valid(&call)) {
     const int64_t rows = call.batch * d.length;
@@ -331,21 +366,27 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
     d.heads_output = d.projected + rows * d.width;
     d.hidden = d.heads_output + rows * outputs;
     d.sequences = (int32_t *)(d.hidden + rows * M);
-    int32_t *starts = d.sequences + rows;
+    int32_t *starts = d.sequences + rows, *all = starts + rows;
     d.starts = starts;
+    d.outputs = d.kept > 1 ? all : d.sequences;
     for (int64_t n = 0; n < call.batch; n++) {
       const int64_t count = d.num_tokens[n];
       if (count < 0 || count > d.length)
         reject(&call, "%s: num_tokens: %lld is not in 0 to %lld", call.function, (long long)count,
                (long long)d.length);
+      if (d.first[n] < 0 || d.first[n] >= d.kept)
+        reject(&call, "%s: first: %lld is not in 0 to %lld", call.function, (long long)d.first[n],
+               (long long)d.kept - 1);
       if (!is_valid(&call)) break;
       memset(d.final + (n * d.length + count) * D, 0, sizeof(float) * (d.length - count) * D);
       if (count == 0) continue;
       starts[d.active] = d.rows;
       d.sequences[d.active++] = n;
+      for (int64_t t = 0; d.kept > 1 && t < count; t++) all[d.rows + t] = n * d.kept + t;
       d.rows += count;
     }
   }
+  d.num_outputs = d.kept > 1 ? d.rows : d.active;
   const int64_t of_layer_weights = D * (d.width + outputs + 2 * M);
   const int64_t weights = D * d.vocab + L * of_layer_weights;
   /* Long sequences one by one, or short ones of one length in a group for each thread. */
