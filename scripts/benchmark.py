@@ -59,7 +59,7 @@ from simplernn_jax.devices import check_devices
 from simplernn_jax.errors import UserError, nearest_name
 
 _OUT = flags.DEFINE_string("out", None, "Folder of results.json, table.md and the plots.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "lookup: workdir of a trained model.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "lookup, tune: workdir of a trained model.")
 _CORPUS = command_line.CorpusFlags()
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Number of alternating blocks.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 4, "Timed calls per block and candidate.", lower_bound=1)
@@ -67,7 +67,6 @@ _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only", list(MEASUREMENTS), f"attention: measurements, any of {', '.join(MEASUREMENTS)}."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "tune: the run, or its export, to start from.")
 _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
     flags.DEFINE_string(

@@ -413,9 +413,9 @@ def test_the_second_signal_acts_as_before(usual_handlers):
 
 def test_the_held_out_text_is_scored_once_if_the_last_evaluation_covers_it(tmp_path, monkeypatch):
     class Counting(loop.Evaluator):
-        def __call__(self, *arguments):
+        def __call__(self, *arguments, **options):
             scored.append(arguments)
-            return super().__call__(*arguments)
+            return super().__call__(*arguments, **options)
 
     scored = []
     monkeypatch.setattr(loop, "Evaluator", Counting)
