@@ -481,9 +481,10 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """Read the text of `to_json` and validate it; nothing in it is executed.
 
+    A field that is missing, since an earlier version wrote the text, has its default.
+
     Raises:
-      UserError: not JSON, an unknown or missing field (with the nearest name), a value of
-        another type.
+      UserError: not JSON, an unknown field (with the nearest name), a value of another type.
     """
     try:
         values = json.loads(text)
@@ -500,16 +501,13 @@ def _fill(target: Any, values: Any, path: str) -> None:
         raise UserError(f"{path or 'configuration'}: expected an object, found {values!r}")
     prefix = f"{path}." if path else ""
     names = [field.name for field in dataclasses.fields(target)]
-    for name in values:
+    for name, value in values.items():
         if name not in names:
             raise UserError(f"{prefix}{name}: no such field{nearest_name(name, names)}")
-    for name in names:
-        if name not in values:
-            raise UserError(f"{prefix}{name}: missing; the file was written by another version")
         if dataclasses.is_dataclass(getattr(target, name)):
-            _fill(getattr(target, name), values[name], f"{prefix}{name}")
+            _fill(getattr(target, name), value, f"{prefix}{name}")
         else:
-            setattr(target, name, values[name])
+            setattr(target, name, value)
 
 
 def differing_fields(current: Config, saved: Config) -> dict[str, str]:
