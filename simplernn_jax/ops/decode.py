@@ -71,10 +71,7 @@ def decode_tokens(
       from `num_tokens` on; and the states.
     """
     first = jnp.zeros_like(num_tokens)
-    # One state of each sequence, which the tokens of a call update one after another.
-    logits, states = jax.tree.map(lambda x: x[:, None], (logits, states))
-    logits, final, states = decode_ahead(weights, tokens, num_tokens, first, logits, states)
-    return logits[:, 0], final, jax.tree.map(lambda x: x[:, 0], states)
+    return decode_ahead(weights, tokens, num_tokens, first, logits, states)
 
 
 def decode_ahead(
@@ -91,11 +88,12 @@ def decode_ahead(
       weights, tokens, num_tokens: as for `decode_tokens`.
       first: ``[N]`` int32, 0 to W - 1; which of its W states a sequence begins with.
       logits: ``[N, W, vocab]`` float32.
-      states: arrays of `decode_tokens` with an axis W after N. W is at least T, or 1.
+      states: arrays of `decode_tokens` with an axis W, at least T, after N. All without this axis
+        are updated by one token after another, which XLA does in place; `first` is 0.
 
     Returns:
       As `decode_tokens`; after token t of a sequence, logits and state t are its own, and others
-      have no meaning unless it has no tokens. If W is 1, there are those after the last token only.
+      have no meaning unless it has no tokens. Without W, there are those after the last token only.
     """
     if not supports_native(jnp.float32):
         raise ValueError("decode_tokens requires a CPU and a C compiler")

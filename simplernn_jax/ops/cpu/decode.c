@@ -303,7 +303,7 @@ static void run_group(const void *task, int64_t g, void *scratch) {
 /* (tokens [N, T], num_tokens, logits, embedding, in_proj, out_proj, mlp_in, mlp_out, head,
    convolution, bias, final_scale, head_bias, first [N], states ...) -> (logits, inputs of the head
    [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales. Logits and
-   states have the axes [N, kept] in front. */
+   states have the axes [N, kept] in front, or [N] if only the last ones are kept. */
 XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
   const int64_t layers = frame->args.size < STATES ? 0 : (frame->args.size - STATES) / 2;
@@ -314,7 +314,6 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
                .states = states,
                .format = values == NULL ? FLOAT32 : values->dtype,
                .length = axis_of(&call, 0, 0, 1),
-               .kept = axis_of(&call, 0, 2, 2),
                .dim = axis_of(&call, 0, 17, 1),
                .vocab = axis_of(&call, 0, 18, 1),
                .heads = layers == 0 ? 0 : axis_of(&call, 0, STATES, 3),
@@ -323,6 +322,9 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   const int64_t D = d.dim, L = layers;
   const int64_t keys = d.heads * d.key_dim, outputs = d.heads * d.value_dim;
   d.width = divided(3 * keys + 2 * outputs, PANEL) * PANEL;
+  const XLA_FFI_Buffer *logits = buffer_at(&call, 0, 2, "logits");
+  const int has_kept = logits != NULL && logits->rank > 2;
+  d.kept = has_kept ? axis_of(&call, 0, 2, 2) : 1;
   const int64_t M = d.mlp_dim = axis_of(&call, 0, 9, 3) * PANEL; /* filled with zeros */
   const int64_t smallest = least(least(D, d.vocab), least(M, least(keys, outputs)));
   if (call.num_leading != 1) reject(&call, "%s: tokens: expected [N, T]", call.function);
@@ -351,12 +353,15 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   const int64_t per_row = 2 * D + d.width + outputs + M + 3;
   d.final = result(&call, 1, "final", SHAPE(d.length, D));
   float *work = result(&call, 2, "workspace", SHAPE(d.length * per_row));
-  d.logits = updated(&call, 2, 0, "logits", SHAPE(d.kept, d.vocab));
+  const int64_t of_logits[] = {d.kept, d.vocab}, of_recent[] = {d.kept, 3, D};
+  const int64_t of_state[] = {d.kept, d.heads, d.key_dim, d.value_dim};
+  d.logits = updated(&call, 2, 0, "logits", (Shape){1 + has_kept, of_logits + !has_kept});
   for (int64_t l = 0; l < L; l++) {
     const int64_t i = 2 * l;
     states[i] = updated(&call, STATES + i, 3 + i, "state",
-                        SHAPE(d.kept, d.heads, d.key_dim, d.value_dim));
-    states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent", SHAPE(d.kept, 3, D));
+                        (Shape){3 + has_kept, of_state + !has_kept});
+    states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent",
+                            (Shape){2 + has_kept, of_recent + !has_kept});
   }
   if (is_valid(&call)) {
     const int64_t rows = call.batch * d.length;
