@@ -64,9 +64,9 @@ class _Choice:
         return NewTokens(self.index, tokens, logprobs, reason)
 
 
-_Dispatched = tuple[Block, list[_Choice | None], float, dict[int, PrefixState]]
-"""A block of tokens that the device computes, the choices of its slots, when it began, and states
-after it to cache, by slot."""
+_Dispatched = tuple[Block, list[_Choice | None], float, set[int], PrefixState | None]
+"""A block of tokens that the device computes, the choices of its slots, when it began, the slots
+whose state after it is cached, and the states of all if there are any."""
 
 
 class Scheduler:
@@ -133,6 +133,7 @@ class Scheduler:
             yield f"decoding in {number} of {num_slots} slots"
             is_active = np.arange(num_slots) < number
             _, self._slots = self._engine.decode(self._slots, is_active, MAX_BLOCK)
+        _copy(self._slots.state)
         _sequence(self._slots.state, 0)
 
     def step(self) -> list[tuple[Job, Event]]:
@@ -239,19 +240,20 @@ class Scheduler:
         length = max(1, min(length, MAX_BLOCK, *most))
         is_active = np.array([choice is not None for choice in choices])
         block, self._slots = self._engine.decode(self._slots, is_active, length)
-        states = {}
+        cached = set()
         for slot, choice in enumerate(choices):
             if choice is not None and choice.keys is not None:
                 choice.num_uncached += length
                 if choice.num_uncached >= GRID // 2:
                     choice.num_uncached = 0
-                    states[slot] = _sequence(self._slots.state, slot)
-        return block, list(choices), time.monotonic(), states
+                    cached.add(slot)
+        states = _copy(self._slots.state) if cached else None
+        return block, list(choices), time.monotonic(), cached, states
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
-        block, choices, began, states = dispatched
-        tokens, counts = jax.device_get((block.tokens, block.counts))
+        block, choices, began, cached, states = dispatched
+        tokens, counts, states = jax.device_get((block.tokens, block.counts, states))
         now = time.monotonic()
         if counts.max():  # else every slot had ended before the block
             self._token_seconds = (now - max(began, self._collected)) / counts.max()
@@ -274,8 +276,11 @@ class Scheduler:
                 self._choices[slot] = None
             if choice.keys is not None:
                 choice.keys = choice.keys.followed_by(new[:-1] if reason == "stop" else new)
-                if slot in states or reason is not None:  # whose state no later block changes
-                    state = states.get(slot) or _sequence(self._slots.state, slot)
+                if slot in cached or reason is not None:  # whose state no later block changes
+                    if slot in cached:  # NumPy takes less time than to start a program
+                        state = jax.tree.map(lambda x, n=slot: x[n : n + 1].copy(), states)
+                    else:
+                        state = _sequence(self._slots.state, slot)
                     self.cache.add(choice.keys.last, state)
             of_tokens = None
             if logprobs is not None and job.num_logprobs is not None:
@@ -287,6 +292,11 @@ class Scheduler:
 
 
 _NO_JOB = Job(np.zeros(0, np.int32), Sampling())
+
+
+@jax.jit
+def _copy(state: PrefixState) -> PrefixState:
+    return jax.tree.map(jnp.copy, state)
 
 
 @jax.jit
