@@ -25,8 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simplernn_jax import load_model
-from simplernn_jax.data import Tokenizer, TokenSplit, prepare_corpus
-from simplernn_jax.data.batches import document_ends
+from simplernn_jax.data import Tokenizer, prepare_corpus
 from simplernn_jax.data.infilling import infill_ids
 from simplernn_jax.data.tokenizer import ids_without_text
 from simplernn_jax.errors import UserError
@@ -35,7 +34,7 @@ from simplernn_jax.models import LanguageModel
 
 from .serving import connected, percentiles, request, serving
 from .tables import Row, Table
-from .train_steps import count_parameters
+from .train_steps import count_parameters, document_texts
 
 LONGEST = 100
 """Bytes of a line at most."""
@@ -77,7 +76,7 @@ def run(workdirs: Sequence[str], cursors: int, lines: int) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
         corpus = prepare_corpus(plain, config.train.seed, folder)
     assert corpus.validation is not None
-    files = documents(corpus.validation)
+    files = document_texts(corpus.validation, corpus.tokenizer)
     somewhere = choose(files, cursors)
     typed = [cursor._replace(at=0) for cursor in choose(files, lines)]
     rows: list[Row] = []
@@ -87,18 +86,11 @@ def run(workdirs: Sequence[str], cursors: int, lines: int) -> Iterator[Table]:
             row: Row = {"model": workdir, "suffix": "yes" if has_suffix else "no"}
             row |= {"parameters": count_parameters(config)}
             rows.append(row | measure(suggest, somewhere, typed))
-    suggest = of_ngram("\0".join(documents(corpus.train)).encode())
+    suggest = of_ngram("\0".join(document_texts(corpus.train, corpus.tokenizer)).encode())
     rows.append({"model": f"{ORDER}-gram", "suffix": "no"} | measure(suggest, somewhere, typed))
     yield Table(f"completion: {cursors:,} cursors, {lines:,} lines", rows)
     rows = [keystrokes(workdir, clients, typed) for workdir in workdirs for clients in CLIENTS]
     yield Table("completion: latency", rows)
-
-
-def documents(split: TokenSplit) -> list[str]:
-    """Texts of a split of bytes."""
-    bounds = zip(split.document_starts, document_ends(split), strict=True)
-    tokens = (split.tokens[start:end] for start, end in bounds)
-    return [bytes(ids[ids < 256].tolist()).decode("utf-8", "replace") for ids in tokens]
 
 
 def choose(files: Sequence[str], number: int) -> list[Cursor]:

@@ -20,7 +20,6 @@ from flax import nnx
 
 from simplernn_jax import load_model, project
 from simplernn_jax.config import ModelConfig
-from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, quantize_model
@@ -30,7 +29,7 @@ from simplernn_jax.models import LanguageModel
 
 from .measure import Call, Effort, alternate, block_ratio, median
 from .tables import Row, Table
-from .train_steps import load_config
+from .train_steps import document_texts, load_config
 
 CONTEXTS = {"short": 100, "middle": 4096, "long": 100_000}
 """Tokens before those that are generated; the prefix of ``middle`` is also recomputed."""
@@ -193,9 +192,7 @@ def run_lookup(
     split = open_corpus(workdir).validation
     if split is None:
         raise UserError(f"{workdir}: has no held-out text; train with validation_fraction above 0")
-    bounds = zip(split.document_starts, document_ends(split), strict=True)
-    texts = [tokenizer.decode_bytes(split.tokens[a:b]).decode(errors="replace") for a, b in bounds]
-    begins = [text[:LOOKUP_PROMPT] for text in texts]
+    begins = [text[:LOOKUP_PROMPT] for text in document_texts(split, tokenizer)]
     alike = (re.search(r"(?s).*\n(\s*\S.{8})[^\n]*\n(\1[^\n]*\n){2}", text) for text in begins)
     pages = sorted((project.ROOT / "docs").glob("*.md"))
     prompts = {

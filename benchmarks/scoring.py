@@ -23,7 +23,6 @@ from flax import nnx
 from simplernn_jax.analysis.surprise import BLOCK_BYTES, Units
 from simplernn_jax.cli.config_files import load_config
 from simplernn_jax.config import Config
-from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
@@ -34,7 +33,7 @@ from simplernn_jax.training.preparation import prepare
 from .baselines.trainers import CALIBRATION, OurTrainer, seconds_per_step
 from .measure import Effort, alternate, block_ratio, median
 from .tables import Row, Table
-from .train_steps import Trained, train_on_corpus
+from .train_steps import Trained, document_texts, train_on_corpus
 
 DEFECTS = 200
 LINES = (100, 600)
@@ -114,8 +113,7 @@ def train(config: Config, seconds: float, workdir: str) -> Trained:
 def texts_of(trained: Trained) -> Iterator[str]:
     """Held-out documents that have neither few nor many lines."""
     split: Any = trained.corpus.validation  # by default there is one
-    for start, end in zip(split.document_starts, document_ends(split), strict=True):
-        text = trained.corpus.tokenizer.decode(split.tokens[start:end])
+    for text in document_texts(split, trained.corpus.tokenizer):
         if LINES[0] <= text.count("\n") <= LINES[1] and "\r" not in text:
             yield text
 

@@ -17,8 +17,9 @@ from flax import nnx
 
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, ModelConfig
-from simplernn_jax.data.batches import Batch, make_batches
-from simplernn_jax.data.token_store import TokenizedCorpus
+from simplernn_jax.data.batches import Batch, document_ends, make_batches
+from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit
+from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.mesh import check_fits, make_mesh
@@ -64,6 +65,12 @@ def random_batch(config: Config) -> Batch:
     sizes = (config.data.batch_size, config.data.sequence_length, config.model.vocab_size)
     batch = random_documents(np.random.default_rng(0), *sizes, begins=0.0)
     return batch._replace(reset=np.ones(sizes[0], bool))
+
+
+def document_texts(split: TokenSplit, tokenizer: Tokenizer) -> list[str]:
+    """Texts of the documents of a split."""
+    bounds = zip(split.document_starts, document_ends(split), strict=True)
+    return [tokenizer.decode(split.tokens[start:end]) for start, end in bounds]
 
 
 def random_documents(

@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from simplernn_jax.analysis import plots
 from simplernn_jax.analysis.explanation import Explanation
 from simplernn_jax.analysis.memory import SHORT_CONTEXT
 from simplernn_jax.errors import counted
+from simplernn_jax.files import page_template
 
 
 def draw_plots(explanation: Explanation) -> dict[str, bytes]:
@@ -39,13 +39,8 @@ def make_page(
     chosen = explanation.chosen
     gradient = plots.sum_by_unit(chosen.units, chosen.from_all.tokens)
     lives = [layer.ravel() for layer in explanation.half_lives if layer is not None]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("simplernn_jax.analysis", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(shown=_shown, visible=plots.visible, zip=zip)
-    return environment.get_template("page.html").render(
+    filters = {"shown": _shown, "visible": plots.visible, "zip": zip}
+    return page_template("simplernn_jax.analysis", "page.html", filters).render(
         name=name,
         explanation=explanation,
         chosen=chosen,

@@ -11,10 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from simplernn_jax.errors import UserError
+from simplernn_jax.files import page_template
 from simplernn_jax.inference.scoring import Place, ScoredBlock
 
 BLOCK_BYTES = 1 << 14
@@ -180,8 +180,5 @@ def render_page(
     rows: Iterable[tuple[str, Unit, str]],
 ) -> str:
     """Return an HTML page of `colored` texts; `rows` are the units to list, with expected texts."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("simplernn_jax.analysis", ""), autoescape=True
-    )
-    template = environment.get_template("surprise.html")
+    template = page_template("simplernn_jax.analysis", "surprise.html")
     return template.render(name=name, model=model, levels=LEVELS, texts=texts, rows=list(rows))

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 import zstandard
 from flax import nnx
@@ -21,7 +20,7 @@ from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, format_bytes
-from simplernn_jax.files import read_file, write_file
+from simplernn_jax.files import page_template, read_file, write_file
 from simplernn_jax.inference import generate_text
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.parallel.mesh import is_distributed, local_copy
@@ -55,12 +54,7 @@ def write_report(
     peak = memory.get("peak_bytes_in_use") or (
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("simplernn_jax.training", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
+    page = page_template("simplernn_jax.training", "report.html").render(
         name=os.path.basename(run.workdir),
         facts={
             "text": f"{config.data.source}: {corpus.summary}",
