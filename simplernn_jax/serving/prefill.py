@@ -244,11 +244,17 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.num_bytes = 0
         self.num_evicted = 0
         self._entries: OrderedDict[bytes, PrefixState] = OrderedDict()
+        self._size = 0
+        """Bytes of a state: all are of one model."""
         self._num_with = Counter[bytes]()
         """Entries by the digest in their keys."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all states."""
+        return len(self._entries) * self._size
 
     def entries(self) -> list[tuple[bytes, PrefixState]]:
         """List keys and states, the least recently used first."""
@@ -271,28 +277,21 @@ class PrefixCache:
 
     def add(self, key: bytes, state: PrefixState) -> None:
         """Add a state, and evict others until all fit."""
-        size = _num_bytes(state)
-        if key in self._entries or size > self.max_bytes:
+        self._size = self._size or sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if key in self._entries or self._size > self.max_bytes:
             return
         self._entries[key] = state
         self._num_with[key[:_DIGEST_BYTES]] += 1
-        self.num_bytes += size
         self.evict(self.max_bytes)
 
     def evict(self, max_bytes: int) -> None:
         """Evict the least recently used states until the others fit into `max_bytes`."""
         while self.num_bytes > max_bytes:
-            evicted_key, evicted = self._entries.popitem(last=False)
-            digest = evicted_key[:_DIGEST_BYTES]
+            digest = self._entries.popitem(last=False)[0][:_DIGEST_BYTES]
             self._num_with[digest] -= 1
             if not self._num_with[digest]:
                 del self._num_with[digest]
-            self.num_bytes -= _num_bytes(evicted)
             self.num_evicted += 1
 
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -258,6 +258,7 @@ class Scheduler:
         if counts.max():  # else every slot had ended before the block
             self._token_seconds = (now - max(began, self._collected)) / counts.max()
         self._collected = now
+        leaves, structure = jax.tree.flatten(states)
         logprobs = None
         if any(choice is not None and choice.job.num_logprobs is not None for choice in choices):
             logprobs = jax.device_get(block.logprobs)
@@ -278,7 +279,7 @@ class Scheduler:
                 choice.keys = choice.keys.followed_by(new[:-1] if reason == "stop" else new)
                 if slot in cached or reason is not None:  # whose state no later block changes
                     if slot in cached:  # NumPy takes less time than to start a program
-                        state = jax.tree.map(lambda x, n=slot: x[n : n + 1].copy(), states)
+                        state = structure.unflatten([x[slot : slot + 1].copy() for x in leaves])
                     else:
                         state = _sequence(self._slots.state, slot)
                     self.cache.add(choice.keys.last, state)
