@@ -122,8 +122,6 @@ def test_help_names_the_command(installed, tmp_path):
     assert "simplernn train" in described
     assert "python scripts/" not in described
     assert [name for name, line in commands().items() if line not in shown] == ["benchmark"]
-    script, _ = run(installed, tmp_path, "simplernn", "completion", "bash")
-    assert "--max_new_tokens" in script
 
 
 @pytest.mark.oldest_python
