@@ -127,14 +127,14 @@ def client(server):
         yield client
 
 
-LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_wheel")
+LONGEST = ("test_docs", "test_many_processes", "test_conversation", "test_wheel")
 """Files that start first, so that no process has one of them left when the other has ended."""
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     if sys.version_info >= (3, 12):
-        others = _other_cases([item for item in items if item.get_closest_marker("fewer_cases")])
+        others = _other_cases(items)
         for item in items:
             if item.get_closest_marker("oldest_python") or item in others:
                 item.add_marker(pytest.mark.skip(reason="only on 3.11: see CONTRIBUTING.md"))

@@ -100,7 +100,6 @@ CASES = (
 )
 
 
-@pytest.mark.fewer_cases
 # In float64 "auto" is "chunkwise"; lower precisions round the same sums.
 @pytest.mark.parametrize(
     ("dtype", "method", "length", "shape", "gates", "segments"),
