@@ -98,12 +98,8 @@ def run(binaries, cwd, *arguments, **environment):
 def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
     run_of = "--workdir=runs/tiny"
-    sizes = [
-        "--config.train.steps=3",
-        "--config.model.num_layers=1",
-        "--config.data.source=text.txt",
-    ]
-    sizes += ["--config.data.split=position", "--config.train.eval_tokens=256"]
+    sizes = ["--config.train.steps=3", "--config.data.source=text.txt"]
+    sizes += ["--config.data.split=position", "--config.model.num_layers=1"]
     log, _ = run(installed, tmp_path, "simplernn", "train", "--config", "tiny", run_of, *sizes)
     assert "simplernn sample --workdir" in log
     text, _ = run(
