@@ -129,6 +129,8 @@ def client(server):
 
 LONGEST = ("test_docs", "test_many_processes", "test_conversation", "test_wheel")
 """Files that start first, so that no process has one of them left when the other has ended."""
+OLDEST = ("analysis", "benchmarks", "scripts")
+"""Folders of tests for Python 3.11 only, as if each was marked ``oldest_python``."""
 
 
 def pytest_collection_modifyitems(items):
@@ -136,7 +138,8 @@ def pytest_collection_modifyitems(items):
     if sys.version_info >= (3, 12):
         others = _other_cases(items)
         for item in items:
-            if item.get_closest_marker("oldest_python") or item in others:
+            is_oldest = item.path.parent.name in OLDEST or item.get_closest_marker("oldest_python")
+            if is_oldest or item in others:
                 item.add_marker(pytest.mark.skip(reason="only on 3.11: see CONTRIBUTING.md"))
 
 
