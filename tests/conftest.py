@@ -127,7 +127,7 @@ def client(server):
         yield client
 
 
-LONGEST = ("test_docs", "test_many_processes", "test_conversation", "test_wheel")
+LONGEST = ("test_docs", "test_many_processes", "test_conversation", "test_tuning", "test_wheel")
 """Files that start first, so that no process has one of them left when the other has ended."""
 OLDEST = ("analysis", "benchmarks", "scripts")
 """Folders of tests for Python 3.11 only, as if each was marked ``oldest_python``."""
