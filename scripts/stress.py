@@ -35,10 +35,10 @@ EXPERIMENTS = {
     "resume": stress.Experiment(faults.resume, full=18 * 59, quick=2),
     "corruption": stress.Experiment(corruption.corruption, full=5000, quick=24),
     "stores": stress.Experiment(corruption.stores, full=1200, quick=60),
-    "edits": stress.Experiment(edits.edits, full=10_000, quick=101),
+    "edits": stress.Experiment(edits.edits, full=10_000, quick=0),
     "fuzz": stress.Experiment(fuzz.fuzz, full=10_000, quick=1000),
     "non_finite": stress.Experiment(non_finite.non_finite, full=500, quick=4),
-    "lookup": stress.Experiment(lookup.lookup, full=10_000, quick=40),
+    "lookup": stress.Experiment(lookup.lookup, full=10_000, quick=0),
     "soak": stress.Experiment(soak.soak, full=100, quick=1),
 }
 
