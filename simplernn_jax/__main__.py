@@ -7,10 +7,9 @@ same program. Standard library only: nothing slow is imported before the command
 import os
 import signal
 import sys
-from typing import NoReturn
 
 from simplernn_jax import __version__, project
-from simplernn_jax.errors import EXIT_USER_ERROR, UserError, nearest_name, one_line
+from simplernn_jax.errors import EXIT_USER_ERROR, nearest_name, one_line
 
 
 def commands() -> dict[str, str]:
@@ -32,11 +31,8 @@ def main() -> int:
     if name == "--version":
         print(__version__)
         return 0
-    if name == "completion":
-        _print_completion(arguments)
-    names = list(commands())
-    if name not in names:
-        near = nearest_name(name, [*names, "completion"])
+    if name not in commands():
+        near = nearest_name(name, commands())
         message = one_line(f"{name!r}: no such command{near}; simplernn --help lists them")
         print(f"error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -47,20 +43,8 @@ def main() -> int:
     os.execv(sys.executable, [sys.executable, str(script), *arguments])
 
 
-def _print_completion(arguments: list[str]) -> NoReturn:
-    from simplernn_jax.cli.command_line import exit_with
-    from simplernn_jax.cli.completion import completion_script
-
-    def show() -> None:
-        if len(arguments) != 1:
-            raise UserError("name your shell: simplernn completion bash, or zsh")
-        print(completion_script(arguments[0], list(commands())), end="")
-
-    exit_with(show)
-
-
 def _help() -> str:
-    lines = commands() | {"completion": "Print a completion script for bash or zsh."}
+    lines = commands()
     width = max(map(len, lines))
     listed = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
     return (

@@ -127,16 +127,19 @@ def client(server):
         yield client
 
 
-LONGEST = ("test_docs", "test_many_processes", "test_chat_config", "test_wheel")
+LONGEST = ("test_docs", "test_many_processes", "test_conversation", "test_tuning", "test_wheel")
 """Files that start first, so that no process has one of them left when the other has ended."""
+OLDEST = ("analysis", "benchmarks", "scripts")
+"""Folders of tests for Python 3.11 only, as if each was marked ``oldest_python``."""
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     if sys.version_info >= (3, 12):
-        others = _other_cases([item for item in items if item.get_closest_marker("fewer_cases")])
+        others = _other_cases(items)
         for item in items:
-            if item.get_closest_marker("oldest_python") or item in others:
+            is_oldest = item.path.parent.name in OLDEST or item.get_closest_marker("oldest_python")
+            if is_oldest or item in others:
                 item.add_marker(pytest.mark.skip(reason="only on 3.11: see CONTRIBUTING.md"))
 
 

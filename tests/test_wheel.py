@@ -1,7 +1,6 @@
 """The wheel: its contents, and its commands where nothing else of the project is."""
 
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -95,23 +94,18 @@ def run(binaries, cwd, *arguments, **environment):
 
 
 @pytest.mark.oldest_python
-def test_train_sample_evaluate_and_export_from_an_empty_folder(installed, tmp_path):
+def test_train_and_sample_from_an_empty_folder(installed, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
     run_of = "--workdir=runs/tiny"
     sizes = ["--config.train.steps=3", "--config.data.source=text.txt"]
-    sizes += ["--config.data.split=position", "--config.train.eval_tokens=256"]
+    sizes += ["--config.model.num_layers=1", "--config.data.validation_fraction=0"]
     log, _ = run(installed, tmp_path, "simplernn", "train", "--config", "tiny", run_of, *sizes)
     assert "simplernn sample --workdir" in log
+    assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
     text, _ = run(
         *(installed, tmp_path, "simplernn", "sample", run_of, "--prompt=The", "--max_new_tokens=5")
     )
     assert text.startswith("The")
-    scores, _ = run(installed, tmp_path, "simplernn", "evaluate", run_of)
-    assert re.search(r"bits/byte +\d", scores)
-    page = ["--format=html", "--out=shared"]
-    report, _ = run(installed, tmp_path, "simplernn", "export", run_of, *page)
-    assert "largest difference of logits" in report
-    assert (tmp_path / "shared" / "model.html").is_file()
 
 
 @pytest.mark.oldest_python
@@ -122,8 +116,6 @@ def test_help_names_the_command(installed, tmp_path):
     assert "simplernn train" in described
     assert "python scripts/" not in described
     assert [name for name, line in commands().items() if line not in shown] == ["benchmark"]
-    script, _ = run(installed, tmp_path, "simplernn", "completion", "bash")
-    assert "--max_new_tokens" in script
 
 
 @pytest.mark.oldest_python

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from simplernn_jax.errors import one_line
-from simplernn_jax.files import cache_folder, check_owner, read_file, sha256_hex
+from simplernn_jax.files import cache_folder, check_owner
 from simplernn_jax.ops.primitive import is_static, on_one_device, vary_like
 
 
@@ -136,33 +136,20 @@ def _compiler() -> list[str]:
 
 
 def _load(command: list[str]) -> ctypes.CDLL:
-    name = native_fingerprint()
+    name = f"{native_fingerprint()}.so"
     try:
         folder = cache_folder("native")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files will be executed
         check_owner(os.stat(folder), folder)
-        for cached in folder.glob(f"{name}-*.so"):
-            if _is_intact(cached):
-                return ctypes.CDLL(str(cached))
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            compiled = _compile(command, Path(work))
-            library = ctypes.CDLL(str(compiled))
-            compiled.chmod(0o700)  # independent of the umask
-            os.replace(compiled, folder / f"{name}-{sha256_hex(read_file(compiled))}.so")
-            return library
+        if not (folder / name).exists():
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                os.replace(_compile(command, Path(work)), folder / name)
+        return ctypes.CDLL(str(folder / name))
     except (OSError, RuntimeError) as error:
         logging.info("compiled code is not cached: %s", error)
     # A loaded library does not need its file.
     with tempfile.TemporaryDirectory() as work:
         return ctypes.CDLL(str(_compile(command, Path(work))))
-
-
-def _is_intact(file: Path) -> bool:
-    """Return whether the file has the hash of its name, and only this user can have written it."""
-    try:
-        return file.stem.endswith(sha256_hex(read_file(file, only_own=True)))
-    except OSError:
-        return False
 
 
 def _compile(command: list[str], folder: Path) -> Path:

@@ -24,8 +24,6 @@ from simplernn_jax.analysis.decomposition import (
 from simplernn_jax.models import LanguageModel, SimpleRNN
 from simplernn_jax.models.mixers.attention import Attention
 
-pytestmark = pytest.mark.oldest_python
-
 BATCH, LENGTH, HEADS, KEYS, VALUES, CONTEXT = 2, 13, 2, 6, 7, 5
 GATES = {"weak": (-1e-2, -1e-6), "mixed": (-9.0, 0.0), "strong": (-1e3, -30.0)}
 MIXERS = ("simple_rnn", "attention")

@@ -27,8 +27,6 @@ from simplernn_jax.data.tokenizer import ByteTokenizer
 from simplernn_jax.errors import UserError
 
 BYTES = ByteTokenizer()
-pytestmark = pytest.mark.oldest_python
-
 TEXT = "Für $x_1$ <b>&amp;\n\tund 漢字, 😀! " * 2
 VALUE_PICTURES = ["loss_by_position", "contributions"]
 

@@ -14,8 +14,6 @@ from benchmarks.attention.resources import count_flops
 from benchmarks.train_steps import count_parameters
 from simplernn_jax.ops import gated_linear_recurrence
 
-pytestmark = pytest.mark.oldest_python
-
 M, N, P = 3, 5, 7
 X, Y = jnp.ones((M, N)), jnp.ones((N, P))
 

@@ -12,8 +12,6 @@ from benchmarks.tables import Results
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
 
-pytestmark = pytest.mark.oldest_python
-
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question"]
 NEEDS_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"

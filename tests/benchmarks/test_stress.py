@@ -43,7 +43,6 @@ def test_cases_follow_from_their_number_and_the_seed(workers):
     assert not set(draw(1)) & set(draw(2))
 
 
-@pytest.mark.oldest_python
 # Of TensorStore's threads, once Orbax has failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_corruption_that_nothing_detects_is_found(tmp_path, monkeypatch):

@@ -1,15 +1,28 @@
-"""Compiled programs on disk: reused, never when corrupted, never without a bound."""
+"""Compiled programs on disk, in a folder of the user alone."""
 
-import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
-from corrupt_files import cut_off, empty, flip_bit, give_away, make_writable
+from corrupt_files import give_away, make_writable
 from processes import run_python, run_scripts
 
-from simplernn_jax.cli.compilation_cache import delete_invalid_entries, seal_entries
+PROGRAM = """
+import warnings
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+
+from simplernn_jax.cli.compilation_cache import use_compilation_cache
+
+warnings.simplefilter("error")
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+use_compilation_cache()
+total = jax.jit(lambda x: jnp.sin(x).sum())(jnp.linspace(0.0, 1.0, 49))
+print(total, sum(event.endswith("/cache_hits") for event in events))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -18,72 +31,65 @@ def default_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def run_program(**environment):
-    """(result, number of programs loaded from the cache, standard error)."""
-    command = ("tests/helpers/cached_program.py",)
-    if any(name.startswith("JAX_") for name in environment):  # read when JAX is imported
-        result = run_python(*command, **environment)
-    else:
-        (result,) = run_scripts(command, **environment)
-    assert result.code == 0, result.errors
-    *values, hits = result.output.split()
-    return values, int(hits), result.errors
+@pytest.fixture
+def run_program(tmp_path):
+    """Run the program with other variables: its result, the programs it loaded, its errors."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+
+    def run(**environment):
+        if any(name.startswith("JAX_") for name in environment):  # read when JAX is imported
+            result = run_python(script, **environment)
+        else:
+            (result,) = run_scripts((script,), **environment)
+        assert result.code == 0, result.errors
+        value, hits = result.output.split()
+        return value, int(hits), result.errors
+
+    return run
 
 
 def entries_of(folder):
     return sorted(Path(folder).rglob("*-cache"))
 
 
-def test_another_process_loads_compiled_programs_and_corrupted_ones_are_replaced(tmp_path):
+def test_another_process_loads_compiled_programs_that_were_written_to_their_end(
+    tmp_path, run_program
+):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     expected, hits, errors = run_program(**environment)
     assert (hits, errors) == (0, "")
     folder = tmp_path / "simplernn_jax" / "compiled"
     entries = entries_of(folder)
-    assert any(path.name.startswith("jit_step-") for path in entries)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # its files will be executed
-    assert run_program(**environment) == (expected, len(entries), "")
-    for path, damage in zip(entries, (flip_bit, cut_off, empty) * len(entries), strict=False):
-        damage(path)
-    assert run_program(**environment) == (expected, 0, "")
-    assert run_program(**environment) == (expected, len(entries), "")
+    time_of_use = entries[0].name.removesuffix("cache") + "atime"  # JAX writes it last
+    (folder / time_of_use).unlink()
+    assert run_program(**environment) == (expected, len(entries) - 1, "")
+    assert (folder / time_of_use).exists()
 
 
-def test_a_folder_of_the_users_choice_is_left_to_jax(tmp_path):
+def test_a_folder_of_the_users_choice_is_left_to_jax(tmp_path, run_program):
     environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "unused")
-    expected, _, _ = run_program(**environment)
-    entries = entries_of(tmp_path / "mine")
-    assert run_program(**environment) == (expected, len(entries), "")
-    assert sorted((tmp_path / "mine").glob("*")) == sorted((tmp_path / "mine").glob("*-[ac]*"))
+    run_program(**environment)
+    assert entries_of(tmp_path / "mine")
     assert not (tmp_path / "unused").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path):
-    (tmp_path / "file").write_text("")
-    _, hits, errors = run_program(XDG_CACHE_HOME=str(tmp_path / "file"))
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (make_writable, "is group- or world-writable"),
+        (give_away, "belongs to another user"),
+        (lambda folder: (folder.rmdir(), folder.write_text("")), "File exists"),
+    ],
+)
+def test_a_folder_that_is_not_ours_alone_is_one_warning(tmp_path, run_program, spoil, reason):
+    folder = tmp_path / "simplernn_jax" / "compiled"
+    folder.mkdir(parents=True)
+    spoil(folder)
+    _, hits, errors = run_program(XDG_CACHE_HOME=str(tmp_path))
     assert hits == 0
     assert len(errors.splitlines()) == 1
-    assert "compiled programs are not cached: " in errors
-    assert "Not a directory" in errors
-
-
-def put(folder, key):
-    """Write an entry as JAX does, with any permissions."""
-    (folder / f"{key}-cache").write_bytes(f"program {key}".encode())
-    (folder / f"{key}-cache").chmod(0o666)
-    (folder / f"{key}-atime").write_bytes(time.time_ns().to_bytes(8, "little"))
-
-
-@pytest.mark.parametrize("damage", [flip_bit, os.remove, make_writable, give_away])
-@pytest.mark.parametrize("suffix", ["-cache", "-sha256"])
-def test_corrupted_entries_are_deleted(tmp_path, damage, suffix):
-    for key in ("key", "other", "third"):
-        put(tmp_path, key)
-    seal_entries(tmp_path)
-    put(tmp_path, "half")  # the process ended before it was sealed
-    damage(tmp_path / f"key{suffix}")
-    delete_invalid_entries(tmp_path)
-    suffixes = ("-atime", "-cache", "-sha256")
-    found = sorted(path.name for path in tmp_path.glob("*-*"))
-    assert found == [f"{key}{suffix}" for key in ("other", "third") for suffix in suffixes]
+    assert f"compiled programs are not cached: {reason}" in errors
+    assert entries_of(tmp_path) == []

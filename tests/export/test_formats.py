@@ -69,7 +69,6 @@ def assert_logits(loaded, model):
     chex.assert_trees_all_close(np.float32(logits), expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("format_name", "name"),
     [

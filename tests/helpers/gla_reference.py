@@ -1,4 +1,4 @@
-"""`GLAForCausalLM` from its equations in NumPy, and checkpoints of random weights under its names.
+"""Checkpoints of random weights under the names of `GLAForCausalLM`, and its logits.
 
 Run as a script, with ``pip install flash-linear-attention triton`` (0.6.0 and 3.9), it writes
 ``gla_recorded.npz``: logits of flash-linear-attention's own model, whose kernels Triton's
@@ -95,65 +95,10 @@ def save_checkpoint(folder, settings, weights, files=1):
     return str(folder)
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def reference_logits(settings, weights, tokens):
-    """Logits ``[B, T, vocab]`` in float64, token by token (arXiv:2312.06635, sections 4.3, 4.4)."""
-    weights = {name: array.astype(np.float64) for name, array in weights.items()}
-    table = weights["model.embeddings.weight"]
-    x = table[tokens]
-    for index in range(settings["num_hidden_layers"]):
-        prefix = f"model.layers.{index}."
-        layer = {
-            name.removeprefix(prefix): array
-            for name, array in weights.items()
-            if name.startswith(prefix)
-        }
-        x = x + _mixer(settings, layer, _norm(settings, x, layer["attn_norm.weight"]))
-        n = _norm(settings, x, layer["mlp_norm.weight"])
-        gate, up = (n @ layer[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (silu(gate) * up) @ layer["mlp.down_proj.weight"].T
-    head = weights.get("lm_head.weight", table)
-    return _norm(settings, x, weights["model.norm.weight"]) @ head.T
-
-
-def _norm(settings, x, scale):
-    epsilon = settings.get("norm_eps", 1e-6)
-    return scale * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
-
-
-def _mixer(settings, layer, x):
-    batch, length, _ = x.shape
-    heads = settings["num_heads"]
-
-    def projected(name):
-        y = x @ layer[f"attn.{name}_proj.weight"].T
-        if f"attn.{name}_conv1d.weight" in layer:
-            taps = layer[f"attn.{name}_conv1d.weight"][:, 0]
-            width = taps.shape[1]
-            past = np.concatenate([np.zeros((batch, width - 1, y.shape[2])), y], axis=1)
-            y = silu(sum(taps[:, i] * past[:, i : i + length] for i in range(width)))
-        return y.reshape(batch, length, heads, -1)
-
-    q, k, v, g = map(projected, "qkvg")
-    logits = x @ layer["attn.gk_proj.0.weight"].T @ layer["attn.gk_proj.1.weight"].T
-    log_gates = np.log(sigmoid(logits + layer["attn.gk_proj.1.bias"])).reshape(k.shape) / 16
-    if "clamp_min" in settings:
-        log_gates = np.maximum(log_gates, settings["clamp_min"])
-    state, outputs = np.zeros((batch, heads, k.shape[3], v.shape[3])), []
-    for t in range(length):
-        state = np.exp(log_gates[:, t])[..., None] * state
-        state = state + k[:, t, :, :, None] * v[:, t, :, None]
-        outputs.append(np.einsum("bhkv,bhk->bhv", state, q[:, t]) / np.sqrt(q.shape[3]))
-    scale = layer.get("attn.g_norm_swish_gate.weight", layer.get("attn.g_norm.weight"))
-    y = _norm(settings, np.stack(outputs, axis=1), scale) * silu(g)
-    return y.reshape(batch, length, -1) @ layer["attn.o_proj.weight"].T
+def recorded_logits(variant):
+    """Logits ``[B, T, vocab]`` of `draw_tokens`, by flash-linear-attention."""
+    with np.load(RECORDED) as recorded:
+        return recorded[variant]
 
 
 def record_logits():

@@ -66,6 +66,7 @@ import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker, ri
 import tensorboardX.record_writer, tensorboardX.summary
 import simplernn_jax.analysis, simplernn_jax.inference, simplernn_jax.training.loop
 
+simplernn_jax.training.report.SAMPLES = 0  # as small_runs.py does
 gc.freeze()  # or forks would copy the pages of all that a collection visits
 for line in iter(sys.stdin.readline, ""):
     streams, folder, environment, command = json.loads(line)

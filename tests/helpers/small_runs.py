@@ -29,11 +29,12 @@ from simplernn_jax.export.formats import TrainedModel
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.parallel.mesh import make_mesh
 from simplernn_jax.parallel.named_leaves import in_layout_of
-from simplernn_jax.training import loop
+from simplernn_jax.training import loop, report
 from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 newest_checkpoint = runs.read_checkpoint
 save_untrained = serving.save_untrained
+report.SAMPLES = 0  # in most tests: a program to compile for every run
 
 HYBRID = {"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"}
 """Fields of `small_config`: one layer of each mixer."""

@@ -60,7 +60,6 @@ def by_recomputing(model, prompt, num_tokens):
     return tokens[0, len(prompt) :]
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_in_chunks_equals_the_full_forward_pass(kind):
     model = make_model(kind)
@@ -77,7 +76,6 @@ def test_prefill_in_chunks_equals_the_full_forward_pass(kind):
         chex.assert_trees_all_close(ours[2], theirs[2], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_recomputing_the_prefix(kind):
     model = make_model(kind)
@@ -89,7 +87,6 @@ def test_greedy_equals_recomputing_the_prefix(kind):
         np.testing.assert_array_equal(row, by_recomputing(model, prompt, 37))
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("lengths", "settings"),
     [(LENGTHS, {"temperature": 1.3, "seed": 5, "top_k": 9, "top_p": 0.9}), ([1, 8, 61], {})],

@@ -140,7 +140,6 @@ def test_a_wrong_number_of_tokens_is_refused(count):
         jax.block_until_ready(step(packed(model), *arguments, model.initial_state(2)))
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20}])
 def test_generates_the_tokens_of_the_modules(quantize, settings, monkeypatch):

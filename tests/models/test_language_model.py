@@ -58,7 +58,6 @@ def test_shapes_and_dtypes(config):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_step_by_step_decoding_equals_the_forward_pass(config, precision):
     """bfloat16 rounds activations at 2^-8, and a step rounds in another order than a chunk."""
@@ -74,7 +73,6 @@ def test_step_by_step_decoding_equals_the_forward_pass(config, precision):
     chex.assert_trees_all_close(state, final, rtol=0, atol=tolerance)
 
 
-@pytest.mark.fewer_cases
 def test_segments_equal_separate_sequences(config):
     model = make_model(config)
     segments = jnp.broadcast_to(jnp.arange(LENGTH) // 7, (BATCH, LENGTH))
@@ -84,7 +82,6 @@ def test_segments_equal_separate_sequences(config):
         chex.assert_trees_all_close(logits[:, start : start + 7], alone, rtol=0, atol=2e-5)
 
 
-@pytest.mark.fewer_cases
 def test_causality_by_gradients(config):
     """Logits at t depend on the embedding of every token up to t, and of none after it."""
     model = make_model(config)
@@ -137,7 +134,6 @@ def test_wrong_calls_are_named(config):
         model(tokens().astype(jnp.float32))
 
 
-@pytest.mark.fewer_cases
 def test_initialized_parameters_are_those_of_the_constructor_traced_once(config, monkeypatch):
     traced = []
 
@@ -166,7 +162,6 @@ def test_initialized_parameters_are_those_of_the_constructor_traced_once(config,
     assert len(traced) == 1
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
 def test_no_tokens_have_no_logits(config, shape):
     model = make_model(config)

@@ -80,7 +80,6 @@ def assert_equals_one_device(sizes, dtype, limit, model, **fields):
     assert int(state.step) == STEPS
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("sizes", "model", "fields"),
     [

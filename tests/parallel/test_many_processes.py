@@ -131,6 +131,7 @@ def test_two_processes_equal_one_and_each_resumes_the_others_checkpoint(tmp_path
     check_close(newest_checkpoint(tmp_path / "one"), expected)
 
 
+@pytest.mark.oldest_python
 def test_a_signal_to_one_stops_all_and_a_death_ends_all(tmp_path, launch):
     source = write_corpus(tmp_path / "text")
     config = small_config(source=source, mode="stream", steps=10**6, log_every=0, name="muon")

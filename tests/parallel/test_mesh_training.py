@@ -107,7 +107,6 @@ def without_scalars(found):
     return {key: n for key, n in found.items() if key[0] != "all-reduce" or key[1] > 8}
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_steps_equal_one_device(mesh_name):
     with jax.enable_x64(True):

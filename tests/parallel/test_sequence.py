@@ -145,7 +145,6 @@ def results_and_gradients(params, x, state, ids, weights, *, context, sharded):
     return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(params, x, keys_and_values)
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("context", "earlier", "has_segments"),
     [(1, True, True), (SHARD + 1, True, False), (13, False, True), (100, True, True)],

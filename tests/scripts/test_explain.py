@@ -3,7 +3,6 @@
 import json
 
 import jax.numpy as jnp
-import pytest
 from processes import ROOT, assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config, write_corpus
 
@@ -16,7 +15,6 @@ def explain(*arguments, stdin=""):
     return result
 
 
-@pytest.mark.oldest_python
 def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     config = small_config(
         "residual",
@@ -48,7 +46,6 @@ def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     assert json.loads((out / "explain.json").read_text())["chosen"]["position"] == 5
 
 
-@pytest.mark.oldest_python
 def test_an_inexact_map_is_reported_and_exits_with_code_1(tmp_path, monkeypatch):
     class Diverged(LanguageModel):
         def __init__(self, *arguments, **options):

@@ -5,6 +5,8 @@ import json
 import pytest
 from browser import launched, opened
 
+pytestmark = pytest.mark.oldest_python
+
 
 @pytest.fixture(scope="module")
 def browser(server):

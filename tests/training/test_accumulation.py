@@ -143,7 +143,6 @@ def test_exact_windows_with_gradient_accumulation_and_no_carried_state():
     assert distance(found[1], expected[1]) < 1e-11
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(
     ("sizes", "fields"),
     [

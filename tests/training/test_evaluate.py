@@ -76,7 +76,6 @@ def test_a_mesh_scores_as_one_device(monkeypatch):
     assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize(("batch_tokens", "max_batch_size"), [(8192, 32), (60, 3), (13, 1)])
 def test_equals_scoring_token_by_token(monkeypatch, batch_tokens, max_batch_size):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)

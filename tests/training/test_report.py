@@ -45,6 +45,7 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text", documents=20)
     fields = {"eval_every": 2, "sample_prompt": prompt, "sample_tokens": 5, "steps": 4}
     config = small_config(source=source, validation_fraction=0.3, **fields)
+    monkeypatch.setattr("simplernn_jax.training.report.SAMPLES", 3)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         train(config, workdir)

@@ -113,7 +113,6 @@ def test_overfits_one_batch():
     assert (int(state.step), int(state.skipped_updates)) == (150, 0)
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", ["plain", "hybrid"])
 def test_loss_and_gradient_are_means_over_predictions(kind):
     state, step = run_of(sgd=True, mode="stream", **KINDS[kind])
@@ -172,7 +171,6 @@ def test_a_batch_without_predictions_changes_no_parameter():
     assert int(after.skipped_updates) == 0
 
 
-@pytest.mark.fewer_cases
 @pytest.mark.parametrize("kind", ["attention", "hybrid"])
 def test_a_stream_continues_from_the_state_of_its_last_batch(kind):
     state, step = run_of(sgd=True, mode="stream", **KINDS[kind])
