@@ -13,7 +13,7 @@ targets; text, and the EOS that ends each middle, are.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,12 +24,10 @@ from simplernn_jax.files import sha256_hex
 
 _SHORTEST, _LONGEST = 32, 768
 """Characters of a segment, uniformly distributed."""
-_LINE, _LINES = 0.6, 0.8
-"""Probability that a middle is the rest of the cursor's line, and that it is this or the rest of
-a few lines; else it is between two random places."""
-_MOST_LINES = 4
 _AT_START, _AT_END = 0.05, 0.15
 """Probability that nothing is before the cursor, and that nothing is after the middle."""
+_LINE = 0.7
+"""Probability that a middle ends with the cursor's line; else it ends at a random place."""
 _GRID = 256
 _MOST_SUFFIX = 384
 """Characters of the suffix in a prompt."""
@@ -48,49 +46,26 @@ def present(tokenizer: Tokenizer, text: str, rate: float, seed: int) -> np.ndarr
       UserError: as for `Tokenizer.encode`.
     """
     # `random.random` is the same in every version of Python; its other draws need not be.
-    draws = random.Random(sha256_hex(b"%d " % seed + utf8(text)))
-    parts = [np.empty(0, np.int32)]
-    for prefix, middle, suffix in _segments(text, rate, draws.random):
-        if middle is None:
-            parts.append(tokenizer.encode(prefix))
-        else:
-            parts += _around(tokenizer, prefix, suffix)
-            parts += tokenizer.encode(middle), np.array([tokenizer.eos_id])
-    return np.concatenate(parts, dtype=np.int32)
-
-
-def _segments(
-    text: str, rate: float, draw: Callable[[], float]
-) -> Iterator[tuple[str, str | None, str]]:
-    """Yield prefix, middle and suffix of consecutive segments; the middle of plain text is None."""
-    start = 0
+    draw = random.Random(sha256_hex(b"%d " % seed + utf8(text))).random
+    parts, start = [np.empty(0, np.int32)], 0
     while start < len(text):
         stop = min(len(text), start + _SHORTEST + int(draw() * (_LONGEST - _SHORTEST)))
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
         if draw() >= rate:
-            yield text[start:stop], None, ""
+            parts.append(tokenizer.encode(text[start:stop]))
         else:
-            cursor, end = _middle(text, start, stop, draw)
+            cursor = start if draw() < _AT_START else start + int(draw() * (stop - start + 1))
+            end = cursor + int(draw() * (stop - cursor + 1))
+            if draw() < _LINE:
+                end = text.find("\n", cursor, stop)
+                end = stop if end < 0 else end
             if end > start and draw() < _AT_END:
                 stop = end
-            yield text[start:cursor], text[cursor:end], text[end:stop]
+            parts += _around(tokenizer, text[start:cursor], text[end:stop])
+            parts += tokenizer.encode(text[cursor:end]), np.array([tokenizer.eos_id])
         start = stop
-
-
-def _middle(text: str, start: int, stop: int, draw: Callable[[], float]) -> tuple[int, int]:
-    """Choose the beginning and the end of a middle in ``text[start:stop]``."""
-    is_first = draw() < _AT_START
-    cursor = end = start if is_first else start + int(draw() * (stop - start + 1))
-    kind = draw()
-    if kind >= _LINES:
-        end = start + int(draw() * (stop - start + 1))
-        return min(cursor, end), max(cursor, end)
-    for n in range(1 if kind < _LINE else 2 + int(draw() * (_MOST_LINES - 1))):
-        end = text.find("\n", end + (n > 0), stop)
-        if end < 0:
-            return cursor, stop
-    return cursor, end
+    return np.concatenate(parts, dtype=np.int32)
 
 
 def _around(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[np.ndarray]:

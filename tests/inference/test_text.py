@@ -112,7 +112,7 @@ def test_text_is_the_decoded_tokens_in_pieces():
 def test_one_id_for_bos_eos_and_pad_still_ends_a_text():
     class OneSpecial:
         vocab_size, bos_id, eos_id, pad_id = 2, 1, 1, 1
-        fim_ids = None
+        fim_ids = ()
 
         def encode(self, text):
             return np.zeros(len(text), np.int32)
