@@ -32,7 +32,7 @@ def main() -> None:
     """Print suggestions for a place in a file; - is standard input."""
     prefix, suffix = split_text(_PLACE.value)
     model, tokenizer, _ = _MODEL.load()
-    from simplernn_jax.inference.infilling import suggest
+    from simplernn_jax.inference.text import suggest
 
     settings = {"max_new_tokens": _SAMPLING.max_new_tokens, **_SAMPLING.settings}
     texts = suggest(model, tokenizer, prefix, suffix, _NUM.value, **settings)

@@ -63,6 +63,16 @@ def ids_without_text(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     return {*special, *unknown} - {tokenizer.eos_id}
 
 
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+    """Return the bytes of the ids below `vocab_size` inside a text, which begins with another one.
+
+    Some decoders change the first token.
+    """
+    decode, ids = tokenizer.decode_bytes, range(vocab_size)
+    context = next((i for i in ids if decode([i])), 0)
+    return [decode([context, i]).removeprefix(decode([context])) for i in ids]
+
+
 class ByteTokenizer(Tokenizer):
     """Id i below 256 is the byte i of the text's UTF-8."""
 

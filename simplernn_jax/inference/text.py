@@ -1,15 +1,20 @@
 """Generation of text: `generate` between a tokenizer's encoding and decoding."""
 
 import codecs
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.data.infilling import Infilling
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text, token_bytes
 from simplernn_jax.inference.arguments import check_model, checked_texts
 from simplernn_jax.inference.decode import generate
-from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state
+from simplernn_jax.inference.sampling import keep_only
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, fork_state
 from simplernn_jax.models import LanguageModel
 
 
@@ -98,6 +103,34 @@ def generate_text(
     )
     take([stream.finish() for stream in streams])
     return Texts(texts, generation.state)
+
+
+def suggest(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str,
+    num: int = 1,
+    **settings: Any,
+) -> list[str]:
+    """Suggest what is between a prefix and a suffix: by greedy decoding, and by `num` - 1 samples.
+
+    `settings` are others of `generate_text`. Equal suggestions are given once.
+
+    Raises:
+      UserError: a model that does not fill in the middle, or as for `generate_text`.
+    """
+    vocab_size = model.config.vocab_size
+    infilling = Infilling(tokenizer, token_bytes(tokenizer, vocab_size))
+    banned_ids = ids_without_text(tokenizer, vocab_size)
+    prompt = infilling.prompt(prefix, suffix, banned_ids=banned_ids)
+    state = generate(model, [prompt.tokens], max_new_tokens=0).state
+    logits = jnp.asarray(keep_only(state.logits, prompt.first_ids))
+    state = dataclasses.replace(state, logits=logits)
+    found = [*generate_text(model, tokenizer, state=state, **settings | {"temperature": 0.0})]
+    if num > 1:
+        found += generate_text(model, tokenizer, state=fork_state(state, num - 1), **settings)
+    return [text[prompt.num_typed :] for text in dict.fromkeys(found)]
 
 
 class TextStream:

@@ -10,8 +10,7 @@ import jax
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
-from simplernn_jax.inference.infilling import IMPOSSIBLE
-from simplernn_jax.inference.sampling import TokenLogprobs
+from simplernn_jax.inference.sampling import IMPOSSIBLE, TokenLogprobs
 from simplernn_jax.inference.text import StopStrings, TextStream
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.requests import RequestError
@@ -79,9 +78,10 @@ class ChoiceText:
         """Characters returned."""
         self._entries: list[TokenEntry] = []
 
-    def feed(self, new: NewTokens) -> Piece:
-        """Take new tokens and return what they complete."""
+    def feed(self, new: NewTokens, is_last: bool = False) -> Piece:
+        """Take new tokens and return what they complete; no more are wanted if `is_last`."""
         tokens, text = new.tokens.tolist(), ""
+        reason = new.finish_reason or ("length" if is_last else None)
         parts = [tokens] if self._is_simple else [[token] for token in tokens]
         for index, several in enumerate(parts):
             self.num_tokens += len(several)
@@ -95,13 +95,9 @@ class ChoiceText:
             text += self._stops.feed(decoded[num_typed:])
             if self._stops.has_ended:
                 return self._take(text, "stop")
-        if new.finish_reason is not None:
+        if reason is not None:
             text += self._stops.finish(self._stream.finish())
-        return self._take(text, new.finish_reason)
-
-    def end(self) -> Piece:
-        """Return what was held back, and end where the text is."""
-        return self._take(self._stops.finish(), "length")
+        return self._take(text, reason)
 
     @property
     def stopping_word(self) -> str | None:
@@ -155,8 +151,6 @@ class Answer:
         """Tokens that were left out of prompts, for lack of time."""
         self.began = self.prefilled = self.ended = time.perf_counter()
         """Times of the submission, the end of prefill, and the last update."""
-        self._deadline: float | None = None
-        """Time of the event loop at which no more tokens are awaited."""
         self._unread_bytes = 0
         for job in jobs:
             job.deliver = self._deliver
@@ -204,13 +198,7 @@ class Answer:
         while not self._is_complete:
             if not self._queue.empty():
                 await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run
-            try:
-                async with asyncio.timeout_at(self._deadline):
-                    events = [await self._queue.get()]
-            except TimeoutError:
-                self.cancel()
-                yield self._end()
-                return
+            events = [await self._queue.get()]
             while not self._queue.empty():
                 events.append(self._queue.get_nowait())
             updates: list[Update] = []
@@ -223,12 +211,6 @@ class Answer:
             if isinstance(event, RequestError) and not self._is_complete:
                 raise event  # after what came before it
             self._count_unread(-sum(event_bytes(event) for _, event in events))
-
-    def _end(self) -> list[Update]:
-        """End all choices with the tokens that have come."""
-        self.ended = time.perf_counter()
-        choices = enumerate(self.choices)
-        return [(index, one.end()) for index, one in choices if one.finish_reason is None]
 
     async def pieces(self) -> list[Piece]:
         """Collect the whole pieces of all choices, and end; raises what `updates` does."""
@@ -250,8 +232,6 @@ class Answer:
             self.cached_tokens += event.cached_tokens
             self.left_out += event.left_out
             self.prefilled = self.ended = time.perf_counter()
-            if job.max_seconds is not None:
-                self._deadline = asyncio.get_running_loop().time() + job.max_seconds
             metrics.prompt_tokens.inc(len(job.tokens))
             metrics.cached_tokens.inc(event.cached_tokens)
             entries = []
@@ -272,7 +252,7 @@ class Answer:
         self.ended = now = time.perf_counter()
         metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
         choice.last_seconds = now
-        piece = choice.feed(event)
+        piece = choice.feed(event, now > self.prefilled + job.max_seconds)
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)
         return [(first + event.choice, piece)]

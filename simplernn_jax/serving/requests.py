@@ -1,7 +1,8 @@
 """Bodies of requests: types, ranges and unknown fields are checked while JSON is parsed."""
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -37,6 +38,15 @@ class RequestError(Exception):
         """The field with whose name the message begins."""
         field = re.match(r"(\w{1,100}): ", self.message)
         return field and field[1]
+
+
+class Around(NamedTuple):
+    """What is around a text to fill in."""
+
+    prefix: str
+    suffix: str
+    extra: Sequence[str] = ()
+    """Other texts, before all of it."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -116,10 +126,8 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
             raise RequestError("prompt: its items have several types")
         if len(self.prompts) > MAX_PROMPTS:
             raise RequestError(f"prompt: over {MAX_PROMPTS} prompts")
-        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompts):
-            raise RequestError("suffix: only with a prompt that is a string, not token ids")
-        if self.suffix and self.echo:
-            raise RequestError("suffix: not with echo")
+        if self.suffix and (self.echo or not all(isinstance(x.prefix, str) for x in self.prompts)):
+            raise RequestError("suffix: only with prompts that are strings, and without echo")
 
     @property
     def length(self) -> int:
@@ -133,10 +141,11 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
 
     @property
     def prompts(self) -> list[Any]:
-        """All prompts, each of type `Prompt`."""
+        """All prompts, each of type `Prompt`, or `Around` with a suffix."""
+        prompts: list[Any] = ["" if self.prompt is None else self.prompt]
         if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
-            return self.prompt
-        return ["" if self.prompt is None else self.prompt]
+            prompts = self.prompt
+        return [Around(x, self.suffix) for x in prompts] if self.suffix else prompts
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -243,6 +252,12 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     def length(self) -> int:
         """Maximum number of new tokens."""
         return CHAT_TOKENS if self.n_predict < 0 else self.n_predict
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The one prompt, an `Around`."""
+        extra = [text.text for text in self.input_extra]
+        return [Around(self.input_prefix + self.prompt, self.input_suffix, extra)]
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):

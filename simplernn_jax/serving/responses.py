@@ -3,23 +3,23 @@
 import secrets
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.serving.answers import Answer, Piece, TokenEntry
 from simplernn_jax.serving.requests import ChatRequest, CompletionRequest, InfillRequest
 
 
 class TokenNames:
-    """Names and bytes of the ids of a tokenizer.
+    """Names and bytes of the ids of a tokenizer, by its `token_bytes`.
 
     A token's name is its text; bytes that are part of a character are ``bytes:\\xNN``, as in
     OpenAI's API. Tokens without a text, or with one that another token has, are ``token_id:N``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.bytes_of = [tokenizer.decode_bytes([number]) for number in range(vocab_size)]
-        names = [_name(content) for content in self.bytes_of]
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        self.bytes_of = bytes_of
+        names = [_name(content) for content in bytes_of]
         uses = Counter(names)
         self.names = [
             name
@@ -151,8 +151,8 @@ class Infill:
         }
         if fields is None:
             return body
-        found = {path: _field(body, path) for path in fields}
-        return {path: value for path, value in found.items() if value is not None}
+        paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
+        return {path: paths[path] for path in fields if path in paths}
 
     def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
         """Make a frame of a stream."""
@@ -170,10 +170,3 @@ def _timings(name: str, count: int, seconds: float) -> dict[str, float]:
         f"{name}_per_token_ms": 1e3 * seconds / max(count, 1),
         f"{name}_per_second": count / max(seconds, 1e-9),
     }
-
-
-def _field(body: Any, path: str) -> Any:
-    """Return the field of a path such as ``timings/prompt_n``; None without one."""
-    for name in path.split("/"):
-        body = body.get(name) if isinstance(body, dict) else None
-    return body

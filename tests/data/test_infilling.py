@@ -11,8 +11,8 @@ from small_data import bpe_of, char_tokenizer, stores, write
 
 from simplernn_jax.config import Config, DataConfig, validate
 from simplernn_jax.data import load_tokenizer, open_corpus, prepare_corpus, tokenizer_from_json
-from simplernn_jax.data.infilling import infill_ids, present
-from simplernn_jax.data.tokenizer import InfillingTokenizer, ids_without_text
+from simplernn_jax.data.infilling import Infilling, present
+from simplernn_jax.data.tokenizer import InfillingTokenizer, ids_without_text, token_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
 from simplernn_jax.training.preparation import tokenize_source
@@ -41,6 +41,10 @@ def restored(ids):
         text += prefix + middle + suffix
         at = cuts[-1] + 1
     return bytes(text).decode(), found
+
+
+def infilling(tokenizer):
+    return Infilling(tokenizer, token_bytes(tokenizer, tokenizer.vocab_size))
 
 
 @given(text=st.text(max_size=300), rate=st.floats(0, 1), seed=st.integers(0, 2**31))
@@ -76,21 +80,45 @@ def test_ids_of_infilling_come_after_any_tokenizer_and_stand_for_no_text(base):
 
 
 def test_prompt_is_the_presentation_of_training_and_grows_at_its_end():
-    assert infill_ids(BYTES, "a\nb", "\nc", ["x", "y"]).tolist() == [
-        *(BOS, *b"xy", PREFIX, SUFFIX, *b"\nc", MIDDLE, *b"a\nb")
-    ]
-    first = infill_ids(PREFIX_FIRST, "a", "c")
-    assert first.tolist() == [BOS, PREFIX, *b"a", SUFFIX, *b"c", MIDDLE]
-    before, moved = infill_ids(BYTES, "", TEXT), 0
-    for end in range(1, 1300, 7):
-        ids = infill_ids(BYTES, TEXT[:end].replace("ä", "a"), TEXT)
+    found = infilling(BYTES).prompt("a\nb", "\nc", ["x", "y"])
+    assert found.tokens.tolist() == [*(BOS, *b"xy", PREFIX, SUFFIX, *b"\nc", MIDDLE, *b"a\nb")]
+    assert (found.num_optional, found.stable) == (3, (8, 9, 10, 11))
+    found = infilling(PREFIX_FIRST).prompt("a", "c")
+    assert found.tokens.tolist() == [BOS, PREFIX, *b"a", SUFFIX, *b"c", MIDDLE]
+    assert (found.num_optional, found.stable, found.first_ids) == (1, (2, 3), None)
+    prompt, before, moved = infilling(BYTES).prompt, np.zeros(0), 0
+    for end in range(0, 1300, 7):
+        ids = prompt(TEXT[:end].replace("ä", "a"), TEXT).tokens
         assert len(ids) - ids.tolist().index(MIDDLE) <= 768
         moved += ids[: len(before)].tolist() != before.tolist()
         before = ids
     assert moved == 4  # where the prefix passes a multiple of 256, from 512 on
-    assert len(infill_ids(BYTES, "", "y" * 10**5)) == 4 + 384
+    assert len(prompt("", "y" * 10**5).tokens) == 4 + 384
     with pytest.raises(UserError, match="does not fill in"):
-        infill_ids(BYTES.base, "a", "b")
+        infilling(BYTES.base).prompt("a", "b")
+
+
+@pytest.mark.parametrize("order", ["suffix_first", "prefix_first"])
+def test_the_first_new_token_begins_with_what_was_typed_of_it(order):
+    text = "def größe(x):\n    return x.größer and 'Größe'\n\nreturned = größer(value)\n" * 9
+    base = bpe_of(text)
+    tokenizer, num_healed = InfillingTokenizer(base, order), 0
+    for cut in range(46):
+        prompt, ids = infilling(tokenizer).prompt(text[:cut], ")\nreturn"), base.encode(text[:cut])
+        is_healed, end = prompt.first_ids is not None, prompt.stable[-1]
+        kept = ids[:-1] if is_healed else ids
+        assert prompt.tokens[end - len(kept) : end].tolist() == kept.tolist()
+        before = base.decode_bytes(kept).decode("utf-8", "ignore")
+        assert text[:cut] == before + text[len(before) :][: prompt.num_typed]
+        if is_healed:
+            num_healed += 1
+            typed = base.decode_bytes(ids[-1:])
+            is_like = [base.decode_bytes([i]).startswith(typed) for i in range(base.vocab_size)]
+            assert prompt.first_ids.tolist() == np.flatnonzero(is_like).tolist()
+            banned = prompt.first_ids[1:]  # without them, there is nothing to heal
+            found = infilling(tokenizer).prompt(text[:cut], ")\nreturn", (), banned)
+            assert found.first_ids is None
+    assert num_healed > 20
 
 
 @pytest.fixture

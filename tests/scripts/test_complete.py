@@ -4,7 +4,7 @@ from processes import assert_each_refused, run_scripts
 from small_runs import untrained_run
 
 from simplernn_jax import load_model
-from simplernn_jax.inference.infilling import suggest
+from simplernn_jax.inference.text import suggest
 
 SCRIPT = "scripts/complete.py"
 TEXT = "abc é\nda b\r\n\nc"

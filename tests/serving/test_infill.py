@@ -10,7 +10,7 @@ from references import needs_compiler
 from small_runs import untrained_run
 
 from simplernn_jax import load_model
-from simplernn_jax.inference.infilling import suggest
+from simplernn_jax.inference.text import suggest
 
 BEFORE = "abc é\n" * 200
 AFTER = "\n\nbcd é\n"
