@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -171,34 +170,22 @@ class TextStream:
 
 
 class StopStrings:
-    """Text up to the first of some strings; what may be the beginning of one is held back.
+    """Text up to the first of some strings; what may be the beginning of one is held back."""
 
-    It also ends before a line, except the first and empty ones, whose indentation has fewer than
-    `min_indent` spaces and tabs.
-    """
-
-    def __init__(self, stops: Sequence[str], min_indent: int = 0) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
-        self._outdented: re.Pattern[str] | None = None
-        if min_indent:
-            self._outdented = re.compile(rf"\n[ \t]{{0,{min_indent - 1}}}(?=[^ \t\r\n])")
         self.held_back = ""
-        """Text that may be the beginning of a stop; one itself once it was found."""
+        """Text that may be the beginning of a stop string; one itself once it was found."""
         self.has_ended = False
-        """True once a stop was found."""
+        """True once a stop string was found."""
         self._num_held_back = max(map(len, stops), default=1) - 1
 
     def feed(self, text: str) -> str:
         """Return the text that no later one can make part of a stop string."""
         text = self.held_back + text
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        undecided = len(text) - self._num_held_back
-        if self._outdented is not None:
-            found += [match.start() for match in self._outdented.finditer(text)][:1]
-            blank = re.search(r"\n[ \t\r]*\Z", text)
-            undecided = min(undecided, blank.start() if blank else len(text))
         self.has_ended = bool(found)
-        end = min(found, default=max(0, undecided))
+        end = min(found, default=max(0, len(text) - self._num_held_back))
         self.held_back = text[end:]
         return text[:end]
 

@@ -71,8 +71,8 @@ class ChoiceText:
         self._stream = TextStream(tokenizer, job.recent)
         self._num_typed = 0 if job.infill is None else job.infill.num_typed
         """Characters to leave out, which the prompt has."""
-        self._stops = StopStrings(job.stops, job.min_indent)
-        self._is_simple = job.num_logprobs is None and not job.stops and not job.min_indent
+        self._stops = StopStrings(job.stops)
+        self._is_simple = job.num_logprobs is None and not job.stops
         self._stop_ids = frozenset(job.sampling.stop_ids)
         self._offset = len(job.echoed)
         """Characters returned."""
@@ -101,10 +101,10 @@ class ChoiceText:
 
     @property
     def stopping_word(self) -> str | None:
-        """The stop string that has ended the text, empty for indentation; None if none has."""
+        """The stop string that has ended the text; None if none has."""
         if not self._stops.has_ended:
             return None
-        return next(filter(self._stops.held_back.startswith, self._stops.stops), "")
+        return next(filter(self._stops.held_back.startswith, self._stops.stops))
 
     def _take(self, text: str, reason: str | None) -> Piece:
         """Return `text`, and the tokens that begin in it."""

@@ -74,8 +74,6 @@ class Job:
     """Text of the prompt, if the answer begins with it."""
     stops: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text, which does not contain them."""
-    min_indent: int = 0
-    """Spaces and tabs without which a line, but not the first one, ends a text before it."""
     cached_at: tuple[int, ...] | None = None
     """Numbers of tokens of the prompt after which its state is cached, where a C function decodes
     the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,

@@ -218,8 +218,6 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """Text of the line before the cursor: the end of the prefix."""
     n_predict: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] = -1
     """Maximum number of new tokens; -1 is `CHAT_TOKENS`."""
-    n_indent: Annotated[int, Meta(ge=0, le=1000)] = 0
-    """The text ends before a line of smaller indentation."""
     t_max_prompt_ms: Annotated[float, Meta(le=1e9)] = 0
     """Milliseconds after which context is left out of the prompt; 0 and less are off."""
     t_max_predict_ms: Annotated[float, Meta(le=1e9)] = 0
@@ -235,7 +233,7 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     num_logprobs: ClassVar[None] = None
 
     IGNORED: ClassVar = re.compile(
-        "id_slot|cache_prompt|samplers|dynatemp_.*|typical_p|repeat_last_n|dry_.*|xtc_.*|lora|"
+        "id_slot|cache_prompt|n_indent|samplers|dynatemp_.*|typical_p|repeat_last_n|dry_.*|xtc_.*|lora|"
         "mirostat.*|top_n_sigma|min_keep|n_keep|n_discard|n_cache_reuse|return_tokens|"
         "return_progress|timings_per_token|sse_ping_interval"
     )

@@ -183,13 +183,11 @@ class Service:
                 cached_at=infill and infill.stable,
                 is_streamed=bool(request.stream or infill),  # somebody is typing
             )
-            if isinstance(request, InfillRequest):
-                job.min_indent = request.n_indent
-                if max_tokens:  # or the request only fills the cache
-                    if request.t_max_prompt_ms > 0:
-                        job.prompt_seconds = request.t_max_prompt_ms / 1e3
-                    if request.t_max_predict_ms > 0:
-                        job.max_seconds = request.t_max_predict_ms / 1e3
+            if isinstance(request, InfillRequest) and max_tokens:  # else it only fills the cache
+                if request.t_max_prompt_ms > 0:
+                    job.prompt_seconds = request.t_max_prompt_ms / 1e3
+                if request.t_max_predict_ms > 0:
+                    job.max_seconds = request.t_max_predict_ms / 1e3
             streams[tokens.tobytes()] += num_choices  # a prompt given twice gets other samples
             jobs.append(job)
         return jobs

@@ -67,20 +67,6 @@ def test_a_stream_decodes_after_its_context(tmp_path):
     assert pieces == [" or", " to", "", "", "€", " be"]
 
 
-@pytest.mark.parametrize("step", [1, 2, 50])
-def test_text_ends_before_a_line_of_smaller_indentation(step):
-    text = "a\n\n    b\n \t\t c\n   d\n"
-    for min_indent, expected in ((0, text), (3, text), (4, text[:-6]), (5, "a\n")):
-        strings, found = StopStrings([], min_indent), ""
-        for start in range(0, len(text), step):
-            found += strings.feed(text[start : start + step])
-            if strings.has_ended:
-                break
-        else:
-            found = found + strings.finish()
-        assert (found, strings.has_ended) == (expected, min_indent > 3)
-
-
 @pytest.mark.parametrize("step", [1, 2, 5, 50])
 @pytest.mark.parametrize(
     ("stops", "expected"),
