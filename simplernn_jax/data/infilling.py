@@ -27,14 +27,17 @@ from simplernn_jax.data.tokenizer import InfillingTokenizer, Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
 
-_SHORTEST, _LONGEST = 32, 768
-"""Characters of a segment, uniformly distributed."""
+_SHORTEST, _LONGEST = 32, 384
+"""Characters of a segment, uniformly distributed: most middles are in one sequence of training with
+all that is around them."""
 _AT_START, _AT_END = 0.05, 0.15
 """Probability that nothing is before the cursor, and that nothing is after the middle."""
 _LINE = 0.7
 """Probability that a middle ends with the cursor's line; else it ends at a random place."""
-_GRID = 256
-_MOST_SUFFIX = 384
+_GRID = 128
+"""Characters of the prefix that come after the suffix in a prompt, at most twice as many: a
+recurrent state forgets, and training has them no further from the suffix."""
+_MOST_SUFFIX = 192
 """Characters of the suffix in a prompt."""
 _RETOKENIZED = 3
 """Tokens before the cursor that the next character may change."""
@@ -122,11 +125,11 @@ class Infilling:
         """Make the prompt of the place between `prefix` and `suffix`, as training presents it.
 
         One more character of the prefix changes only the end of the prompt, unless the prefix
-        passes a multiple of 256 characters: then more of it becomes older text, before the suffix.
+        passes a multiple of 128 characters: then more of it becomes older text, before the suffix.
 
         Args:
           prefix: the text before the cursor.
-          suffix: the text after it; its first 384 characters are used, up to the end of a line.
+          suffix: the text after it; its first 192 characters are used, up to the end of a line.
           extra: other texts, such as files of the same project, before all of it.
           banned_ids: those that no new token has.
 
@@ -134,7 +137,7 @@ class Infilling:
           UserError: the model does not fill in, or a text has no ids.
         """
         encode = self._tokenizer.encode
-        cut = max(0, len(prefix) // _GRID - 1) * _GRID
+        cut = len(prefix) // _GRID * _GRID
         cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
         if len(suffix) > _MOST_SUFFIX:
             end = suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX
