@@ -13,6 +13,7 @@ request at a place.
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -36,6 +37,7 @@ LONGEST = 100
 """Bytes of a line at most."""
 CONTEXT = 4096
 """Characters before the line, and after it."""
+CURSORS, LINES = 500, 100
 CLIENTS = (1, 8)
 KEYSTROKE_TOKENS = 32
 
@@ -63,50 +65,45 @@ class Suggestion(NamedTuple):
         return self.text == self.cursor.line[self.cursor.at :]
 
 
-def run(workdirs: Sequence[str], cursors: int, lines: int) -> Iterator[Table]:
-    """Tables of the models in `workdirs`; `UserError` unless they hold out the same text."""
+def run(workdirs: Sequence[str]) -> Iterator[Table]:
+    """Tables of the models in `workdirs`, which hold out the same text."""
     configs = {workdir: load_model(workdir)[2] for workdir in workdirs}
     if not configs:
         raise UserError("--workdirs: names no run; train some with configs/complete.py")
-    kept = ("source", "split", "validation_fraction", "all_files")
-    texts = {(*(getattr(c.data, x) for x in kept), c.train.seed) for c in configs.values()}
     config = configs[workdirs[0]]
-    if len(texts) > 1 or not config.data.validation_fraction:
-        raise UserError("--workdirs: give runs of the same text, which hold out a part of it")
     # Without infilling, the same files are held out.
     plain = dataclasses.replace(config.data, tokenizer="byte", fim_rate=0.0)
     with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
         corpus = prepare_corpus(plain, config.train.seed, folder)
-    assert corpus.validation is not None
+    if corpus.validation is None:
+        raise UserError("--workdirs: runs that hold out no text; train with a validation_fraction")
     files = document_texts(corpus.validation, corpus.tokenizer)
-    somewhere = [[cursor] for cursor in choose(files, cursors)]
+    somewhere = [[cursor] for cursor in choose(files, CURSORS)]
     # Lines of their own for each measurement: the server caches what it has seen.
-    typed, *timed = (typing(choose(files, lines, seed)) for seed in range(1, 2 + len(CLIENTS)))
+    typed, *timed = (
+        [[x._replace(at=at) for at in range(len(x.line))] for x in choose(files, LINES, seed)]
+        for seed in range(1, 2 + len(CLIENTS))
+    )
     quality: list[Row] = []
     latency: list[Row] = []
     for workdir, config in configs.items():
         row: Row = {"model": workdir, "parameters": count_parameters(config)}
         with serving(workdir, f"--slots={CLIENTS[-1]}") as (_, url):
             for suffix in ("yes", "no"):
-                some, all_typed = (
-                    ask(url, places, CLIENTS[-1], LONGEST + 1, with_suffix=suffix == "yes")
-                    for places in (somewhere, typed)
-                )
-                quality.append(row | {"suffix": suffix} | compare(some, all_typed))
+                ask_all = functools.partial(ask, url, CLIENTS[-1], LONGEST + 1, suffix == "yes")
+                row |= {"suffix": suffix} | compare(ask_all(somewhere), ask_all(typed))
+                quality.append({**row})
             for clients, places in zip(CLIENTS, timed, strict=True):
-                times: tuple[list[float], list[float]] = [], []
-                for found in ask(url, places, clients, KEYSTROKE_TOKENS):
-                    times[found.cursor.at == 0].append(1e3 * found.seconds)
+                found = ask(url, clients, KEYSTROKE_TOKENS, True, places)
                 row = {"model": workdir, "clients": clients}
-                row |= percentiles("keystroke, ms", times[0]) | percentiles("jump, ms", times[1])
+                for name, is_first in (("keystroke", False), ("jump", True)):
+                    times = [1e3 * x.seconds for x in found if (x.cursor.at == 0) == is_first]
+                    row |= percentiles(f"{name}, ms", times)
                 latency.append(row)
     ngrams = NGrams(corpus.train.tokens)
-    some, all_typed = (
-        [Suggestion(cursor, finish_line(ngrams, cursor)) for line in places for cursor in line]
-        for places in (somewhere, typed)
-    )
-    quality.append({"model": f"{ORDER}-gram", "suffix": "no"} | compare(some, all_typed))
-    yield Table(f"completion: {cursors:,} cursors, {lines:,} lines", quality)
+    by_ngrams = ([finish_line(ngrams, x) for x in itertools.chain(*p)] for p in (somewhere, typed))
+    quality.append({"model": f"{ORDER}-gram", "suffix": "no"} | compare(*by_ngrams))
+    yield Table(f"completion: {CURSORS} cursors, {LINES} lines", quality)
     yield Table("completion: latency", latency)
 
 
@@ -129,20 +126,10 @@ def choose(files: Sequence[str], number: int, seed: int = 0) -> list[Cursor]:
     raise UserError("--workdirs: the held-out text has too few lines")
 
 
-def typing(cursors: Sequence[Cursor]) -> list[list[Cursor]]:
-    """The cursors at which each line of `cursors` is typed."""
-    return [[x._replace(at=at) for at in range(len(x.line))] for x in cursors]
-
-
 def ask(
-    url: str,
-    places: Sequence[Sequence[Cursor]],
-    clients: int,
-    num_tokens: int,
-    *,
-    with_suffix: bool = True,
+    url: str, clients: int, num_tokens: int, with_suffix: bool, places: Sequence[Sequence[Cursor]]
 ) -> list[Suggestion]:
-    """Ask a server for suggestions; clients share the lists of places, and each takes its turn."""
+    """Ask a server for suggestions; clients share the lists of places."""
 
     async def client(number: int) -> list[Suggestion]:
         found = []
@@ -164,12 +151,12 @@ def ask(
     return [*itertools.chain(*asyncio.run(all_clients()))]
 
 
-def finish_line(ngrams: NGrams, cursor: Cursor) -> str:
-    """The rest of a line by an n-gram model."""
+def finish_line(ngrams: NGrams, cursor: Cursor) -> Suggestion:
+    """Suggest the rest of a line by an n-gram model."""
     text = start = (cursor.before + cursor.line[: cursor.at]).encode()
     while len(text) - len(start) <= LONGEST and not text[len(start) :].endswith(b"\n"):
         text += bytes([ngrams.predict(text[-ORDER:])])
-    return text[len(start) :].decode("utf-8", "replace").split("\n")[0]
+    return Suggestion(cursor, text[len(start) :].decode("utf-8", "replace").split("\n")[0])
 
 
 def compare(somewhere: Sequence[Suggestion], typed: Sequence[Suggestion]) -> Row:

@@ -120,7 +120,13 @@ class Infilling:
         self._ids_like = functools.cache(self._find_ids_like)
 
     def prompt(
-        self, prefix: str, suffix: str, extra: Sequence[str] = (), banned_ids: Collection[int] = ()
+        self,
+        prefix: str,
+        suffix: str,
+        extra: Sequence[str] = (),
+        banned_ids: Collection[int] = (),
+        *,
+        with_bos: bool = True,
     ) -> InfillPrompt:
         """Make the prompt of the place between `prefix` and `suffix`, as training presents it.
 
@@ -132,6 +138,7 @@ class Infilling:
           suffix: the text after it; its first 192 characters are used, up to the end of a line.
           extra: other texts, such as files of the same project, before all of it.
           banned_ids: those that no new token has.
+          with_bos: False for a prompt that continues a state.
 
         Raises:
           UserError: the model does not fill in, or a text has no ids.
@@ -154,8 +161,8 @@ class Infilling:
             else:
                 before = before[:-1]
                 num_typed = sum(byte & 0xC0 != 0x80 for byte in typed) + is_cut
-        older = [encode(text) for text in (*extra, prefix[:cut]) if text]
-        older = [np.array([self._tokenizer.bos_id]), *older]
+        older = [np.array([self._tokenizer.bos_id] * with_bos)]
+        older += [encode(text) for text in (*extra, prefix[:cut]) if text]
         around = _around(self._tokenizer, before, after)
         tokens = np.concatenate([*older, *around], dtype=np.int32)
         end = len(tokens) - num_after

@@ -100,11 +100,9 @@ class ChoiceText:
         return self._take(text, reason)
 
     @property
-    def stopping_word(self) -> str | None:
-        """The stop string that has ended the text; None if none has."""
-        if not self._stops.has_ended:
-            return None
-        return next(filter(self._stops.held_back.startswith, self._stops.stops))
+    def stopping_word(self) -> str:
+        """The stop string that has ended the text; empty if none has."""
+        return next(filter(self._stops.held_back.startswith, self._stops.stops), "")
 
     def _take(self, text: str, reason: str | None) -> Piece:
         """Return `text`, and the tokens that begin in it."""

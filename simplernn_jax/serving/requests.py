@@ -282,10 +282,9 @@ class StateRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: StateName | None = None
 
 
-AnyRequest = TypeVar(
-    "AnyRequest", bound=CompletionRequest | ChatRequest | InfillRequest | StateRequest
-)
+JobRequest = CompletionRequest | ChatRequest | InfillRequest | StateRequest
 """A request that becomes jobs."""
+AnyRequest = TypeVar("AnyRequest", bound=JobRequest)
 
 
 def parse(kind: type[_Body], body: bytes) -> _Body:

@@ -126,19 +126,19 @@ class Infill:
 
     last = b""
 
-    def __init__(self, request: InfillRequest, model_name: str, names: TokenNames) -> None:
-        self._request, self._model_name = request, model_name
+    def __init__(self, request: InfillRequest, model_name: str, *_: Any) -> None:
+        self._fields, self._model_name = request.response_fields, model_name
 
     def response(self, pieces: list[Piece], answer: Answer) -> Any:
         """Make the body of an answer that is not streamed."""
-        fields, usage, (choice,) = self._request.response_fields, answer.usage, answer.choices
+        usage, (choice,) = answer.usage, answer.choices
         num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
-        is_eos = choice.finish_reason == "stop" and choice.stopping_word is None
+        reason = "eos" if choice.finish_reason == "stop" else "limit"
         body = {
             "content": "".join(piece.text for piece in pieces),
             "stop": True,
-            "stop_type": "word" if choice.stopping_word else "eos" if is_eos else "limit",
-            "stopping_word": choice.stopping_word or "",
+            "stop_type": "word" if choice.stopping_word else reason,
+            "stopping_word": choice.stopping_word,
             "model": self._model_name,
             "tokens_predicted": num_new,
             "tokens_evaluated": num_prompt,
@@ -149,10 +149,10 @@ class Infill:
             )
             | _timings("predicted", num_new, answer.ended - answer.prefilled),
         }
-        if fields is None:
+        if self._fields is None:
             return body
         paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
-        return {path: paths[path] for path in fields if path in paths}
+        return {path: paths[path] for path in self._fields if path in paths}
 
     def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
         """Make a frame of a stream."""

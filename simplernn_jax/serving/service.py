@@ -6,6 +6,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from simplernn_jax.serving.requests import (
     Around,
     ChatRequest,
     InfillRequest,
+    JobRequest,
     Prompt,
     RequestError,
     SamplingFields,
@@ -138,7 +140,7 @@ class Service:
             raise RequestError("state: of older parameters", status=409)
         return made
 
-    def jobs(self, request: AnyRequest, prefix: Prefix | None) -> list[Job]:
+    def jobs(self, request: JobRequest, prefix: Prefix | None) -> list[Job]:
         """Make one job for each prompt of a request, which continues `prefix`."""
         has_state = prefix is not None
         if isinstance(request, StateRequest):
@@ -165,31 +167,32 @@ class Service:
                 f"logprobs: over {MAX_LOGPROBS:,} of them in one answer; lower max_tokens, n or "
                 "logprobs, or stream"
             )
+        limits = {}
+        if isinstance(request, InfillRequest) and max_tokens:  # else it only fills the cache
+            limits = {"prompt": request.t_max_prompt_ms, "max": request.t_max_predict_ms}
+        seconds: Any = {f"{name}_seconds": ms / 1e3 for name, ms in limits.items() if ms > 0}
         jobs = []
         streams: Counter[bytes] = Counter()
         for text, (tokens, infill) in zip(texts, made, strict=True):
-            job = Job(
-                tokens,
-                sampling,
-                max_tokens=max_tokens,
-                num_choices=num_choices,
-                first_stream=streams[tokens.tobytes()],
-                prefix=prefix,
-                num_logprobs=num_logprobs,
-                scores_prompt=bool(request.echo) and num_logprobs is not None,
-                echoed=text,
-                stops=stops,
-                infill=infill,
-                cached_at=infill and infill.stable,
-                is_streamed=bool(request.stream or infill),  # somebody is typing
+            jobs.append(
+                Job(
+                    tokens,
+                    sampling,
+                    max_tokens=max_tokens,
+                    num_choices=num_choices,
+                    first_stream=streams[tokens.tobytes()],
+                    prefix=prefix,
+                    num_logprobs=num_logprobs,
+                    scores_prompt=bool(request.echo) and num_logprobs is not None,
+                    echoed=text,
+                    stops=stops,
+                    infill=infill,
+                    cached_at=infill and infill.stable,
+                    is_streamed=bool(request.stream or infill),  # somebody is typing
+                    **seconds,
+                )
             )
-            if isinstance(request, InfillRequest) and max_tokens:  # else it only fills the cache
-                if request.t_max_prompt_ms > 0:
-                    job.prompt_seconds = request.t_max_prompt_ms / 1e3
-                if request.t_max_predict_ms > 0:
-                    job.max_seconds = request.t_max_predict_ms / 1e3
             streams[tokens.tobytes()] += num_choices  # a prompt given twice gets other samples
-            jobs.append(job)
         return jobs
 
     def _prompt(
@@ -199,12 +202,9 @@ class Service:
         if not isinstance(prompt, Around):
             return self.prompt_ids(prompt, has_state), None
         try:
-            made = self._infilling.prompt(*prompt, sampling.banned_ids)
+            made = self._infilling.prompt(*prompt, sampling.banned_ids, with_bos=not has_state)
         except UserError as error:
             raise RequestError(f"suffix: {error}") from error
-        if has_state:  # no BOS
-            optional, stable = made.num_optional - 1, tuple(n - 1 for n in made.stable)
-            made = made._replace(tokens=made.tokens[1:], num_optional=optional, stable=stable)
         return made.tokens, made
 
     def _render(self, request: ChatRequest, has_state: bool) -> tuple[str, str]:
