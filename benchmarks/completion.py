@@ -3,9 +3,10 @@
 The files are the held-out ones of the runs. A suggestion is what a server answers to ``/infill``:
 greedy, up to the end of the line, and right if it is the rest of the line.
 
-``exact``: cursors at random characters that are not spaces. ``saved``: lines are typed anew, and as
-soon as the suggestion is right, one key accepts it; the keys that this saves, as a share of all
-characters. The n-gram model suggests what followed the longest known context most often.
+``exact``: cursors at characters of random lines that are not spaces. ``saved``: lines are typed
+anew, and as soon as the suggestion is right, one key accepts it; the keys that this saves, as a
+share of all characters. The n-gram model suggests what followed the longest known context most
+often.
 
 ``keystroke``: clients type other lines, and each character is a request. ``jump``: the first
 request at a place.
@@ -17,6 +18,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -108,22 +110,17 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
 
 
 def choose(files: Sequence[str], number: int, seed: int = 0) -> list[Cursor]:
-    """Choose cursors at random characters, of lines of at most `LONGEST` bytes."""
+    """Choose cursors at characters of random lines, which have at most `LONGEST` bytes."""
     draw = random.Random(seed)
-    ends = list(itertools.accumulate(map(len, files)))
-    found: list[Cursor] = []
-    for _ in range(1000 * number):
-        place = draw.randrange(ends[-1])
-        index = int(np.searchsorted(ends, place, side="right"))
-        text, at = files[index], place - (ends[index] - len(files[index]))
-        start = text.rfind("\n", 0, at) + 1
-        stop = text.find("\n", at) if "\n" in text[at:] else len(text)
-        if not text[at].isspace() and len(text[start:stop].encode()) <= LONGEST:
-            before, after = text[max(0, start - CONTEXT) : start], text[stop : stop + CONTEXT]
-            found.append(Cursor(before, text[start:stop], after, at - start))
-            if len(found) == number:
-                return found
-    raise UserError("--workdirs: the held-out text has too few lines")
+    lines = [(text, line) for text in files for line in re.finditer(r"(?m)^.*\S.*$", text)]
+    lines = [(text, line) for text, line in lines if len(line[0].encode()) <= LONGEST]
+    found = []
+    for text, line in draw.choices(lines, k=number):
+        before = text[max(0, line.start() - CONTEXT) : line.start()]
+        after = text[line.end() : line.end() + CONTEXT]
+        at = draw.choice([n for n, character in enumerate(line[0]) if not character.isspace()])
+        found.append(Cursor(before, line[0], after, at))
+    return found
 
 
 def ask(

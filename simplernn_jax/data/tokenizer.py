@@ -69,8 +69,8 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     Some decoders change the first token.
     """
     decode, ids = tokenizer.decode_bytes, range(vocab_size)
-    context = next((i for i in ids if decode([i])), 0)
-    return [decode([context, i]).removeprefix(decode([context])) for i in ids]
+    context, before = next(((i, text) for i in ids if (text := decode([i]))), (0, b""))
+    return [decode([context, i]).removeprefix(before) for i in ids]
 
 
 class ByteTokenizer(Tokenizer):
