@@ -16,7 +16,7 @@ from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text, token_byte
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import Answer
+from simplernn_jax.serving.answers import Answer, TokenNames
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import (
     AnyRequest,
@@ -30,7 +30,6 @@ from simplernn_jax.serving.requests import (
     StateRequest,
     parse,
 )
-from simplernn_jax.serving.responses import TokenNames
 from simplernn_jax.serving.scheduler import Scheduler
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
