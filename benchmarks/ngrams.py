@@ -28,7 +28,7 @@ class NGrams:
             context = int.from_bytes(before[len(before) - length :]) << 8
             start, stop = np.searchsorted(grams, np.array([context, context + 256], np.uint64))
             if start < stop:
-                return int(grams[start + counts[start:stop].argmax()] & np.uint64(255))
+                return int(grams[start + np.argmax(counts[start:stop])] & np.uint64(255))
         raise AssertionError("the empty context is known")
 
     def bits(self, text: bytes) -> np.ndarray:
