@@ -5,7 +5,7 @@
     python scripts/benchmark.py lookup --workdir DIR
     python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
         [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
-    python scripts/benchmark.py completion --workdirs DIRS [--cursors N] [--lines N]
+    python scripts/benchmark.py completion --workdirs DIRS
     python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
     python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
     python scripts/benchmark.py scoring --seconds S [--logs PATHS]
@@ -51,7 +51,6 @@ from benchmarks import completion, decoding, minutes, scaling, scoring, serving,
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
-from benchmarks.completion import CLIENTS
 from benchmarks.measure import Effort
 from benchmarks.tables import Results, Table
 from simplernn_jax.cli import command_line, config_files, process_start
@@ -80,10 +79,6 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
 _WORKDIRS = flags.DEFINE_list("workdirs", [], "completion: runs, of the same text.")
-_CURSORS = flags.DEFINE_integer("cursors", 500, "completion: number of cursors.", lower_bound=1)
-_LINES = flags.DEFINE_integer(
-    "lines", 100, "completion: number of lines that are typed.", lower_bound=2 * CLIENTS[-1]
-)
 _MINUTES = flags.DEFINE_list("minutes", ["1", "5", "30"], "minutes: minutes of training.")
 _LOGS = flags.DEFINE_list("logs", [], "scoring: paths of logs; default: those in /var/log.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
@@ -102,7 +97,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "baselines": lambda _, results: report.run(
         report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
     ),
-    "completion": lambda *_: completion.run(_WORKDIRS.value, _CURSORS.value, _LINES.value),
+    "completion": lambda *_: completion.run(_WORKDIRS.value),
     "minutes": lambda _, results: minutes.run(
         _MINUTES.value, flags.FLAGS["source"].value, results.tables
     ),

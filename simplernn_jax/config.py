@@ -16,7 +16,6 @@ from simplernn_jax.errors import UserError, counted, nearest_name
 Scalar = bool | int | float | str
 PRECISIONS = ("float32", "bfloat16")
 ENCODING_ERRORS = ("strict", "replace")
-FIM_ORDERS = ("suffix_first", "prefix_first")
 _MAX_SIZE = 2**20
 _MAX_BETA = 1 - 2**-24
 """The largest float32 below 1."""
@@ -148,7 +147,7 @@ class DataConfig(_Fields):
     fim_rate: float = _number(0.0, at_most=1)
     """Fraction of the text whose parts are rearranged so that the model learns to fill in the
     middle, for completion in an editor; above 0, the tokenizer has three more ids."""
-    fim_order: str = _one_of(FIM_ORDERS, "suffix_first")
+    fim_order: str = _one_of(("suffix_first", "prefix_first"), "suffix_first")
     """Order in which it sees what is around the middle: ``suffix_first``, so that the state after
     the suffix stays while one types, or ``prefix_first``."""
     split: str = _one_of(("document", "position"), "document")

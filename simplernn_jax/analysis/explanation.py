@@ -58,7 +58,7 @@ def split_into_units(
     A character that begins in `context`, the ids before, is completed in the first unit.
     """
     names = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩", tokenizer.pad_id: "⟨PAD⟩"}
-    names |= dict(zip(tokenizer.fim_ids or (), ("⟨SUFFIX⟩", "⟨PREFIX⟩", "⟨MIDDLE⟩"), strict=False))
+    names |= dict(zip(tokenizer.fim_ids, ("⟨SUFFIX⟩", "⟨PREFIX⟩", "⟨MIDDLE⟩"), strict=False))
     stream = TextStream(tokenizer, context)
     units: list[Unit] = []
     start = 0

@@ -10,10 +10,15 @@ prompt of a completion, ``BOS older text <prefix> <suffix> s <middle> p``. In th
 SPM in the paper, the middle continues the prefix, and a prompt grows at its end while one types;
 ``prefix_first`` is ``<prefix> p <suffix> s <middle> m EOS``, PSM. The ids themselves are no
 targets; text, and the EOS that ends each middle, are.
+
+A prefix may end inside a token of a vocabulary of longer pieces. Token healing takes the last token
+of a prompt away, and the first new one must begin with its bytes: the new text repeats them.
 """
 
+import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,17 +27,20 @@ from simplernn_jax.data.tokenizer import InfillingTokenizer, Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
 
-_SHORTEST, _LONGEST = 32, 768
-"""Characters of a segment, uniformly distributed."""
-_LINE, _LINES = 0.6, 0.8
-"""Probability that a middle is the rest of the cursor's line, and that it is this or the rest of
-a few lines; else it is between two random places."""
-_MOST_LINES = 4
+_SHORTEST, _LONGEST = 32, 384
+"""Characters of a segment, uniformly distributed: most middles are in one sequence of training with
+all that is around them."""
 _AT_START, _AT_END = 0.05, 0.15
 """Probability that nothing is before the cursor, and that nothing is after the middle."""
-_GRID = 256
-_MOST_SUFFIX = 384
+_LINE = 0.7
+"""Probability that a middle ends with the cursor's line; else it ends at a random place."""
+_GRID = 128
+"""Characters of the prefix that come after the suffix in a prompt, at most twice as many: a
+recurrent state forgets, and training has them no further from the suffix."""
+_MOST_SUFFIX = 192
 """Characters of the suffix in a prompt."""
+_RETOKENIZED = 3
+"""Tokens before the cursor that the next character may change."""
 
 
 def present(tokenizer: Tokenizer, text: str, rate: float, seed: int) -> np.ndarray:
@@ -48,89 +56,120 @@ def present(tokenizer: Tokenizer, text: str, rate: float, seed: int) -> np.ndarr
       UserError: as for `Tokenizer.encode`.
     """
     # `random.random` is the same in every version of Python; its other draws need not be.
-    draws = random.Random(sha256_hex(b"%d " % seed + utf8(text)))
-    parts = [np.empty(0, np.int32)]
-    for prefix, middle, suffix in _segments(text, rate, draws.random):
-        if middle is None:
-            parts.append(tokenizer.encode(prefix))
-        else:
-            parts += _around(tokenizer, prefix, suffix)
-            parts += tokenizer.encode(middle), np.array([tokenizer.eos_id])
-    return np.concatenate(parts, dtype=np.int32)
-
-
-def _segments(
-    text: str, rate: float, draw: Callable[[], float]
-) -> Iterator[tuple[str, str | None, str]]:
-    """Yield prefix, middle and suffix of consecutive segments; the middle of plain text is None."""
-    start = 0
+    draw = random.Random(sha256_hex(b"%d " % seed + utf8(text))).random
+    parts, start = [np.empty(0, np.int32)], 0
     while start < len(text):
         stop = min(len(text), start + _SHORTEST + int(draw() * (_LONGEST - _SHORTEST)))
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
         if draw() >= rate:
-            yield text[start:stop], None, ""
+            parts.append(tokenizer.encode(text[start:stop]))
         else:
-            cursor, end = _middle(text, start, stop, draw)
+            cursor = start if draw() < _AT_START else start + int(draw() * (stop - start + 1))
+            end = cursor + int(draw() * (stop - cursor + 1))
+            if draw() < _LINE:
+                end = text.find("\n", cursor, stop)
+                end = stop if end < 0 else end
             if end > start and draw() < _AT_END:
                 stop = end
-            yield text[start:cursor], text[cursor:end], text[end:stop]
+            prefix, middle, suffix = text[start:cursor], text[cursor:end], text[end:stop]
+            parts += _around(tokenizer, tokenizer.encode(prefix), tokenizer.encode(suffix))
+            parts += tokenizer.encode(middle), np.array([tokenizer.eos_id])
         start = stop
+    return np.concatenate(parts, dtype=np.int32)
 
 
-def _middle(text: str, start: int, stop: int, draw: Callable[[], float]) -> tuple[int, int]:
-    """Choose the beginning and the end of a middle in ``text[start:stop]``."""
-    is_first = draw() < _AT_START
-    cursor = end = start if is_first else start + int(draw() * (stop - start + 1))
-    kind = draw()
-    if kind >= _LINES:
-        end = start + int(draw() * (stop - start + 1))
-        return min(cursor, end), max(cursor, end)
-    for n in range(1 if kind < _LINE else 2 + int(draw() * (_MOST_LINES - 1))):
-        end = text.find("\n", end + (n > 0), stop)
-        if end < 0:
-            return cursor, stop
-    return cursor, end
-
-
-def _around(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[np.ndarray]:
-    """Encode what is around a middle, and comes before it."""
+def _around(tokenizer: Tokenizer, prefix: np.ndarray, suffix: np.ndarray) -> list[np.ndarray]:
+    """Put what is around a middle before it."""
     if not isinstance(tokenizer, InfillingTokenizer):
         raise UserError(
             "this model does not fill in the middle: it was not trained with config.data.fim_rate "
             "above 0; train one with --config configs/complete.py, or pass no suffix"
         )
     before_suffix, before_prefix, before_middle = (np.array([x]) for x in tokenizer.fim_ids)
-    p, s = tokenizer.encode(prefix), tokenizer.encode(suffix)
     if tokenizer.order == "prefix_first":
-        return [before_prefix, p, before_suffix, s, before_middle]
-    return [before_prefix, before_suffix, s, before_middle, p]
+        return [before_prefix, prefix, before_suffix, suffix, before_middle]
+    return [before_prefix, before_suffix, suffix, before_middle, prefix]
 
 
-def infill_ids(
-    tokenizer: Tokenizer, prefix: str, suffix: str, extra: Sequence[str] = ()
-) -> np.ndarray:
-    """Encode the prompt of a completion between `prefix` and `suffix`, as training presents it.
+class InfillPrompt(NamedTuple):
+    """A prompt for the text between a prefix and a suffix."""
 
-    One more character of the prefix changes only the end of the prompt, unless the prefix passes a
-    multiple of 256 characters: then more of it becomes older text, before the suffix.
+    tokens: np.ndarray
+    """[n] int32."""
+    num_optional: int
+    """Tokens at the beginning, with BOS, that are context of the rest."""
+    stable: tuple[int, ...]
+    """Numbers of tokens at the beginning that are likely to stay while somebody types."""
+    first_ids: np.ndarray | None = None
+    """[m] int64 ids of which the first new token is one; None allows all."""
+    num_typed: int = 0
+    """Characters at the beginning of the new text that belong to the prefix."""
+
+
+class Infilling:
+    """Makes the prompts of a model that fills in the middle.
 
     Args:
       tokenizer: of a model that was trained with ``data.fim_rate``.
-      prefix: the text before the cursor.
-      suffix: the text after it; its first 384 characters are used, up to the end of a line.
-      extra: other texts, such as files of the same project, before all of it.
-
-    Returns:
-      [n] int32 ids, with BOS; the completion follows, up to EOS.
-
-    Raises:
-      UserError: the model does not fill in, or a text has no ids.
+      bytes_of: `token_bytes` of the tokenizer.
     """
-    cut = max(0, len(prefix) // _GRID - 1) * _GRID
-    cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
-    if len(suffix) > _MOST_SUFFIX:
-        suffix = suffix[: suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX]
-    around = _around(tokenizer, prefix[cut:], suffix)
-    older = [tokenizer.encode(text) for text in (*extra, prefix[:cut]) if text]
-    return np.concatenate([[tokenizer.bos_id], *older, *around], dtype=np.int32)
+
+    def __init__(self, tokenizer: Tokenizer, bytes_of: Sequence[bytes]) -> None:
+        self._tokenizer, self._bytes_of = tokenizer, bytes_of
+        self._ids_like = functools.cache(self._find_ids_like)
+
+    def prompt(
+        self,
+        prefix: str,
+        suffix: str,
+        extra: Sequence[str] = (),
+        banned_ids: Collection[int] = (),
+        *,
+        with_bos: bool = True,
+    ) -> InfillPrompt:
+        """Make the prompt of the place between `prefix` and `suffix`, as training presents it.
+
+        One more character of the prefix changes only the end of the prompt, unless the prefix
+        passes a multiple of 128 characters: then more of it becomes older text, before the suffix.
+
+        Args:
+          prefix: the text before the cursor.
+          suffix: the text after it; its first 192 characters are used, up to the end of a line.
+          extra: other texts, such as files of the same project, before all of it.
+          banned_ids: those that no new token has.
+          with_bos: False for a prompt that continues a state.
+
+        Raises:
+          UserError: the model does not fill in, or a text has no ids.
+        """
+        encode = self._tokenizer.encode
+        cut = len(prefix) // _GRID * _GRID
+        cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
+        if len(suffix) > _MOST_SUFFIX:
+            end = suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX
+            suffix = suffix[:end]
+        before, after = encode(prefix[cut:]), encode(suffix)
+        num_after = len(after) + 2 if getattr(self._tokenizer, "order", "") == "prefix_first" else 0
+        first_ids, num_typed = None, 0
+        if len(before):
+            typed = self._bytes_of[before[-1]]
+            first_ids = np.setdiff1d(self._ids_like(typed), [*banned_ids])
+            is_cut = 0x80 <= (typed or b"a")[0] < 0xC0  # inside a character
+            if len(first_ids) < 2 or (is_cut and num_after):
+                first_ids = None  # nothing else begins so, or the suffix would cut a character
+            else:
+                before = before[:-1]
+                num_typed = sum(byte & 0xC0 != 0x80 for byte in typed) + is_cut
+        older = [np.array([self._tokenizer.bos_id] * with_bos)]
+        older += [encode(text) for text in (*extra, prefix[:cut]) if text]
+        around = _around(self._tokenizer, before, after)
+        tokens = np.concatenate([*older, *around], dtype=np.int32)
+        end = len(tokens) - num_after
+        stable = tuple(range(end - min(len(before), _RETOKENIZED), end + 1))
+        return InfillPrompt(tokens, sum(map(len, older)), stable, first_ids, num_typed)
+
+    def _find_ids_like(self, typed: bytes) -> np.ndarray:
+        """Return the ids whose bytes begin with `typed`; none if it is empty."""
+        is_like = [bool(typed) and content.startswith(typed) for content in self._bytes_of]
+        return np.flatnonzero(is_like)

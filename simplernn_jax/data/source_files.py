@@ -11,7 +11,6 @@ import gzip
 import io
 import os
 import re
-import shutil
 import subprocess
 import sysconfig
 import zlib
@@ -32,14 +31,10 @@ _GENERATED = re.compile(
     r".*(\.lock|-lock\.(json|yaml)|\.min\.(js|css)|\.map|_pb2(_grpc)?\.py|\.pb\.go)|go\.sum"
 )
 """Names of lock, minified and generated files."""
-_MINIFIED_LINE = 5000
-"""Bytes of a line of JavaScript or CSS, at the beginning of its file, that nobody wrote."""
-_MARKS = re.compile(rb"@generated|DO NOT EDIT")
-"""Marks of a generated file, in its first 500 bytes."""
-_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *COMPRESSED_SUFFIXES)
-"""Suffixes of files whose text may say anything."""
-_GIT_SETTINGS = ("safe.directory=*", "core.fsmonitor=false", "protocol.allow=never")
-"""Settings with which git only reads the index: repositories of others can name programs."""
+_RECORDS = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|gz|zst)")
+"""Names of files whose text may say anything."""
+_GIT = ("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false")
+"""Runs nothing that the settings of somebody else's repository name."""
 _BLOCK_SIZE = 1 << 18
 """Bytes that are read at a time."""
 _ZSTD_BLOCK = 1 << 8
@@ -169,13 +164,11 @@ def _folder_files(root: str, exclude: frozenset[str], all_files: bool) -> list[S
             name = os.path.relpath(path, root)
             if not os.path.isfile(path):
                 continue
-            if tracked is not None and name not in tracked:
-                skipped.append(path)
-                continue
-            start = _beginning(path)
+            is_tracked = tracked is None or name in tracked
+            start = _beginning(path) if is_tracked else b""
             if b"\0" in start and not path.lower().endswith(".parquet"):
                 left_out.append(path)
-            elif not all_files and _is_generated(path, start):
+            elif not is_tracked or (not all_files and _is_generated(path, start)):
                 skipped.append(path)
             else:
                 files.append(SourceFile(name, path))
@@ -202,37 +195,34 @@ def _beginning(path: str) -> bytes:
 def _is_generated(path: str, start: bytes) -> bool:
     """Whether the name of a file or its beginning is that of a generated one."""
     name = os.path.basename(path).lower()
-    longest = max(map(len, start.split(b"\n")))
-    is_code = name.endswith((".js", ".mjs", ".cjs", ".css"))
-    is_marked = not name.endswith(_RECORDS) and _MARKS.search(start, 0, 500)
-    return bool(is_marked or _GENERATED.fullmatch(name) or (is_code and longest > _MINIFIED_LINE))
+    if name.endswith((".js", ".mjs", ".cjs", ".css")) and re.search(rb"[^\n]{5001}", start):
+        return True  # minified
+    is_marked = re.search(rb"@generated|DO NOT EDIT", start[:500]) and not _RECORDS.fullmatch(name)
+    return bool(is_marked or _GENERATED.fullmatch(name))
 
 
 def _tracked_files(root: str) -> frozenset[str] | None:
-    """Names below `root` of the files that git tracks; None if it is in no work tree, or all are to
-    be read.
-    """
+    """Names below `root` of the files that git tracks; None if it knows of none."""
     real = Path(root).resolve()
     if not any(os.path.exists(folder / ".git") for folder in (real, *real.parents)):
         return None
-    settings = [word for setting in _GIT_SETTINGS for word in ("-c", setting)]
-    output, problem = b"", "it tracks nothing here"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
-        output = subprocess.run(
-            [shutil.which("git") or "git", *settings, "-C", real, "ls-files", "-z"],
-            env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
-            stdin=subprocess.DEVNULL,
+        found = subprocess.run(
+            [*_GIT, "-C", real, "ls-files", "-z"],
+            check=False,
+            env=environment,
             capture_output=True,
             timeout=60,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:  # such as no git
-        stderr = getattr(error, "stderr", None) or str(error).encode()
-        problem = one_line(stderr.decode("utf-8", "replace"))
-    if not output:
-        logging.info("%s: all files are read, though git has a repository here: %s", root, problem)
-        return None
-    return frozenset(map(os.fsdecode, output.split(b"\0")))
+        )
+        output, problem = found.stdout, found.stderr.decode("utf-8", "replace")
+    except (OSError, subprocess.TimeoutExpired) as error:  # such as no git
+        output, problem = b"", str(error)
+    if output:
+        return frozenset(map(os.fsdecode, output.split(b"\0")))
+    problem = one_line(problem.strip()) or "it tracks nothing here"
+    logging.info("%s: all files are read, though git has a repository here: %s", root, problem)
+    return None
 
 
 @contextlib.contextmanager

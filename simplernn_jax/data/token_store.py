@@ -38,8 +38,6 @@ __all__ = ["TokenSplit", "TokenizedCorpus", "find_corpus", "prepare_corpus", "tr
 
 _FORMAT = 3
 """Incremented when the tokens or the split change, so that old stores are left to old runs."""
-_FIM_FORMAT = 1
-"""Incremented when the presentation for infilling changes."""
 _NAME = re.compile("[0-9a-f]{32}")
 """Name of a store, and the beginning of a hash."""
 _FEW_TOKENS = 10_000
@@ -295,7 +293,7 @@ def _store_name(config: DataConfig, seed: int, fingerprint: str, tokenizer: Toke
         "max_malformed_records": config.max_malformed_records,
     }
     if config.fim_rate:
-        parts["fim"] = [config.fim_rate, seed, _FIM_FORMAT]
+        parts["fim"] = [config.fim_rate, seed]
     return sha256_hex(json.dumps(parts, sort_keys=True))[:32]
 
 

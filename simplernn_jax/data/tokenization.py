@@ -137,7 +137,7 @@ def tokenize(path: Path, corpus: Corpus, tokenizer: Tokenizer, source: str) -> S
                 logging.info("tokenizing %s: %.0f %%, %.0f s left", source, 100 * done, left)
     logging.info("tokenizing %s: done in %.1f s", source, time.monotonic() - start)
     corpus.warn_of_skipped()
-    fim_ids = (corpus.fim and tokenizer.fim_ids) or ()
+    fim_ids = tokenizer.fim_ids if corpus.fim else ()
     return SourceTokens(path, _token_dtype(tokenizer), np.concatenate(tables), fim_ids)
 
 

@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from simplernn_jax.config import FIM_ORDERS
 from simplernn_jax.data.documents import Corpus, utf8
 from simplernn_jax.errors import UserError, counted
 
@@ -31,8 +30,8 @@ class Tokenizer(Protocol):
     """Last token of a document."""
     pad_id: int
     """Padding."""
-    fim_ids: tuple[int, int, int] | None = None
-    """Ids that mark suffix, prefix and middle in `infilling`, and stand for no text; None: the
+    fim_ids: tuple[int, ...] = ()
+    """Ids that mark suffix, prefix and middle in `infilling`, and stand for no text; none if the
     model was not trained to fill in."""
 
     def encode(self, text: str) -> np.ndarray:
@@ -59,9 +58,19 @@ def ids_without_text(tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     They are BOS, padding, those of infilling and those the tokenizer lacks, but not EOS: some
     vocabularies have one id for several purposes.
     """
-    ids = {tokenizer.bos_id, tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)}
-    ids |= {*(tokenizer.fim_ids or ())}
-    return ids - {tokenizer.eos_id}
+    unknown = range(tokenizer.vocab_size, vocab_size)
+    special = {tokenizer.bos_id, tokenizer.pad_id, *tokenizer.fim_ids}
+    return {*special, *unknown} - {tokenizer.eos_id}
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+    """Return the bytes of the ids below `vocab_size` inside a text, which begins with another one.
+
+    Some decoders change the first token.
+    """
+    decode, ids = tokenizer.decode_bytes, range(vocab_size)
+    context, before = next(((i, text) for i in ids if (text := decode([i]))), (0, b""))
+    return [decode([context, i]).removeprefix(before) for i in ids]
 
 
 class ByteTokenizer(Tokenizer):
@@ -125,22 +134,18 @@ class CharTokenizer(Tokenizer):
 
 
 class InfillingTokenizer(Tokenizer):
-    """Another tokenizer, with three more ids after its own; ValueError if it has them.
+    """Another tokenizer, with three more ids after its own.
 
     Args:
       base: encodes and decodes the text.
       order: ``data.fim_order``, in which its model sees prefix and suffix.
     """
 
-    fim_ids: tuple[int, int, int]
-
     def __init__(self, base: Tokenizer, order: str) -> None:
-        if base.fim_ids is not None or order not in FIM_ORDERS:
-            raise ValueError(f"infilling {order!r} of a tokenizer with fim_ids={base.fim_ids}")
         self.base, self.order = base, order
         self.bos_id, self.eos_id, self.pad_id = base.bos_id, base.eos_id, base.pad_id
         self.vocab_size = base.vocab_size + 3
-        self.fim_ids = base.vocab_size, base.vocab_size + 1, base.vocab_size + 2
+        self.fim_ids = tuple(range(base.vocab_size, self.vocab_size))
 
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer.encode`; no text has the ids of infilling."""

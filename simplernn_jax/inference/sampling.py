@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 NextLogits = Float[Array, "B vocab"]
 
+IMPOSSIBLE = -1e30
+"""Logit of an id that `keep_only` leaves out; its probability is 0."""
 TOP_LOGPROBS = 20
 """Maximum number of alternatives that are reported for a token."""
 
@@ -156,6 +158,15 @@ def sample(logits: NextLogits, keys: Key[Array, "B"], settings: Settings) -> Int
     noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys)
     drawn = greedy(kept + noise)  # the Gumbel-max trick: a sample from softmax(kept)
     return jnp.where(temperature[:, 0] > 0, drawn, greedy(logits))
+
+
+def keep_only(logits: NextLogits, ids: np.ndarray | None) -> Any:
+    """Condition on one of `ids`, or on nothing if it is None; NumPy compiles nothing for it."""
+    if ids is None:
+        return logits
+    kept = np.full(logits.shape, IMPOSSIBLE, np.float32)
+    kept[:, ids] = np.asarray(logits)[:, ids]
+    return kept
 
 
 def greedy(logits: NextLogits) -> Int[Array, "B"]:

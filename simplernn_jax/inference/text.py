@@ -1,15 +1,19 @@
 """Generation of text: `generate` between a tokenizer's encoding and decoding."""
 
 import codecs
-import re
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.data.infilling import Infilling
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text, token_bytes
 from simplernn_jax.inference.arguments import check_model, checked_texts
 from simplernn_jax.inference.decode import generate
-from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state
+from simplernn_jax.inference.sampling import keep_only
+from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, fork_state
 from simplernn_jax.models import LanguageModel
 
 
@@ -100,6 +104,34 @@ def generate_text(
     return Texts(texts, generation.state)
 
 
+def suggest(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str,
+    num: int = 1,
+    **settings: Any,
+) -> list[str]:
+    """Suggest what is between a prefix and a suffix: by greedy decoding, and by `num` - 1 samples.
+
+    `settings` are others of `generate_text`. Equal suggestions are given once.
+
+    Raises:
+      UserError: a model that does not fill in the middle, or as for `generate_text`.
+    """
+    vocab_size = model.config.vocab_size
+    infilling = Infilling(tokenizer, token_bytes(tokenizer, vocab_size))
+    banned_ids = ids_without_text(tokenizer, vocab_size)
+    prompt = infilling.prompt(prefix, suffix, banned_ids=banned_ids)
+    state = generate(model, [prompt.tokens], max_new_tokens=0).state
+    logits = jnp.asarray(keep_only(state.logits, prompt.first_ids))
+    state = dataclasses.replace(state, logits=logits)
+    found = [*generate_text(model, tokenizer, state=state, **settings | {"temperature": 0.0})]
+    if num > 1:
+        found += generate_text(model, tokenizer, state=fork_state(state, num - 1), **settings)
+    return [text[prompt.num_typed :] for text in dict.fromkeys(found)]
+
+
 class TextStream:
     """Incremental decoder of one sequence that never cuts a character.
 
@@ -138,34 +170,22 @@ class TextStream:
 
 
 class StopStrings:
-    """Text up to the first of some strings; what may be the beginning of one is held back.
+    """Text up to the first of some strings; what may be the beginning of one is held back."""
 
-    It also ends before a line, except the first and empty ones, whose indentation has fewer than
-    `min_indent` spaces and tabs.
-    """
-
-    def __init__(self, stops: Sequence[str], min_indent: int = 0) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
-        self._outdented: re.Pattern[str] | None = None
-        if min_indent:
-            self._outdented = re.compile(rf"\n[ \t]{{0,{min_indent - 1}}}(?=[^ \t\r\n])")
         self.held_back = ""
-        """Text that may be the beginning of a stop; one itself once it was found."""
+        """Text that may be the beginning of a stop string; one itself once it was found."""
         self.has_ended = False
-        """True once a stop was found."""
+        """True once a stop string was found."""
         self._num_held_back = max(map(len, stops), default=1) - 1
 
     def feed(self, text: str) -> str:
         """Return the text that no later one can make part of a stop string."""
         text = self.held_back + text
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        undecided = len(text) - self._num_held_back
-        if self._outdented is not None:
-            found += [match.start() for match in self._outdented.finditer(text)][:1]
-            blank = re.search(r"\n[ \t\r]*\Z", text)
-            undecided = min(undecided, blank.start() if blank else len(text))
         self.has_ended = bool(found)
-        end = min(found, default=max(0, undecided))
+        end = min(found, default=max(0, len(text) - self._num_held_back))
         self.held_back = text[end:]
         return text[:end]
 

@@ -1,20 +1,29 @@
-"""Answers to requests: text and log-probabilities from the events of their jobs."""
+"""Answers to requests: text and log-probabilities from the events of their jobs, as JSON.
+
+Bodies of completions and chat completions are those of OpenAI's API, of infills llama.cpp's.
+"""
 
 import asyncio
 import dataclasses
+import secrets
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
-from simplernn_jax.inference.infilling import IMPOSSIBLE
-from simplernn_jax.inference.sampling import TokenLogprobs
+from simplernn_jax.inference.sampling import IMPOSSIBLE, TokenLogprobs
 from simplernn_jax.inference.text import StopStrings, TextStream
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
-from simplernn_jax.serving.requests import RequestError
+from simplernn_jax.serving.requests import (
+    ChatRequest,
+    CompletionRequest,
+    InfillRequest,
+    RequestError,
+)
 from simplernn_jax.serving.worker import Worker
 
 MAX_UNREAD_BYTES = 1 << 17
@@ -72,16 +81,17 @@ class ChoiceText:
         self._stream = TextStream(tokenizer, job.recent)
         self._num_typed = 0 if job.infill is None else job.infill.num_typed
         """Characters to leave out, which the prompt has."""
-        self._stops = StopStrings(job.stops, job.min_indent)
-        self._is_simple = job.num_logprobs is None and not job.stops and not job.min_indent
+        self._stops = StopStrings(job.stops)
+        self._is_simple = job.num_logprobs is None and not job.stops
         self._stop_ids = frozenset(job.sampling.stop_ids)
         self._offset = len(job.echoed)
         """Characters returned."""
         self._entries: list[TokenEntry] = []
 
-    def feed(self, new: NewTokens) -> Piece:
-        """Take new tokens and return what they complete."""
+    def feed(self, new: NewTokens, is_last: bool = False) -> Piece:
+        """Take new tokens and return what they complete; no more are wanted if `is_last`."""
         tokens, text = new.tokens.tolist(), ""
+        reason = new.finish_reason or ("length" if is_last else None)
         parts = [tokens] if self._is_simple else [[token] for token in tokens]
         for index, several in enumerate(parts):
             self.num_tokens += len(several)
@@ -95,19 +105,13 @@ class ChoiceText:
             text += self._stops.feed(decoded[num_typed:])
             if self._stops.has_ended:
                 return self._take(text, "stop")
-        if new.finish_reason is not None:
+        if reason is not None:
             text += self._stops.finish(self._stream.finish())
-        return self._take(text, new.finish_reason)
-
-    def end(self) -> Piece:
-        """Return what was held back, and end where the text is."""
-        return self._take(self._stops.finish(), "length")
+        return self._take(text, reason)
 
     @property
-    def stopping_word(self) -> str | None:
-        """The stop string that has ended the text, empty for indentation; None if none has."""
-        if not self._stops.has_ended:
-            return None
+    def stopping_word(self) -> str:
+        """The stop string that has ended the text; empty if none has."""
         return next(filter(self._stops.held_back.startswith, self._stops.stops), "")
 
     def _take(self, text: str, reason: str | None) -> Piece:
@@ -155,8 +159,6 @@ class Answer:
         """Tokens that were left out of prompts, for lack of time."""
         self.began = self.prefilled = self.ended = time.perf_counter()
         """Times of the submission, the end of prefill, and the last update."""
-        self._deadline: float | None = None
-        """Time of the event loop at which no more tokens are awaited."""
         self._unread_bytes = 0
         for job in jobs:
             job.deliver = self._deliver
@@ -204,13 +206,7 @@ class Answer:
         while not self._is_complete:
             if not self._queue.empty():
                 await asyncio.sleep(0)  # neither a full queue nor a free socket lets others run
-            try:
-                async with asyncio.timeout_at(self._deadline):
-                    events = [await self._queue.get()]
-            except TimeoutError:
-                self.cancel()
-                yield self._end()
-                return
+            events = [await self._queue.get()]
             while not self._queue.empty():
                 events.append(self._queue.get_nowait())
             updates: list[Update] = []
@@ -223,12 +219,6 @@ class Answer:
             if isinstance(event, RequestError) and not self._is_complete:
                 raise event  # after what came before it
             self._count_unread(-sum(event_bytes(event) for _, event in events))
-
-    def _end(self) -> list[Update]:
-        """End all choices with the tokens that have come."""
-        self.ended = time.perf_counter()
-        choices = enumerate(self.choices)
-        return [(index, one.end()) for index, one in choices if one.finish_reason is None]
 
     async def pieces(self) -> list[Piece]:
         """Collect the whole pieces of all choices, and end; raises what `updates` does."""
@@ -250,8 +240,6 @@ class Answer:
             self.cached_tokens += event.cached_tokens
             self.left_out += event.left_out
             self.prefilled = self.ended = time.perf_counter()
-            if job.max_seconds is not None:
-                self._deadline = asyncio.get_running_loop().time() + job.max_seconds
             metrics.prompt_tokens.inc(len(job.tokens))
             metrics.cached_tokens.inc(event.cached_tokens)
             entries = []
@@ -272,7 +260,169 @@ class Answer:
         self.ended = now = time.perf_counter()
         metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
         choice.last_seconds = now
-        piece = choice.feed(event)
+        piece = choice.feed(event, now > self.prefilled + job.max_seconds)
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)
         return [(first + event.choice, piece)]
+
+
+class TokenNames:
+    """Names and bytes of the ids of a tokenizer, by its `token_bytes`.
+
+    A token's name is its text; bytes that are part of a character are ``bytes:\\xNN``, as in
+    OpenAI's API. Tokens without a text, or with one that another token has, are ``token_id:N``.
+    """
+
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        self.bytes_of = bytes_of
+        names = [_name(content) for content in bytes_of]
+        uses = Counter(names)
+        self.names = [
+            name
+            if name and uses[name] == 1 and not name.startswith("token_id:")
+            else f"token_id:{i}"
+            for i, name in enumerate(names)
+        ]
+
+
+def _name(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class Completion:
+    """Bodies of one text completion."""
+
+    id_prefix = "cmpl-"
+    whole = "text_completion"
+    chunk = "text_completion"
+    last = b"data: [DONE]\n\n"
+    """The end of a stream."""
+
+    def __init__(
+        self, request: CompletionRequest | ChatRequest, model_name: str, names: TokenNames
+    ) -> None:
+        self._names = None if request.num_logprobs is None else names
+        options = request.stream_options
+        self._with_usage = options is not None and options.include_usage
+        self._head = {
+            "id": self.id_prefix + secrets.token_hex(12),
+            "created": int(time.time()),
+            "model": model_name,
+        }
+
+    def response(self, pieces: list[Piece], answer: Answer) -> Any:
+        """Make the body of an answer that is not streamed."""
+        choices = [self._choice(index, piece) for index, piece in enumerate(pieces)]
+        return {**self._head, "object": self.whole, "choices": choices, "usage": answer.usage}
+
+    def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
+        """Make a frame of a stream, which may be the first one of a choice."""
+        more = {"usage": None} if self._with_usage else {}
+        choices = [self._choice(index, piece, is_first)]
+        return {**self._head, "object": self.chunk, "choices": choices, **more}
+
+    def last_frames(self, answer: Answer) -> list[Any]:
+        """Make the frames after all choices."""
+        frame = {**self._head, "object": self.chunk, "choices": [], "usage": answer.usage}
+        return [frame] if self._with_usage else []
+
+    def _choice(self, index: int, piece: Piece, is_first: bool | None = None) -> Any:
+        """Make a whole choice or, given whether it is the first, its part of a frame."""
+        logprobs = self._logprobs(self._names, piece.entries) if self._names else None
+        ends = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return {"index": index, **self._content(piece, is_first), **ends}
+
+    def _content(self, piece: Piece, is_first: bool | None) -> dict[str, Any]:
+        return {"text": piece.text}
+
+    def _logprobs(self, names: TokenNames, entries: list[TokenEntry]) -> Any:
+        name = names.names
+        return {
+            "tokens": [name[entry.token] for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                None if e.logprob is None else {name[token]: value for token, value in e.top}
+                for e in entries
+            ],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+
+class ChatCompletion(Completion):
+    """Bodies of one chat completion."""
+
+    id_prefix = "chatcmpl-"
+    whole = "chat.completion"
+    chunk = "chat.completion.chunk"
+
+    def _content(self, piece: Piece, is_first: bool | None) -> dict[str, Any]:
+        if is_first is None:
+            return {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+        role = {"role": "assistant"} if is_first else {}
+        return {"delta": role | ({"content": piece.text} if piece.text or is_first else {})}
+
+    def _logprobs(self, names: TokenNames, entries: list[TokenEntry]) -> Any:
+        def named(token: int, logprob: float | None) -> Any:
+            content = list(names.bytes_of[token])
+            return {"token": names.names[token], "logprob": logprob, "bytes": content}
+
+        content = [
+            named(entry.token, entry.logprob)
+            | {"top_logprobs": [named(token, value) for token, value in entry.top]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+
+class Infill:
+    """Bodies of one infill."""
+
+    last = b""
+
+    def __init__(self, request: InfillRequest, model_name: str, *_: Any) -> None:
+        self._fields, self._model_name = request.response_fields, model_name
+
+    def response(self, pieces: list[Piece], answer: Answer) -> Any:
+        """Make the body of an answer that is not streamed."""
+        usage, (choice,) = answer.usage, answer.choices
+        num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
+        reason = "eos" if choice.finish_reason == "stop" else "limit"
+        body = {
+            "content": "".join(piece.text for piece in pieces),
+            "stop": True,
+            "stop_type": "word" if choice.stopping_word else reason,
+            "stopping_word": choice.stopping_word,
+            "model": self._model_name,
+            "tokens_predicted": num_new,
+            "tokens_evaluated": num_prompt,
+            "tokens_cached": answer.cached_tokens,
+            "truncated": answer.left_out > 0,
+            "timings": _timings(
+                "prompt", num_prompt - answer.cached_tokens, answer.prefilled - answer.began
+            )
+            | _timings("predicted", num_new, answer.ended - answer.prefilled),
+        }
+        if self._fields is None:
+            return body
+        paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
+        return {path: paths[path] for path in self._fields if path in paths}
+
+    def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
+        """Make a frame of a stream."""
+        return {"content": piece.text, "stop": False}
+
+    def last_frames(self, answer: Answer) -> list[Any]:
+        """Make the frame after the text."""
+        return [self.response([], answer)]
+
+
+def _timings(name: str, count: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": 1e3 * seconds,
+        f"{name}_per_token_ms": 1e3 * seconds / max(count, 1),
+        f"{name}_per_second": count / max(seconds, 1e-9),
+    }

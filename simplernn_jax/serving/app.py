@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer, Piece
+from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Infill, Piece
 from simplernn_jax.serving.http import (
     error_object,
     error_response,
@@ -35,7 +35,6 @@ from simplernn_jax.serving.requests import (
     TokenizeRequest,
     parse,
 )
-from simplernn_jax.serving.responses import ChatCompletion, Completion, Infill
 from simplernn_jax.serving.service import Service
 
 PAGE = importlib.resources.files("simplernn_jax.serving") / "page"

@@ -1,14 +1,15 @@
 """Requests of the HTTP side to the worker, and its replies."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from simplernn_jax.data.infilling import InfillPrompt
 from simplernn_jax.inference.engine import PrefixState
-from simplernn_jax.inference.infilling import InfillPrompt
 from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
 from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.serving.requests import RequestError
@@ -73,8 +74,6 @@ class Job:
     """Text of the prompt, if the answer begins with it."""
     stops: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text, which does not contain them."""
-    min_indent: int = 0
-    """Spaces and tabs without which a line, but not the first one, ends a text before it."""
     cached_at: tuple[int, ...] | None = None
     """Numbers of tokens of the prompt after which its state is cached, where a C function decodes
     the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,
@@ -83,8 +82,8 @@ class Job:
     """What is to be known of `tokens` if new ones are the text between a prefix and a suffix."""
     prompt_seconds: float | None = None
     """Time from `created` after which optional tokens of `infill` are left out of the prompt."""
-    max_seconds: float | None = None
-    """Time from the end of prefill after which no tokens are awaited."""
+    max_seconds: float = math.inf
+    """Time from the end of prefill after which the next tokens are the last ones."""
     created: float = dataclasses.field(default_factory=time.monotonic)
     keeps_state: bool = False
     is_streamed: bool = False

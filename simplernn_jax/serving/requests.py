@@ -1,7 +1,8 @@
 """Bodies of requests: types, ranges and unknown fields are checked while JSON is parsed."""
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -37,6 +38,15 @@ class RequestError(Exception):
         """The field with whose name the message begins."""
         field = re.match(r"(\w{1,100}): ", self.message)
         return field and field[1]
+
+
+class Around(NamedTuple):
+    """What is around a text to fill in."""
+
+    prefix: str
+    suffix: str
+    extra: Sequence[str] = ()
+    """Other texts, before all of it."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -116,10 +126,8 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
             raise RequestError("prompt: its items have several types")
         if len(self.prompts) > MAX_PROMPTS:
             raise RequestError(f"prompt: over {MAX_PROMPTS} prompts")
-        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompts):
-            raise RequestError("suffix: only with a prompt that is a string, not token ids")
-        if self.suffix and self.echo:
-            raise RequestError("suffix: not with echo")
+        if self.suffix and (self.echo or not all(isinstance(x.prefix, str) for x in self.prompts)):
+            raise RequestError("suffix: only with prompts that are strings, and without echo")
 
     @property
     def length(self) -> int:
@@ -133,10 +141,11 @@ class CompletionRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True
 
     @property
     def prompts(self) -> list[Any]:
-        """All prompts, each of type `Prompt`."""
+        """All prompts, each of type `Prompt`, or `Around` with a suffix."""
+        prompts: list[Any] = ["" if self.prompt is None else self.prompt]
         if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
-            return self.prompt
-        return ["" if self.prompt is None else self.prompt]
+            prompts = self.prompt
+        return [Around(x, self.suffix) for x in prompts] if self.suffix else prompts
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -209,8 +218,6 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """Text of the line before the cursor: the end of the prefix."""
     n_predict: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] = -1
     """Maximum number of new tokens; -1 is `CHAT_TOKENS`."""
-    n_indent: Annotated[int, Meta(ge=0, le=1000)] = 0
-    """The text ends before a line of smaller indentation."""
     t_max_prompt_ms: Annotated[float, Meta(le=1e9)] = 0
     """Milliseconds after which context is left out of the prompt; 0 and less are off."""
     t_max_predict_ms: Annotated[float, Meta(le=1e9)] = 0
@@ -226,7 +233,7 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     num_logprobs: ClassVar[None] = None
 
     IGNORED: ClassVar = re.compile(
-        "id_slot|cache_prompt|samplers|dynatemp_.*|typical_p|repeat_last_n|dry_.*|xtc_.*|lora|"
+        "id_slot|cache_prompt|n_indent|samplers|dynatemp_.*|typical_p|repeat_last_n|dry_.*|xtc_.*|lora|"
         "mirostat.*|top_n_sigma|min_keep|n_keep|n_discard|n_cache_reuse|return_tokens|"
         "return_progress|timings_per_token|sse_ping_interval"
     )
@@ -243,6 +250,12 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     def length(self) -> int:
         """Maximum number of new tokens."""
         return CHAT_TOKENS if self.n_predict < 0 else self.n_predict
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The one prompt, an `Around`."""
+        extra = [text.text for text in self.input_extra]
+        return [Around(self.input_prefix + self.prompt, self.input_suffix, extra)]
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -269,10 +282,9 @@ class StateRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: StateName | None = None
 
 
-AnyRequest = TypeVar(
-    "AnyRequest", bound=CompletionRequest | ChatRequest | InfillRequest | StateRequest
-)
+JobRequest = CompletionRequest | ChatRequest | InfillRequest | StateRequest
 """A request that becomes jobs."""
+AnyRequest = TypeVar("AnyRequest", bound=JobRequest)
 
 
 def parse(kind: type[_Body], body: bytes) -> _Body:

@@ -24,7 +24,7 @@ from simplernn_jax.inference.engine import (
     Sequences,
     insert_sequences,
 )
-from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
+from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs, keep_only
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, NewTokens
 from simplernn_jax.serving.prefill import GRID, MAX_JOBS, Prefiller, PrefixCache, PrefixKeys, Prompt
@@ -186,7 +186,7 @@ class Scheduler:
                 self._events.append((prompt.job, prompt.result()))
                 if prompt.job.max_tokens:
                     if prompt.job.infill is not None:
-                        logits = prompt.job.infill.mask(prompt.state.logits)
+                        logits = keep_only(prompt.state.logits, prompt.job.infill.first_ids)
                         prompt.state = prompt.state._replace(logits=logits)
                     self._ready.append(prompt)
             if not finished:

@@ -2,34 +2,34 @@
 
 import asyncio
 import contextlib
-import itertools
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
-from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text
+from simplernn_jax.data.infilling import Infilling, InfillPrompt
+from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text, token_bytes
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.infilling import Infilling, InfillPrompt
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.answers import Answer
+from simplernn_jax.serving.answers import Answer, TokenNames
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import (
     AnyRequest,
+    Around,
     ChatRequest,
-    CompletionRequest,
     InfillRequest,
+    JobRequest,
     Prompt,
     RequestError,
     SamplingFields,
     StateRequest,
     parse,
 )
-from simplernn_jax.serving.responses import TokenNames
 from simplernn_jax.serving.scheduler import Scheduler
 from simplernn_jax.serving.states import StateFolder
 from simplernn_jax.serving.worker import Worker
@@ -67,10 +67,11 @@ class Service:
         self.created = int(time.time())
         self.template = template
         self.status = "starting"
-        self.names = TokenNames(tokenizer, vocab_size)
+        bytes_of = token_bytes(tokenizer, vocab_size)
+        self.names = TokenNames(bytes_of)
         self._vocab_size = vocab_size
         self._banned_ids = ids_without_text(tokenizer, vocab_size)
-        self._infilling = Infilling(tokenizer, vocab_size)
+        self._infilling = Infilling(tokenizer, bytes_of)
         self._checkpoint, self._load_other = checkpoint, load_other
         self._reloading = asyncio.Lock()
         self._rendering = asyncio.Lock()
@@ -138,80 +139,72 @@ class Service:
             raise RequestError("state: of older parameters", status=409)
         return made
 
-    def jobs(self, request: AnyRequest, prefix: Prefix | None) -> list[Job]:
+    def jobs(self, request: JobRequest, prefix: Prefix | None) -> list[Job]:
         """Make one job for each prompt of a request, which continues `prefix`."""
         has_state = prefix is not None
         if isinstance(request, StateRequest):
             tokens = self.prompt_ids(request.prompt, has_state)
             return [Job(tokens, Sampling(), prefix=prefix, keeps_state=True)]
         sampling, stops = self.sampling(request), request.stops
-        infills: list[tuple[str, str, list[str]]] = []
         if isinstance(request, ChatRequest):
             text, end = self._render(request, has_state)
             prompts, stops = [text], [*stops, end]
-        elif isinstance(request, CompletionRequest):
-            prompts = request.prompts
-            if request.suffix:
-                infills = [(prompt, request.suffix, []) for prompt in prompts]
         else:
-            prompts, extra = [""], [text.text for text in request.input_extra]
-            infills = [(request.input_prefix + request.prompt, request.input_suffix, extra)]
-        made = [self._infill_prompt(*texts, sampling, has_state) for texts in infills]
-        ids = [one.tokens for one in made] or [self.prompt_ids(p, has_state) for p in prompts]
-        texts = [""] * len(ids)
+            prompts = request.prompts
+        made = [self._prompt(prompt, has_state, sampling) for prompt in prompts]
+        texts = [""] * len(made)
         if request.echo:
             texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         num_choices, max_tokens, num_logprobs = request.n or 1, request.length, request.num_logprobs
         if num_choices * sum(map(len, texts)) > MAX_ECHOED:
             message = f"echo: over {MAX_ECHOED:,} characters in one answer; lower n"
             raise RequestError(message)
-        reported = 0 if request.stream else max_tokens * len(ids)
-        reported += sum(map(len, ids)) if request.echo else 0
+        reported = 0 if request.stream else max_tokens * len(made)
+        reported += sum(len(tokens) for tokens, _ in made) if request.echo else 0
         if num_logprobs is not None and num_choices * reported * (1 + num_logprobs) > MAX_LOGPROBS:
             raise RequestError(
                 f"logprobs: over {MAX_LOGPROBS:,} of them in one answer; lower max_tokens, n or "
                 "logprobs, or stream"
             )
+        limits = {}
+        if isinstance(request, InfillRequest) and max_tokens:  # else it only fills the cache
+            limits = {"prompt": request.t_max_prompt_ms, "max": request.t_max_predict_ms}
+        seconds: Any = {f"{name}_seconds": ms / 1e3 for name, ms in limits.items() if ms > 0}
         jobs = []
         streams: Counter[bytes] = Counter()
-        for text, tokens, infill in itertools.zip_longest(texts, ids, made):
-            job = Job(
-                tokens,
-                sampling,
-                max_tokens=max_tokens,
-                num_choices=num_choices,
-                first_stream=streams[tokens.tobytes()],
-                prefix=prefix,
-                num_logprobs=num_logprobs,
-                scores_prompt=bool(request.echo) and num_logprobs is not None,
-                echoed=text,
-                stops=stops,
-                infill=infill,
-                is_streamed=bool(request.stream) or infill is not None,  # somebody is typing
+        for text, (tokens, infill) in zip(texts, made, strict=True):
+            jobs.append(
+                Job(
+                    tokens,
+                    sampling,
+                    max_tokens=max_tokens,
+                    num_choices=num_choices,
+                    first_stream=streams[tokens.tobytes()],
+                    prefix=prefix,
+                    num_logprobs=num_logprobs,
+                    scores_prompt=bool(request.echo) and num_logprobs is not None,
+                    echoed=text,
+                    stops=stops,
+                    infill=infill,
+                    cached_at=infill and infill.stable,
+                    is_streamed=bool(request.stream or infill),  # somebody is typing
+                    **seconds,
+                )
             )
-            if infill is not None:
-                job.cached_at = infill.stable
-            if isinstance(request, InfillRequest):
-                job.min_indent = request.n_indent
-                if max_tokens:  # or the request only fills the cache
-                    job.prompt_seconds = _seconds(request.t_max_prompt_ms)
-                    job.max_seconds = _seconds(request.t_max_predict_ms)
             streams[tokens.tobytes()] += num_choices  # a prompt given twice gets other samples
-            jobs.append(job)
         return jobs
 
-    def _infill_prompt(
-        self, prefix: str, suffix: str, extra: list[str], sampling: Sampling, has_state: bool
-    ) -> InfillPrompt:
-        """Make the prompt between two texts, without BOS if it continues a state."""
+    def _prompt(
+        self, prompt: Prompt | Around, has_state: bool, sampling: Sampling
+    ) -> tuple[np.ndarray, InfillPrompt | None]:
+        """Make the ids of a prompt, and what else is to be known of one for infilling."""
+        if not isinstance(prompt, Around):
+            return self.prompt_ids(prompt, has_state), None
         try:
-            made = self._infilling.prompt(prefix, suffix, extra, sampling.banned_ids)
+            made = self._infilling.prompt(*prompt, sampling.banned_ids, with_bos=not has_state)
         except UserError as error:
             raise RequestError(f"suffix: {error}") from error
-        if has_state:
-            optional, stable = made.num_optional - 1, tuple(n - 1 for n in made.stable)
-            return made._replace(tokens=made.tokens[1:], num_optional=optional, stable=stable)
-        return made
+        return made.tokens, made
 
     def _render(self, request: ChatRequest, has_state: bool) -> tuple[str, str]:
         """Return the text of a conversation, and the string that ends its answer."""
@@ -273,8 +266,3 @@ class Service:
             stop_ids=tuple(sorted({*stop_ids})),
             seed=secrets.randbits(32) if request.seed is None else request.seed % 2**32,
         )
-
-
-def _seconds(milliseconds: float) -> float | None:
-    """Convert a limit of which 0 and less are none."""
-    return milliseconds / 1e3 if milliseconds > 0 else None

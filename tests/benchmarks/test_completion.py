@@ -1,10 +1,10 @@
 """The benchmark of completion: which places it chooses, and what counts as right."""
 
-from small_runs import small_model
+import numpy as np
+import pytest
 
-from benchmarks.completion import BATCH, LONGEST, Cursor, choose, measure, of_model, of_ngram
-from simplernn_jax.data import load_tokenizer
-from simplernn_jax.data.tokenizer import InfillingTokenizer
+from benchmarks.completion import LONGEST, Cursor, Suggestion, choose, compare, finish_line
+from benchmarks.ngrams import NGrams
 
 FILES = ["a = 1\n\nif a:\n    b = 2", "x" * 2 * LONGEST + "\ncä = 3\n"]
 LINE = Cursor("x\n", "return value", "\n\n", 4)
@@ -12,39 +12,26 @@ LINE = Cursor("x\n", "return value", "\n\n", 4)
 
 def test_cursors_are_at_characters_of_short_lines():
     found = choose(FILES, 200)
-    assert found == choose(FILES, 200)
     assert {x.line for x in found} == {"a = 1", "if a:", "    b = 2", "cä = 3"}
     for x in found:
         assert not x.line[x.at].isspace()
-        assert x.after[:1] in ("", "\n")
         assert any(x.before + x.line + x.after == file for file in FILES)
 
 
 def test_a_suggestion_is_right_if_it_is_the_rest_and_accepting_it_is_a_key():
-    def suggest(cursor, places):
-        return [cursor.line[at:] if at % 7 == 4 else "return" for at in places]
-
-    found = measure(suggest, [LINE, LINE._replace(at=5)], [LINE])
-    assert found == {"exact": 0.5, "saved": 1 - 5 / len(LINE.line)}
-    nothing = measure(lambda _, places: [""] * len(places), [LINE], [LINE])
-    assert nothing == {"exact": 0, "saved": 0}
+    places = [LINE._replace(at=at) for at in range(len(LINE.line))]
+    typed = [Suggestion(x, x.line[x.at :] if x.at % 7 == 4 else "return") for x in places]
+    assert compare(typed[4:6], typed) == {"exact": 0.5, "saved": 1 - 5 / len(LINE.line)}
 
 
+@pytest.mark.oldest_python
 def test_the_ngram_model_continues_the_longest_known_context():
-    suggest = of_ngram(b"def f():\n    return value\nreturn valuation\nreturn value\n")
-    assert suggest(LINE, [4, 9]) == ["rn value", "lue"]
-    assert suggest(LINE._replace(line="ä return v"), [9]) == ["value"]
+    text = np.frombuffer(b"def f():\n    return value\nreturn valuation\nreturn value\n", np.uint8)
+    ngrams = NGrams(text)
+    assert [finish_line(ngrams, LINE._replace(at=n)).text for n in (4, 9)] == ["rn value", "lue"]
+    assert finish_line(ngrams, LINE._replace(line="ä return v", at=10)).text == "alue"
     # No context but the empty one is known, and its most frequent byte.
-    assert of_ngram(b"aabaacaa")(LINE._replace(line="zzz"), [3])[0].startswith("a")
-
-
-def test_places_of_a_line_have_the_suggestions_that_each_has_alone():
-    tokenizer = InfillingTokenizer(load_tokenizer("byte"), "suffix_first")
-    model = small_model("residual", vocab_size=tokenizer.vocab_size)
-    suggest = of_model(model, tokenizer, has_suffix=False)
-    line = LINE._replace(before="", line=LINE.line * 2)
-    together = suggest(line, range(BATCH + 3))
-    assert len(together) == BATCH + 3
-    for at in (0, 5, BATCH - 1, BATCH + 2):
-        (alone,) = suggest(line, [at])  # which may be shorter
-        assert alone[:4] == together[at][:4]
+    assert NGrams(np.array([*b"aabaacaa", 256])).predict(b"zzz") == ord("a")
+    bits = NGrams(np.array([*b"abab", 256])).bits(b"b\n")
+    # Of order 1, and halved by the 7 orders above, which saw a once at the beginning of a text.
+    assert bits[0] == pytest.approx(7 - np.log2((2 + 2 / 256) / (4 + 2)))

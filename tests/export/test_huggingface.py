@@ -222,7 +222,7 @@ def test_tokenizers(tmp_path, kind):
     special = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
     assert special == (ours.bos_id, ours.eos_id, ours.pad_id)
     names = ("<|fim_suffix|>", "<|fim_prefix|>", "<|fim_middle|>") if ours.fim_ids else ()
-    assert theirs.convert_tokens_to_ids(names) == [*(ours.fim_ids or ())]
+    assert theirs.convert_tokens_to_ids(names) == [*ours.fim_ids]
     assert theirs.padding_side == "left"
     assert len(theirs) == ours.vocab_size
 

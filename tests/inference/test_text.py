@@ -5,12 +5,15 @@ import functools
 import numpy as np
 import pytest
 import tokenizers
+from small_data import bpe_of
 from small_runs import small_model
 
 from simplernn_jax.data import load_tokenizer, tokenizer_from_json
+from simplernn_jax.data.infilling import Infilling
+from simplernn_jax.data.tokenizer import InfillingTokenizer, ids_without_text, token_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import TextStream, generate, generate_text
-from simplernn_jax.inference.text import StopStrings
+from simplernn_jax.inference.text import StopStrings, suggest
 
 BYTES = load_tokenizer("byte", None)
 TEXT = "aß€😀 שלום\n漢字"
@@ -64,20 +67,6 @@ def test_a_stream_decodes_after_its_context(tmp_path):
     assert pieces == [" or", " to", "", "", "€", " be"]
 
 
-@pytest.mark.parametrize("step", [1, 2, 50])
-def test_text_ends_before_a_line_of_smaller_indentation(step):
-    text = "a\n\n    b\n \t\t c\n   d\n"
-    for min_indent, expected in ((0, text), (3, text), (4, text[:-6]), (5, "a\n")):
-        strings, found = StopStrings([], min_indent), ""
-        for start in range(0, len(text), step):
-            found += strings.feed(text[start : start + step])
-            if strings.has_ended:
-                break
-        else:
-            found = found + strings.finish()
-        assert (found, strings.has_ended) == (expected, min_indent > 3)
-
-
 @pytest.mark.parametrize("step", [1, 2, 5, 50])
 @pytest.mark.parametrize(
     ("stops", "expected"),
@@ -112,7 +101,7 @@ def test_text_is_the_decoded_tokens_in_pieces():
 def test_one_id_for_bos_eos_and_pad_still_ends_a_text():
     class OneSpecial:
         vocab_size, bos_id, eos_id, pad_id = 2, 1, 1, 1
-        fim_ids = None
+        fim_ids = ()
 
         def encode(self, text):
             return np.zeros(len(text), np.int32)
@@ -129,3 +118,24 @@ def test_one_id_for_bos_eos_and_pad_still_ends_a_text():
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(UserError, match="outside the vocabulary of 31"):
         generate_text(make_model(31), BYTES, "a", max_new_tokens=1)
+
+
+def test_suggestions_continue_the_prefix_and_are_given_once():
+    text = "def größe(x):\n    return x.größer and 'Größe'\n\nreturned = größer(value)\n" * 9
+    base = bpe_of(text)
+    tokenizer, vocab_size = InfillingTokenizer(base, "suffix_first"), base.vocab_size + 8
+    model = make_model(vocab_size)
+    infilling = Infilling(tokenizer, token_bytes(tokenizer, vocab_size))
+    banned = [*ids_without_text(tokenizer, vocab_size)]
+    fields = {"max_new_tokens": 6, "seed": 3, "temperature": 1.0}
+    for prefix in (text[:19], text[:7]):
+        best, *others = suggest(model, tokenizer, prefix, ")\nreturn", 5, **fields)
+        assert len({best, *others}) == 1 + len(others) > 1
+        prompt = infilling.prompt(prefix, ")\nreturn")
+        logits = generate(model, [prompt.tokens], max_new_tokens=0).state.logits
+        first = prompt.first_ids[np.argmax(np.asarray(logits)[0, prompt.first_ids])]
+        settings = {"max_new_tokens": 5, "eos_id": tokenizer.eos_id, "banned_ids": banned}
+        rest = generate(model, [[*prompt.tokens, first]], **settings).sequences()[0]
+        assert tokenizer.decode([*base.encode(prefix)[:-1], first, *rest]) == prefix + best
+    with pytest.raises(UserError, match="fim_rate"):
+        suggest(model, base, "a", "b", **fields)

@@ -63,7 +63,6 @@ WRONG_INFILLS = {
     "grammar": ({"grammar": "root ::= [a-z]"}, "grammar"),
     "tokens as prompt": ({"prompt": [1]}, "prompt"),
     "n_predict": ({"n_predict": -2}, "n_predict"),
-    "n_indent": ({"n_indent": 1001}, "n_indent"),
     "extra": ({"input_extra": [{"filename": "a"}]}, "input_extra"),
     "long limit": ({"t_max_predict_ms": 1e10}, "t_max_predict_ms"),
     "several": ({"n": 2}, "n"),

@@ -12,9 +12,9 @@ from references import needs_compiler
 from small_runs import HYBRID, small_model
 
 from benchmarks.stress.edits import edits
+from simplernn_jax.data.infilling import InfillPrompt
 from simplernn_jax.inference import generate, quantize_model
 from simplernn_jax.inference.engine import MAX_BLOCK, PrefixState
-from simplernn_jax.inference.infilling import InfillPrompt
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.serving import scheduler as scheduling

@@ -97,7 +97,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[str, list[str]]:
     from tokenizers import processors
 
     result = library_tokenizer(tokenizer)
-    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *(tokenizer.fim_ids or ()))
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.fim_ids)
     names = _name_special_ids(result, ids)
     bos = names[0]
     result.post_processor = processors.TemplateProcessing(
