@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from simplernn_jax import load_model
-from simplernn_jax.analysis.surprise import Scorer, Units
+from simplernn_jax.analysis.surprise import cut_units, score
 from simplernn_jax.data import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
@@ -134,7 +134,8 @@ def by_model(model: LanguageModel, tokenizer: Tokenizer, *, relative: bool = Fal
 
     def rank(text: str) -> np.ndarray:
         scores = np.full(text.count("\n") + 1, -np.inf)
-        for unit in Units("line", relative=relative).cut(Scorer(model, tokenizer).feed(text)):
+        blocks = score(model, tokenizer, [text])
+        for unit in cut_units(blocks, "line", relative=relative):
             scores[unit.line - 1] = unit.surprise
         return scores
 

@@ -30,7 +30,7 @@ from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import check_writable, open_file, write_file
 
 if TYPE_CHECKING:
-    from simplernn_jax.analysis.surprise import Unit
+    from simplernn_jax.analysis.surprise import ScoredBlock, Unit
 
 _MODEL = command_line.ModelFlags(quantizes=False)
 _FILES = command_line.Arguments("FILE...")
@@ -90,23 +90,22 @@ def main() -> None:
     num_bytes, num_bits = 0, 0.0
     texts: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
 
-    def score() -> "Iterator[tuple[str, Unit]]":
+    def score(name: str) -> "Iterator[ScoredBlock]":
         nonlocal num_bytes, num_bits
-        for name in names:
-            scorer = surprise.Scorer(model, tokenizer)
-            units = surprise.Units(_BY.value, _MASK.value, _RELATIVE.value)
-            for text in _blocks(paths.get(name)):
-                try:
-                    block = scorer.feed(text)
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from error
+        try:
+            for block in surprise.score(model, tokenizer, _read(paths.get(name))):
                 if _HTML.value is not None and num_bytes < _PAGE_BYTES:
                     texts[name] += surprise.colored(block)
                 num_bytes += len(block.text)
                 num_bits += float(block.bits.sum(dtype="float64"))
-                yield from ((name, unit) for unit in units.cut(block))
+                yield block
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
-    found = score()
+    options = _BY.value, _MASK.value, _RELATIVE.value
+    found: Iterator[tuple[str, Unit]] = (
+        (name, unit) for name in names for unit in surprise.cut_units(score(name), *options)
+    )
     if _FOLLOW.value:
         found = surprise.above_quantile(found, _QUANTILE.value)
     elif _TOP.value:
@@ -130,7 +129,7 @@ def main() -> None:
         print(f"{num_bytes:,} bytes, {num_bits / num_bytes:.4f} bits/byte")
 
 
-def _blocks(path: str | None) -> Iterator[str]:
+def _read(path: str | None) -> Iterator[str]:
     """Yield the text of a file, or of standard input; with --follow, as it grows."""
     if path is None or not _FOLLOW.value:
         yield from _decode(sys.stdin.buffer if path is None else open_file(path))

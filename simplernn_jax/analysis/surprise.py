@@ -80,52 +80,42 @@ class ScoredBlock:
         return Place(state, self.ids[first:index])
 
 
-class Scorer:
-    """Scores one document; `UserError` for parameters of 16 bits."""
+def score(
+    model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str]
+) -> Iterator[ScoredBlock]:
+    """Score the consecutive texts of one document; each is a block.
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._engine = tokenizer, Engine(model)
-        architecture, self._parameters = split_model(model)
-        self._score = _program(architecture)
-        empty = empty_state(model, 1)
-        self._state = PrefixState(empty.layers, empty.logits)
-        self._num_bytes = functools.cache(lambda x: len(tokenizer.decode_bytes([x])))
-        self._advance(np.array([tokenizer.bos_id], np.int32))
-
-    def feed(self, text: str) -> ScoredBlock:
-        """Score the next text of the document.
-
-        Raises:
-          UserError: the tokenizer cannot encode it, its tokens are not pieces of the text, or the
-            model's logits are not finite.
-        """
-        ids, data = self._tokenizer.encode(text), text.encode()
-        lengths = np.array([*map(self._num_bytes, ids.tolist())], np.int64)
+    Raises:
+      UserError: parameters of 16 bits, the tokenizer cannot encode a text, its tokens are not
+        pieces of the text, or the model's logits are not finite.
+    """
+    engine, (architecture, parameters) = Engine(model), split_model(model)
+    program = _program(architecture)
+    num_bytes = functools.cache(lambda token: len(tokenizer.decode_bytes([token])))
+    empty, bos = empty_state(model, 1), np.array([tokenizer.bos_id], np.int32)
+    state = PrefixState(empty.layers, empty.logits)
+    (((state, _),), _) = engine.prefill([state], [bos], engine.chunk_length(1, CHUNK_LENGTHS))
+    for text in texts:
+        ids, data = tokenizer.encode(text), text.encode()
+        lengths = np.array([*map(num_bytes, ids.tolist())], np.int64)
         if lengths.sum() != len(data):
             raise UserError(
                 "the tokens of this model are not pieces of its text, so that none has bits of its "
                 "own; use a model of bytes, characters or a byte-level tokenizer"
             )
-        chunks, (bits, excess) = self._advance(ids)
-        check_logits(self._state.logits)
-        return ScoredBlock(data, ids, np.cumsum(lengths) - lengths, bits, excess, chunks)
-
-    def _advance(
-        self, ids: np.ndarray
-    ) -> tuple[list[tuple[int, PrefixState]], Float[np.ndarray, "2 n"]]:
-        """Read tokens; return their chunks, and their bits and excess."""
-        chunks, scores, position = [], [], 0
+        scores: list[np.ndarray | jax.Array] = [np.zeros((2, 0), np.float32)]
+        chunks, position = [], 0
         while position < len(ids):
-            left, before = ids[position:], self._state
-            length = self._engine.chunk_length(len(left), CHUNK_LENGTHS)
-            (((self._state, hidden),), (count,)) = self._engine.prefill([before], [left], length)
-            targets = np.resize(left[:count], length)
-            scores.append(self._score(self._parameters, before.logits, hidden, targets))
-            chunks.append((position, before))
+            chunks.append((position, state))
+            left, logits = ids[position:], state.logits
+            length = engine.chunk_length(len(left), CHUNK_LENGTHS)
+            (((state, hidden),), (count,)) = engine.prefill([state], [left], length)
+            scores.append(program(parameters, logits, hidden, np.resize(left[:count], length)))
             position += int(count)
+        check_logits(state.logits)
         # Only the last chunk may have fewer tokens than its length.
-        nothing = np.zeros((2, 0), np.float32)
-        return chunks, np.concatenate([nothing, *jax.device_get(scores)], axis=1)[:, : len(ids)]
+        bits, excess = np.concatenate(jax.device_get(scores), axis=1)[:, : len(ids)]
+        yield ScoredBlock(data, ids, np.cumsum(lengths) - lengths, bits, excess, chunks)
 
 
 def _score(
@@ -183,60 +173,61 @@ class Unit(NamedTuple):
     place: Place  # the text before that character
 
 
-class Units:
-    """Cuts scored blocks of one text into units.
+def cut_units(
+    blocks: Iterable[ScoredBlock], by: str, masks: Sequence[str] = (), relative: bool = False
+) -> Iterator[Unit]:
+    """Cut the blocks of one text into units, except blank ones.
 
     Args:
+      blocks: from `score`.
       by: ``line``, ``word`` or ``token``.
       masks: fields whose bits do not count: ``digits``, ``hex``, ``time``, ``uuid``.
       relative: subtract the average surprise of the earlier units of the same kind, which are those
         that differ in their words and numbers only. The average of all counts as one more of them.
     """
-
-    def __init__(self, by: str, masks: Sequence[str] = (), relative: bool = False) -> None:
-        self._by, self._relative = by, relative
-        patterns = [pattern for name, pattern in _MASKS.items() if name in masks]
-        self._mask = re.compile(b"|".join(patterns) or rb"(?!)")
-        self._of_kinds, self._of_all = np.zeros((_KINDS, 2)), np.zeros(2)  # counts and sums
-        self._line, self._column = 1, 1
-
-    def cut(self, block: ScoredBlock) -> Iterator[Unit]:
-        """Yield the units of the next block, except blank ones."""
+    patterns = [pattern for name, pattern in _MASKS.items() if name in masks]
+    mask = re.compile(b"|".join(patterns) or rb"(?!)")
+    averages = np.zeros((_KINDS + 1, 2))
+    line = column = 1
+    for block in blocks:
         text, starts, token_of = block.text, block.starts.tolist(), block.token_of_bytes()
         is_counted = np.ones(len(starts), np.bool_)
-        for match in self._mask.finditer(text):
+        for match in mask.finditer(text):
             is_counted[token_of[match.start() : match.end()]] = False
         bits, excess = np.zeros((2, len(text)))  # at the first byte of each token
         bits[starts], excess[starts] = block.bits * is_counted, block.excess * is_counted
         spans: Iterable[tuple[int, int]] = itertools.pairwise([*starts, len(text)])
-        if self._by != "token":
-            spans = (match.span() for match in re.finditer(_UNITS[self._by], text))
+        if by != "token":
+            spans = (match.span() for match in re.finditer(_UNITS[by], text))
         for start, end in spans:
-            whole, line, column = text[start:end], self._line, self._column
+            whole = text[start:end]
+            if whole.strip():
+                peak = start + int(np.argmax(excess[start:end]))
+                surprise = float(excess[peak])
+                if relative:
+                    surprise -= _expect(averages, whole, surprise)
+                while peak > start and text[peak] & 0xC0 == 0x80:  # inside a character
+                    peak -= 1
+                yield Unit(
+                    *(line, column, whole.rstrip(b"\r\n").decode("utf-8", "replace")),
+                    *(float(bits[start:end].sum()), surprise),
+                    *(len(text[start:peak].decode()), block.before(token_of[peak])),
+                )
             is_end = whole.endswith(b"\n")
-            self._line, self._column = (line + 1, 1) if is_end else (line, column + len(whole))
-            if not whole.strip():
-                continue
-            peak = start + int(np.argmax(excess[start:end]))
-            surprise = float(excess[peak])
-            if self._relative:
-                surprise -= self._expect(whole, surprise)
-            while peak > start and text[peak] & 0xC0 == 0x80:  # inside a character
-                peak -= 1
-            yield Unit(
-                *(line, column, whole.rstrip(b"\r\n").decode("utf-8", "replace")),
-                *(float(bits[start:end].sum()), surprise),
-                *(len(text[start:peak].decode()), block.before(token_of[peak])),
-            )
+            line, column = (line + 1, 1) if is_end else (line, column + len(whole))
 
-    def _expect(self, text: bytes, surprise: float) -> float:
-        """Return the average surprise of the kind of a unit so far, and add this unit to it."""
-        kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", re.sub(rb"[0-9a-fA-F]*\d\w*", b"0", text))
-        of_kind, of_all = self._of_kinds[zlib.crc32(kind) % _KINDS], self._of_all
-        expected = (of_kind[1] + of_all[1] / max(of_all[0], 1)) / (of_kind[0] + 1)
-        of_kind += 1, surprise
-        of_all += 1, surprise
-        return float(expected)
+
+def _expect(averages: np.ndarray, text: bytes, surprise: float) -> float:
+    """Return the average surprise of the kind of a unit so far, and add this unit to it.
+
+    `averages` has the counts and sums of kinds, and of all units in the last row.
+    """
+    kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", re.sub(rb"[0-9a-fA-F]*\d\w*", b"0", text))
+    of_kind, of_all = averages[zlib.crc32(kind) % _KINDS], averages[_KINDS]
+    expected = (of_kind[1] + of_all[1] / max(of_all[0], 1)) / (of_kind[0] + 1)
+    of_kind += 1, surprise
+    of_all += 1, surprise
+    return float(expected)
 
 
 def above_quantile(

@@ -12,12 +12,12 @@ from small_runs import TOKENIZERS, small_model
 
 from simplernn_jax.analysis.surprise import (
     ScoredBlock,
-    Scorer,
-    Units,
     above_quantile,
     colored,
+    cut_units,
     expected_text,
     render_page,
+    score,
 )
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
@@ -38,8 +38,7 @@ def scored(text, **surprising):
 
 
 def cut(*blocks, by="line", **options):
-    units = Units(by, **options)
-    return [unit for block in blocks for unit in units.cut(block)]
+    return list(cut_units(blocks, by, **options))
 
 
 @pytest.mark.parametrize(("block", "name"), [("residual", "bpe"), ("plain", "byte")])
@@ -47,8 +46,7 @@ def test_bits_are_those_of_the_model_across_chunks_and_blocks(block, name):
     """Of a model that a C function decodes, and of one that XLA decodes."""
     tokenizer, text = TOKENIZERS[name](), 30 * TEXT  # more than a chunk
     model = small_model(block, vocab_size=tokenizer.vocab_size + 1)
-    scorer = Scorer(model, tokenizer)
-    blocks = [scorer.feed(part) for part in (text[:7], "", text[7:])]
+    blocks = list(score(model, tokenizer, [text[:7], "", text[7:]]))
     for part in blocks:
         for token, start in zip(part.ids, part.starts, strict=True):
             assert part.text.startswith(tokenizer.decode_bytes([token]), start)
@@ -74,10 +72,10 @@ def test_tokens_that_are_no_pieces_of_the_text_and_bad_weights_are_rejected():
     tokenizer = pretrained(byte_level(add_prefix_space=True))
     model = small_model(vocab_size=tokenizer.vocab_size)
     with pytest.raises(UserError, match="not pieces of its text"):
-        Scorer(model, tokenizer).feed("abc")
+        next(score(model, tokenizer, ["abc"]))
     model.embedding.embedding[...] = jnp.full_like(model.embedding.embedding[...], jnp.nan)
     with pytest.raises(UserError, match="not finite"):
-        Scorer(model, TOKENIZERS["byte"]()).feed("abc")
+        next(score(model, TOKENIZERS["byte"](), ["abc"]))
 
 
 @pytest.mark.parametrize(
