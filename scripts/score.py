@@ -14,14 +14,13 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import functools
+import codecs
 import heapq
-import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
@@ -64,8 +63,8 @@ _QUANTILE = flags.DEFINE_float(
     lower_bound=0,
     upper_bound=0.9999,
 )
-_BLOCK = 1 << 14
-"""Characters that are scored together; a line of more is several units."""
+_BLOCK_BYTES = 1 << 14
+"""Bytes that are read at a time; a line of more is several units."""
 _PAGE_BYTES = 1 << 20
 """Bytes of all texts that a page shows."""
 
@@ -82,7 +81,7 @@ def main() -> None:
     paths = {name: command_line.expand_path(name, "FILE") for name in names if name != "-"}
     for name, path in paths.items():  # errors come before the model is loaded
         with open_file(path) as file:
-            if b"\0" in file.read(_BLOCK):
+            if b"\0" in file.read(_BLOCK_BYTES):
                 raise UserError(f"{name}: a binary file; score text in UTF-8")
     model, tokenizer, _ = _MODEL.load()
     from simplernn_jax.analysis import surprise
@@ -132,22 +131,26 @@ def main() -> None:
 def _read(path: str | None) -> Iterator[str]:
     """Yield the text of a file, or of standard input; with --follow, as it grows."""
     if path is None or not _FOLLOW.value:
-        yield from _decode(sys.stdin.buffer if path is None else open_file(path))
+        with sys.stdin.buffer if path is None else open_file(path) as file:
+            yield from _decode(file)
         return
     command = ["tail", "-n", "+1", "-F", "--", path]  # also when the file is truncated or rotated
     with subprocess.Popen(command, stdout=subprocess.PIPE) as tail:
-        assert tail.stdout is not None
         try:
             yield from _decode(tail.stdout)
         finally:
             tail.terminate()
 
 
-def _decode(file: IO[bytes]) -> Iterator[str]:
+def _decode(file: Any) -> Iterator[str]:
     """Yield whole lines, or parts of long ones; bytes that are not UTF-8 become U+FFFD."""
-    with io.TextIOWrapper(file, "utf-8", errors="replace", newline="\n") as text:
-        line = functools.partial(text.readline, _BLOCK)
-        yield from iter(line if _FOLLOW.value else lambda: text.read(_BLOCK) + line(), "")
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    while data := (file.read1 if _FOLLOW.value else file.read)(_BLOCK_BYTES):
+        rest += decoder.decode(data)
+        end = rest.rfind("\n") + 1 or (len(rest) if len(rest) >= _BLOCK_BYTES else 0)
+        yield rest[:end]
+        rest = rest[end:]
+    yield rest + decoder.decode(b"", final=True)
 
 
 def _print(name: str, unit: "Unit", expected: str | None) -> None:
