@@ -1,153 +1,106 @@
-"""Speed of scoring, and finding injected defects by `score.py` and by simpler rankings of lines.
+"""Speed of scoring, and finding injected defects by ``score.py`` and by simpler rankings of lines.
 
-Held-out files of Python's library get one wrong token, or one line of another place or file. The
-second halves of logs get one such line; the model was trained on the first. Recall is the share of
-texts whose defect is among the first 10 or 50 lines, and AUC the share of lines ranked below it.
+The texts are held-out files or logs of runs. A token, if they are Python, is replaced by another of
+the same text, or a line by one of any of the texts. Recall is the share of texts whose defect is
+among the first 10 or 50 lines, and AUC the share of lines that are ranked below it.
 """
 
-import glob
 import io
-import keyword
 import random
-import re
-import tempfile
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from flax import nnx
 
-from simplernn_jax.analysis.surprise import BLOCK_BYTES, Units
-from simplernn_jax.cli.config_files import load_config
-from simplernn_jax.config import Config
-from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax import load_model
+from simplernn_jax.analysis.surprise import cut_units, score
+from simplernn_jax.data import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate
-from simplernn_jax.inference.scoring import Scorer
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.training.preparation import prepare
+from simplernn_jax.training.preparation import open_saved_corpus
 
-from .baselines.trainers import CALIBRATION, OurTrainer, seconds_per_step
 from .measure import Effort, alternate, block_ratio, median
+from .ngrams import ORDER, NGrams
 from .tables import Row, Table
-from .train_steps import Trained, document_texts, train_on_corpus
+from .train_steps import document_texts
 
 DEFECTS = 200
 LINES = (100, 600)
 """Lines of a text: fewer are easy, and more take long."""
-LOGS = "/var/log/**/*.log"
-"""Those that Debian's packages leave."""
-_OTHERS = {
-    "==": "!=", "!=": "==", "<": ">=", ">": "<=", "<=": "<", ">=": ">", "+": "-", "-": "+",
-    "*": "+", "and": "or", "or": "and", "True": "False", "False": "True", "in": "is", "is": "in",
-    ".": ",", ",": ".", ":": ";", "(": "[", ")": "]", "[": "(", "]": ")", "=": "==",
-}  # fmt: skip
+TIMED = 1 << 16
+"""Characters of text that are timed."""
 Defect = tuple[str, int]
 """A text, and the index of its wrong line."""
 Ranking = Callable[[str], np.ndarray]
 """The surprise of every line of a text."""
 
 
-def run(times: Sequence[str], logs: Sequence[str], effort: Effort) -> Iterator[Table]:
-    """Tables of speed, and of recall by `base`, trained for some seconds on code and on logs.
-
-    Raises:
-      UserError: `times` is not one number of seconds, or the logs have too few lines.
-    """
-    if len(times) != 1 or not re.fullmatch(r"\d*[1-9]\d*", times[0]):
-        raise UserError(f"--seconds={','.join(times)}: give one whole number over 0 for scoring")
-    seconds = float(times[0])
-    yield Table("score: speed", [compare_speed(size, effort) for size in (259, 8192)])
+def run(workdirs: Sequence[str], effort: Effort) -> Iterator[Table]:
+    """Tables of each run, of code or logs; `UserError` if there is none, or it holds out little."""
+    if not workdirs:
+        raise UserError("--workdirs: names no run; train some on code or logs")
     draw = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config("base")
-        trained = train(config, seconds, f"{folder}/code")
-        files = list(texts_of(trained))
-        tries = (wrong_token(draw.choice(files), draw) for _ in range(10 * DEFECTS))
+    for workdir in workdirs:
+        model, tokenizer, _ = load_model(workdir)
+        corpus = open_saved_corpus(workdir)
+        documents = document_texts(corpus.validation, tokenizer) if corpus.validation else []
+        texts = [
+            "\n".join(lines[start : start + LINES[1]])
+            for lines in (document.split("\n") for document in documents if "\r" not in document)
+            for start in range(0, len(lines), LINES[1])
+            if len(lines) - start >= LINES[0]
+        ]
+        if len(texts) < 2:
+            raise UserError(f"{workdir}: fewer than two texts of {LINES[0]} lines are held out")
+        speed = compare_speed(model, tokenizer, "\n".join(texts)[:TIMED], effort)
+        yield Table(f"score: speed, {workdir}", [speed])
+        train_text = "\n".join(document_texts(corpus.train, tokenizer)).encode()
+        rankings = {
+            "score": by_model(model, tokenizer),
+            "score --relative": by_model(model, tokenizer, relative=True),
+            f"{ORDER}-grams": by_ngrams(train_text),
+            "gzip": by_gzip,
+            "length": lambda text: np.array([float(len(line)) for line in text.split("\n")]),
+        }
+        tries = [wrong_token(draw.choice(texts), draw) for _ in range(10 * DEFECTS)]
         tokens = [defect for defect in tries if defect is not None][:DEFECTS]
-        yield Table("score: wrong tokens", compare(tokens, trained))
-        lines = [wrong_line(draw.choice(files), files, draw) for _ in range(DEFECTS)]
-        yield Table("score: wrong lines", compare(lines, trained))
-        texts = split_logs(logs or glob.glob(LOGS, recursive=True), Path(folder, "halves"))
-        config.data.source, config.data.split = f"{folder}/halves", "position"
-        trained = train(config, seconds, f"{folder}/logs")
         lines = [wrong_line(draw.choice(texts), texts, draw) for _ in range(DEFECTS)]
-        yield Table("score: wrong lines in logs", compare(lines, trained))
+        for kind, found in {"tokens": tokens, "lines": lines}.items():
+            title = f"score: {len(found)} wrong {kind}, {workdir}"
+            yield Table(title, compare(found, rankings) if found else [])
 
 
-def compare_speed(vocab_size: int, effort: Effort) -> Row:
-    """Time of scoring lines by a random `base`, relative to prefill of the same bytes."""
-    config, tokenizer = load_config("base").model, ByteTokenizer()
-    config.vocab_size = vocab_size
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
-    text = 4 * Path(__file__).read_text(encoding="utf-8")
+def compare_speed(model: LanguageModel, tokenizer: Tokenizer, text: str, effort: Effort) -> Row:
+    """Time of scoring lines, relative to prefill of the same text."""
     prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)])
-
-    def score() -> float:
-        scorer, units, total = Scorer(model, tokenizer), Units("line"), 0.0
-        for start in range(0, len(text), BLOCK_BYTES):
-            block = scorer.feed(text[start : start + BLOCK_BYTES])
-            total += sum(unit.bits for unit in units.cut(block))
-        return total
-
-    prefill = lambda: generate(model, [prompt], max_new_tokens=0).state.logits  # noqa: E731
-    times = alternate({"prefill": prefill, "score": score}, effort)
-    row: Row = {"vocabulary": vocab_size}
-    row |= {f"{name}, us/byte": 1e6 * median(x) / len(text) for name, x in times.items()}
-    return row | {"score / prefill": block_ratio(times["score"], times["prefill"])}
-
-
-def train(config: Config, seconds: float, workdir: str) -> Trained:
-    """Train for about this time."""
-    prepared, corpus, _ = prepare(config, workdir)
-    trial = OurTrainer(prepared, corpus, config.train.steps, 0)
-    per_step = seconds_per_step(trial, CALIBRATION * seconds)
-    config.train.steps = max(2, int(seconds / per_step))
-    config.optimizer.warmup_steps = min(100, config.train.steps // 10)
-    return train_on_corpus(config, workdir)
-
-
-def texts_of(trained: Trained) -> Iterator[str]:
-    """Held-out documents that have neither few nor many lines."""
-    split: Any = trained.corpus.validation  # by default there is one
-    for text in document_texts(split, trained.corpus.tokenizer):
-        if LINES[0] <= text.count("\n") <= LINES[1] and "\r" not in text:
-            yield text
-
-
-def split_logs(paths: Sequence[str], folder: Path) -> list[str]:
-    """Write the first half of every log to `folder`; return the rest, in texts of few lines."""
-    folder.mkdir()
-    texts = []
-    for number, path in enumerate(paths):
-        lines = Path(path).read_text("utf-8", "replace").splitlines()
-        half, step = len(lines) // 2, LINES[1] // 2
-        (folder / f"{number}.txt").write_text("\n".join(lines[:half]), "utf-8")
-        pieces = (lines[at : at + step] for at in range(half, len(lines), step))
-        texts += ["\n".join(piece) for piece in pieces if len(piece) >= LINES[0]]
-    if len(texts) < 2:
-        raise UserError(f"--logs: fewer than two with {2 * LINES[0]} lines; name longer ones")
-    return texts
+    candidates = {
+        "prefill": lambda: generate(model, [prompt], max_new_tokens=0).state.logits,
+        "score": lambda: by_model(model, tokenizer)(text),
+    }
+    times = alternate(candidates, effort)
+    row: Row = {f"{name}, us/character": 1e6 * median(x) / len(text) for name, x in times.items()}
+    ratio = block_ratio(times["score"], times["prefill"])
+    return {"vocabulary": tokenizer.vocab_size} | row | {"score / prefill": ratio}
 
 
 def wrong_token(text: str, draw: random.Random) -> Defect | None:
-    """Replace a token of Python code by another one; None if it is no code."""
+    """Replace a name or operator of Python by another one of the text; None if there is none."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     except (tokenize.TokenError, SyntaxError):
         return None
-    names = {x.string for x in tokens if x.type == tokenize.NAME} - {*keyword.kwlist}
-    token = draw.choice([x for x in tokens if x.string in names or x.string in _OTHERS])
-    at = draw.randrange(len(token.string))
-    misspelled = token.string[:at] + token.string[at + 1 :]  # a character is missing
-    new = _OTHERS.get(token.string) or draw.choice([misspelled or "_", draw.choice(sorted(names))])
+    kind = draw.choice((tokenize.NAME, tokenize.OP))
+    tokens = [token for token in tokens if token.type == kind]
+    if len({token.string for token in tokens}) < 2:
+        return None
+    token = draw.choice(tokens)
+    new = draw.choice([x.string for x in tokens if x.string != token.string])
     lines = text.split("\n")
     (row, start), (_, end) = token.start, token.end
     lines[row - 1] = lines[row - 1][:start] + new + lines[row - 1][end:]
-    return None if new == token.string else ("\n".join(lines), row - 1)
+    return "\n".join(lines), row - 1
 
 
 def wrong_line(text: str, others: Sequence[str], draw: random.Random) -> Defect:
@@ -160,26 +113,11 @@ def wrong_line(text: str, others: Sequence[str], draw: random.Random) -> Defect:
             return "\n".join([*lines[:at], new, *lines[at + 1 :]]), at
 
 
-def compare(defects: Sequence[Defect], trained: Trained) -> list[Row]:
-    """A row for each ranking, by the surprise of every line."""
-    model, tokenizer = trained.model(), trained.corpus.tokenizer
-
-    def by_model(text: str, relative: bool = False) -> np.ndarray:
-        scores = np.full(text.count("\n") + 1, -np.inf)
-        for unit in Units("line", relative=relative).cut(Scorer(model, tokenizer).feed(text)):
-            scores[unit.line - 1] = unit.surprise
-        return scores
-
-    rankings: dict[str, Ranking] = {
-        "score": by_model,
-        "score --relative": lambda text: by_model(text, relative=True),
-        "n-grams to order 8": ngram_ranking(trained.corpus.train.tokens),
-        "gzip": rank_by_gzip,
-        "length": lambda text: np.array([float(len(line)) for line in text.split("\n")]),
-    }
+def compare(defects: Sequence[Defect], rankings: dict[str, Ranking]) -> list[Row]:
+    """A row for each ranking."""
     rows: list[Row] = []
     for name, ranking in rankings.items():
-        ranks, shares = [], []
+        shares, ranks = [], []
         for text, wrong in defects:
             scores = ranking(text)
             # Of lines of equal score, half come first.
@@ -191,46 +129,33 @@ def compare(defects: Sequence[Defect], trained: Trained) -> list[Row]:
     return rows
 
 
-def rank_by_gzip(text: str) -> np.ndarray:
-    """Bytes that each line adds to the DEFLATE of all the others."""
-    lines = text.encode().split(b"\n")
-    sizes = [
-        len(zlib.compress(b"\n".join(lines[:i] + lines[i + 1 :]), 9)) for i in range(len(lines))
-    ]
-    return -np.array(sizes, float)
-
-
-def ngram_ranking(tokens: Any) -> Ranking:
-    """Bits of bytes given up to 7 before them, with backoff by Witten and Bell (1991)."""
-    tables = []
-    for grams in _grams(np.asarray(tokens)):
-        grams, counts = np.unique(grams, return_counts=True)
-        contexts, first, kinds = np.unique(grams >> 8, return_index=True, return_counts=True)
-        tables.append((grams, counts, contexts, np.add.reduceat(counts, first), kinds))
+def by_model(model: LanguageModel, tokenizer: Tokenizer, *, relative: bool = False) -> Ranking:
+    """The ranking of ``score.py``; blank lines are last."""
 
     def rank(text: str) -> np.ndarray:
-        data = np.frombuffer(text.encode(), np.uint8)
-        p = np.full(len(data), 1 / 256)
-        for found, table in zip(_grams(data), tables, strict=True):
-            grams, counts, contexts, *others = table
-            count = _look_up(found, grams, counts)
-            total, kinds = (_look_up(found >> 8, contexts, values) for values in others)
-            p = np.where(total > 0, (count + kinds * p) / np.maximum(total + kinds, 1), p)
-        line = np.cumsum(data == ord("\n")) - (data == ord("\n"))
-        return np.bincount(line, -np.log2(p), minlength=text.count("\n") + 1)
+        scores = np.full(text.count("\n") + 1, -np.inf)
+        blocks = score(model, tokenizer, [text])
+        for unit in cut_units(blocks, "line", relative=relative):
+            scores[unit.line - 1] = unit.surprise
+        return scores
 
     return rank
 
 
-def _grams(text: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the last 1 to 8 bytes of each position, as numbers."""
-    padded = np.concatenate([np.zeros(7), text[text < 256]]).astype(np.uint64)
-    grams = np.zeros(len(padded) - 7, np.uint64)
-    for order in range(8):
-        grams = grams | (padded[7 - order : len(padded) - order] << np.uint64(8 * order))
-        yield grams
+def by_ngrams(train_text: bytes) -> Ranking:
+    """Bits of a line."""
+    ngrams = NGrams(np.frombuffer(train_text, np.uint8))
+
+    def rank(text: str) -> np.ndarray:
+        data = text.encode()
+        is_end = np.frombuffer(data, np.uint8) == ord("\n")
+        return np.bincount(np.cumsum(is_end) - is_end, ngrams.bits(data), text.count("\n") + 1)
+
+    return rank
 
 
-def _look_up(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], 0)
+def by_gzip(text: str) -> np.ndarray:
+    """Bytes that each line adds to the DEFLATE of all the others."""
+    lines = text.encode().split(b"\n")
+    others = (b"\n".join(lines[:at] + lines[at + 1 :]) for at in range(len(lines)))
+    return -np.array([len(zlib.compress(other, 9)) for other in others], float)

@@ -8,7 +8,7 @@
     python scripts/benchmark.py completion --workdirs DIRS
     python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
     python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
-    python scripts/benchmark.py scoring --seconds S [--logs PATHS]
+    python scripts/benchmark.py scoring --workdirs DIRS
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -30,7 +30,7 @@
     tune       held-out loss of a state, low-rank updates and all parameters of --workdir after
                --seconds (15,60,240) on another author (--source) and language; 100 states served
     scoring    score.py: speed relative to prefill, and recall of 200 wrong tokens and lines in
-               held-out files and logs, after --seconds of training on each
+               held-out files or logs of the runs in --workdirs
 
 Except in attention and what follows it, candidates run in alternating blocks of one process,
 compiled and warmed up. Times are medians, ratios medians over blocks. --out keeps tables of
@@ -78,9 +78,8 @@ _OF_BASELINES: tuple[flags.FlagHolder, ...] = (
     flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
     flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
 )
-_WORKDIRS = flags.DEFINE_list("workdirs", [], "completion: runs, of the same text.")
+_WORKDIRS = flags.DEFINE_list("workdirs", [], "completion, scoring: workdirs of trained models.")
 _MINUTES = flags.DEFINE_list("minutes", ["1", "5", "30"], "minutes: minutes of training.")
-_LOGS = flags.DEFINE_list("logs", [], "scoring: paths of logs; default: those in /var/log.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
@@ -102,7 +101,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
         _MINUTES.value, flags.FLAGS["source"].value, results.tables
     ),
     "tune": lambda *_: tuning.run(_base(), *(_OF_BASELINES[n].value for n in (1, 2))),
-    "scoring": lambda effort, _: scoring.run(flags.FLAGS.seconds, _LOGS.value, effort),
+    "scoring": lambda effort, _: scoring.run(_WORKDIRS.value, effort),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
 

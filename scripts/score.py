@@ -14,10 +14,9 @@ import bootstrap
 if __name__ == "__main__":
     bootstrap.start()
 
-import functools
+import codecs
 import heapq
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import check_writable, open_file, write_file
 
 if TYPE_CHECKING:
-    from simplernn_jax.analysis.surprise import Unit
+    from simplernn_jax.analysis.surprise import ScoredBlock, Unit
 
 _MODEL = command_line.ModelFlags(quantizes=False)
 _FILES = command_line.Arguments("FILE...")
@@ -64,6 +63,8 @@ _QUANTILE = flags.DEFINE_float(
     lower_bound=0,
     upper_bound=0.9999,
 )
+_BLOCK_BYTES = 1 << 14
+"""Bytes that are read at a time; a line of more is several units."""
 _PAGE_BYTES = 1 << 20
 """Bytes of all texts that a page shows."""
 
@@ -77,102 +78,94 @@ def main() -> None:
         raise UserError("--follow reads one file, without --html: leave out the others")
     if _HTML.value is not None:
         check_writable(_HTML.value)
-    for name in names:  # errors come before the model is loaded
-        if name != "-" and not _FOLLOW.value:
-            next(_blocks(name), "")
+    paths = {name: command_line.expand_path(name, "FILE") for name in names if name != "-"}
+    for name, path in paths.items():  # errors come before the model is loaded
+        with open_file(path) as file:
+            if b"\0" in file.read(_BLOCK_BYTES):
+                raise UserError(f"{name}: a binary file; score text in UTF-8")
     model, tokenizer, _ = _MODEL.load()
-    from simplernn_jax.analysis.surprise import Threshold, Units, colored, render_page
-    from simplernn_jax.inference.scoring import Scorer, expected_text
+    from simplernn_jax.analysis import surprise
 
-    num_bytes, num_bits, problem = 0, 0.0, ""
-    texts: dict[str, list[tuple[int, str]]] = {}
+    num_bytes, num_bits = 0, 0.0
+    texts: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
 
-    def score() -> "Iterator[tuple[str, Unit]]":
-        nonlocal num_bytes, num_bits, problem
-        for name in names:
-            scorer, units = Scorer(model, tokenizer), Units(_BY.value, _MASK.value, _RELATIVE.value)
-            parts = texts.setdefault(name, [])
-            for text in _blocks(name):
-                try:
-                    block = scorer.feed(text)
-                except UserError as error:  # what was scored is not lost
-                    problem = f"{name}, after {num_bytes:,} bytes: {error}"
-                    return
+    def score(name: str) -> "Iterator[ScoredBlock]":
+        nonlocal num_bytes, num_bits
+        try:
+            for block in surprise.score(model, tokenizer, _read(paths.get(name))):
                 if _HTML.value is not None and num_bytes < _PAGE_BYTES:
-                    parts += colored(block)
+                    texts[name] += surprise.colored(block)
                 num_bytes += len(block.text)
                 num_bits += float(block.bits.sum(dtype="float64"))
-                for unit in units.cut(block):
-                    yield name, unit
+                yield block
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
-    rows = []
+    options = _BY.value, _MASK.value, _RELATIVE.value
+    found: Iterator[tuple[str, Unit]] = (
+        (name, unit) for name in names for unit in surprise.cut_units(score(name), *options)
+    )
     if _FOLLOW.value:
-        threshold = Threshold(_QUANTILE.value)
-        for name, unit in score():
-            if threshold.is_exceeded(unit.surprise):
-                _print(name, unit, expected_text(model, tokenizer, unit.place))
-    elif not _TOP.value:
-        for name, unit in score():
-            _print(name, unit)
-    else:
-        for name, unit in heapq.nlargest(_TOP.value, score(), key=lambda found: found[1].surprise):
-            rows.append((name, unit, expected_text(model, tokenizer, unit.place)))
-            _print(*rows[-1])
+        found = surprise.above_quantile(found, _QUANTILE.value)
+    elif _TOP.value:
+        found = iter(heapq.nlargest(_TOP.value, found, key=lambda pair: pair[1].surprise))
+    is_ranked, rows = _FOLLOW.value or _TOP.value > 0, []
+    for name, unit in found:
+        expected = surprise.expected_text(model, tokenizer, unit.place) if is_ranked else None
+        _print(name, unit, expected)
+        if is_ranked and _HTML.value is not None:
+            rows.append((name, unit, expected))
     if not num_bytes:
-        raise UserError(problem or f"{', '.join(names)}: empty; score a text")
+        raise UserError(f"{', '.join(names)}: empty; score a text")
     if _HTML.value is not None:
         shown = f"Model: {_MODEL.checkpoint} checkpoint of {flags.FLAGS['workdir'].value}."
         if num_bytes > _PAGE_BYTES:
             shown += f" The end of {num_bytes:,} bytes is not shown."
-        page = render_page(one_line(", ".join(names), 100), shown, texts, rows)
+        page = surprise.render_page(one_line(", ".join(names), 100), shown, texts, rows)
         write_file(_HTML.value, page.encode("utf-8", "replace"))
         logging.info("page: %s", _HTML.value)
     if not _JSON.value:
         print(f"{num_bytes:,} bytes, {num_bits / num_bytes:.4f} bits/byte")
-    if problem:
-        raise UserError(problem)
 
 
-def _blocks(name: str) -> Iterator[str]:
-    """Yield the text of a file, or of standard input for ``-``; with --follow, as it grows."""
-    from simplernn_jax.analysis.surprise import read_blocks
-
-    if name == "-":
-        with open(sys.stdin.fileno(), "rb", closefd=False) as stdin:
-            yield from read_blocks(stdin.read1 if _FOLLOW.value else stdin.read, "standard input")
+def _read(path: str | None) -> Iterator[str]:
+    """Yield the text of a file, or of standard input; with --follow, as it grows."""
+    if path is None or not _FOLLOW.value:
+        with sys.stdin.buffer if path is None else open_file(path) as file:
+            yield from _decode(file)
         return
-    path = command_line.expand_path(name, "FILE")
-    with open_file(path) as file:
-        if not _FOLLOW.value:
-            yield from read_blocks(file.read, name)
-            return
     command = ["tail", "-n", "+1", "-F", "--", path]  # also when the file is truncated or rotated
     with subprocess.Popen(command, stdout=subprocess.PIPE) as tail:
-        assert tail.stdout is not None
         try:
-            yield from read_blocks(functools.partial(os.read, tail.stdout.fileno()), name)
+            yield from _decode(tail.stdout)
         finally:
             tail.terminate()
 
 
-def _print(name: str, unit: "Unit", expected: str | None = None) -> None:
-    before, peak, after = unit.around_peak()
+def _decode(file: Any) -> Iterator[str]:
+    """Yield whole lines, or parts of long ones; bytes that are not UTF-8 become U+FFFD."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    while data := (file.read1 if _FOLLOW.value else file.read)(_BLOCK_BYTES):
+        rest += decoder.decode(data)
+        end = rest.rfind("\n") + 1 or (len(rest) if len(rest) >= _BLOCK_BYTES else 0)
+        yield rest[:end]
+        rest = rest[end:]
+    yield rest + decoder.decode(b"", final=True)
+
+
+def _print(name: str, unit: "Unit", expected: str | None) -> None:
     if _JSON.value:
-        place: dict[str, Any] = {"file": name, "line": unit.line, "column": unit.column + 1}
-        numbers = {"bits": unit.bits, "surprise": unit.surprise}
-        found = {} if expected is None else {"at": len(before), "expected": expected}
-        record = place | {"text": before + peak + after} | numbers | found
+        record: dict[str, Any] = {"file": name, **unit._asdict(), "expected": expected}
+        del record["place"]
         print(json.dumps(record), flush=_FOLLOW.value)
         return
-    column = f":{unit.column + 1}" if _BY.value != "line" else ""
-    line = f"{_printable(name)}:{unit.line}{column}"
-    line += f"  surprise {unit.surprise:.1f}, {unit.bits:.1f} bits"
-    if expected is None:
-        print(f"{line}  {_printable(before + peak + after)}")
-        return
-    before = _printable(before[-60:])
-    print(f"{line}\n    {before}{_printable(peak + after[:60])}")
-    print(f"    {' ' * len(before)}^ expected {expected!r}", flush=_FOLLOW.value)
+    column = f":{unit.column}" if _BY.value != "line" else ""
+    place = f"{_printable(name)}:{unit.line}{column}"
+    before = _printable(unit.text[: unit.at][-60:])
+    print(f"{place}  surprise {unit.surprise:.1f}, {unit.bits:.1f} bits")
+    print(f"    {before}{_printable(unit.text[unit.at :][:61])}")
+    if expected is not None:
+        print(f"    {' ' * len(before)}^ expected {expected!r}", flush=_FOLLOW.value)
 
 
 def _printable(text: str) -> str:

@@ -1,172 +1,256 @@
-"""The surprising lines, words or tokens of a text, from the bits of its tokens.
+"""How surprising each line, word or token of a text is to a model.
 
-A unit is ranked by its most surprising token: by the bits that this has beyond those that the model
-expected, so that random digits, which the model knows to be random, count little.
+A text is one document that comes block by block: memory does not grow with it, since the state is
+carried from its first character to its last. The bits of a token are its negative log2 probability
+given everything before it. A line is ranked by its most surprising token: by the bits of this token
+beyond those that the model expected, so that random digits, which the model knows to be random,
+count little.
 """
 
-import codecs
+import dataclasses
+import functools
 import itertools
+import math
 import re
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
 
+from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import page_template
-from simplernn_jax.inference.scoring import Place, ScoredBlock
+from simplernn_jax.inference.arguments import check_logits
+from simplernn_jax.inference.decode import CHUNK_LENGTHS, generate
+from simplernn_jax.inference.engine import Architecture, Engine, PrefixState, split_model
+from simplernn_jax.inference.state import empty_state
+from simplernn_jax.models import LanguageModel
 
-BLOCK_BYTES = 1 << 14
-"""Bytes that are read at a time; a line of more is several units."""
 LEVELS = (1, 2, 4, 6, 9, 13)
 """Bits more than expected, from which each color of the page is used."""
-_MAX_KINDS, _KIND_BYTES = 1 << 12, 200
-"""Kinds of lines whose average is remembered, and bytes of a line that decide its kind."""
+_ROWS = 64
+"""Rows of logits that are in memory at a time."""
+_EXPECTED_TOKENS = 40
+_KINDS = 1 << 16
+"""Kinds of lines whose averages are kept; others share these."""
 _RECENT = 10_000
-"""Units whose surprise is compared in a stream."""
 
 _DATE = rb"\b\d{4}[-/]\d\d[-/]\d\d"
 _CLOCK = rb"\d{1,2}:\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[+-]\d\d:?\d\d)?"
-MASKS = {
+_MASKS = {
     "uuid": rb"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b",
     "time": _DATE + rb"[T ]+" + _CLOCK + rb"|\b(?:[A-Z]\w\w [ \d]\d )?" + _CLOCK + rb"|" + _DATE,
     "hex": rb"\b0x[0-9a-fA-F]+\b|\b(?=[a-fA-F]*\d)[0-9a-fA-F]{6,}\b",
     "digits": rb"\d+",
 }
 """Patterns of fields that vary; one that may be a part of another comes after it."""
+_UNITS = {"line": rb".*\n?", "word": rb"[^\S\n]*(?:\S+|\n?)"}
+
+
+class Place(NamedTuple):
+    """A place in a scored text: tokens, fewer than a chunk, after a state."""
+
+    state: PrefixState
+    ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredBlock:
+    """Consecutive text and its n tokens."""
+
+    text: bytes  # UTF-8
+    ids: np.ndarray  # [n] int32
+    starts: np.ndarray  # [n] int64 position in `text` of the first byte of each token
+    bits: np.ndarray  # [n] float32
+    excess: np.ndarray  # [n] float32 bits beyond those that the model expected, at least 0
+    chunks: list[tuple[int, PrefixState]]  # first tokens of chunks, and the states before them
+
+    def token_of_bytes(self) -> np.ndarray:
+        """Return the index of the token of each byte."""
+        return np.repeat(np.arange(len(self.ids)), np.diff(self.starts, append=len(self.text)))
+
+    def before(self, index: int) -> Place:
+        """Return the place before token `index`."""
+        first, state = next(chunk for chunk in reversed(self.chunks) if chunk[0] <= index)
+        return Place(state, self.ids[first:index])
+
+
+def score(
+    model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str]
+) -> Iterator[ScoredBlock]:
+    """Score the consecutive texts of one document; each is a block.
+
+    Raises:
+      UserError: parameters of 16 bits, the tokenizer cannot encode a text, its tokens are not
+        pieces of the text, or the model's logits are not finite.
+    """
+    engine, (architecture, parameters) = Engine(model), split_model(model)
+    program = _program(architecture)
+    num_bytes = functools.cache(lambda token: len(tokenizer.decode_bytes([token])))
+    empty, bos = empty_state(model, 1), np.array([tokenizer.bos_id], np.int32)
+    state = PrefixState(empty.layers, empty.logits)
+    (((state, _),), _) = engine.prefill([state], [bos], engine.chunk_length(1, CHUNK_LENGTHS))
+    for text in texts:
+        ids, data = tokenizer.encode(text), text.encode()
+        lengths = np.array([*map(num_bytes, ids.tolist())], np.int64)
+        if lengths.sum() != len(data):
+            raise UserError(
+                "the tokens of this model are not pieces of its text, so that none has bits of its "
+                "own; use a model of bytes, characters or a byte-level tokenizer"
+            )
+        scores: list[np.ndarray | jax.Array] = [np.zeros((2, 0), np.float32)]
+        chunks, position = [], 0
+        while position < len(ids):
+            chunks.append((position, state))
+            left, logits = ids[position:], state.logits
+            length = engine.chunk_length(len(left), CHUNK_LENGTHS)
+            (((state, hidden),), (count,)) = engine.prefill([state], [left], length)
+            scores.append(program(parameters, logits, hidden, np.resize(left[:count], length)))
+            position += int(count)
+        check_logits(state.logits)
+        # Only the last chunk may have fewer tokens than its length.
+        bits, excess = np.concatenate(jax.device_get(scores), axis=1)[:, : len(ids)]
+        yield ScoredBlock(data, ids, np.cumsum(lengths) - lengths, bits, excess, chunks)
+
+
+def _score(
+    architecture: Architecture,
+    parameters: list[Array],
+    logits: Float[Array, "1 vocab"],
+    hidden: Float[Array, "1 T D"],
+    targets: Int[Array, "T"],
+) -> Float[Array, "2 T"]:
+    """Compute the bits and the excess of a chunk, from the logits before it."""
+    model = architecture.merge(parameters)
+
+    def score_one(row: tuple[jax.Array, ...]) -> Float[Array, "2"]:
+        is_first, inputs, target = row
+        new = jnp.where(is_first, logits[0], model.logits(inputs[None, None])[0, 0])
+        nats = jax.nn.logsumexp(new) - new
+        excess = nats[target] - jnp.sum(jnp.exp(-nats) * nats)
+        return jnp.stack([nats[target], jnp.maximum(excess, 0)]) / math.log(2)
+
+    # The head at a token predicts the next one.
+    rows = jnp.arange(len(targets)) == 0, jnp.roll(hidden[0], 1, axis=0), targets
+    return lax.map(score_one, rows, batch_size=_ROWS).T
+
+
+@functools.lru_cache(maxsize=4)
+def _program(architecture: Architecture) -> Callable[..., Float[Array, "2 T"]]:
+    return jax.jit(functools.partial(_score, architecture))
+
+
+def expected_text(model: LanguageModel, tokenizer: Tokenizer, place: Place) -> str:
+    """Generate greedily from a place in a scored text to the end of a word or line.
+
+    The text has at most 40 tokens.
+    """
+    generation = generate(
+        model,
+        [place.ids],
+        max_new_tokens=_EXPECTED_TOKENS,
+        eos_id=tokenizer.eos_id,
+        state=dataclasses.replace(empty_state(model, 1), **place.state._asdict()),
+    )
+    text = tokenizer.decode_bytes(generation.sequences()[0]).decode("utf-8", "ignore")
+    return re.findall(r"\s*\S*", text)[0]
 
 
 class Unit(NamedTuple):
     """A line, a word with the space before it, or a token of a text."""
 
     line: int  # from 1
-    column: int  # bytes of its line before it
-    text: bytes  # without the end of the line
+    column: int  # in bytes, from 1
+    text: str  # without the end of the line
     bits: float
     surprise: float  # what units are ranked by
-    peak: int  # position in `text` of the most surprising character
+    at: int  # characters of `text` before the most surprising one
     place: Place  # the text before that character
 
-    def around_peak(self) -> tuple[str, str, str]:
-        """Return the text before its most surprising character, that character, and the rest."""
-        before = self.text[: self.peak].decode("utf-8", "replace")
-        after = self.text[self.peak :].decode("utf-8", "replace")
-        return before, after[:1], after[1:]
 
-
-class Units:
-    """Cuts scored blocks of one text into units.
+def cut_units(
+    blocks: Iterable[ScoredBlock], by: str, masks: Sequence[str] = (), relative: bool = False
+) -> Iterator[Unit]:
+    """Cut the blocks of one text into units, except blank ones.
 
     Args:
+      blocks: from `score`.
       by: ``line``, ``word`` or ``token``.
-      masks: names of `MASKS`.
+      masks: fields whose bits do not count: ``digits``, ``hex``, ``time``, ``uuid``.
       relative: subtract the average surprise of the earlier units of the same kind, which are those
         that differ in their words and numbers only. The average of all counts as one more of them.
     """
-
-    def __init__(self, by: str, masks: Sequence[str] = (), relative: bool = False) -> None:
-        self._by, self._relative = by, relative
-        self._mask = re.compile(
-            b"|".join(MASKS[name] for name in MASKS if name in masks) or rb"(?!)"
-        )
-        self._kinds: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
-        self._all = (0, 0.0)
-        self._line, self._column = 1, 0
-
-    def cut(self, block: ScoredBlock) -> Iterator[Unit]:
-        """Yield the units of the next block."""
-        text, starts = block.text, block.starts
+    patterns = [pattern for name, pattern in _MASKS.items() if name in masks]
+    mask = re.compile(b"|".join(patterns) or rb"(?!)")
+    averages = np.zeros((_KINDS + 1, 2))
+    line = column = 1
+    for block in blocks:
+        text, starts, token_of = block.text, block.starts.tolist(), block.token_of_bytes()
         is_counted = np.ones(len(starts), np.bool_)
-        for match in self._mask.finditer(text):
-            first = np.searchsorted(starts, match.start(), "right") - 1
-            is_counted[first : np.searchsorted(starts, match.end())] = False
-        excess = block.excess * is_counted
-        if self._by == "token":
-            edges = [*starts.tolist(), len(text)]
-        else:
-            pattern = rb"\n" if self._by == "line" else rb"\S+|\n"
-            edges = sorted({0, *(match.end() for match in re.finditer(pattern, text)), len(text)})
-        tokens = np.searchsorted(starts, edges)
-        total = np.concatenate([[0.0], np.cumsum(block.bits * is_counted, dtype=np.float64)])
-        sums = np.diff(total[tokens]).tolist()
-        spans = itertools.pairwise(zip(edges, tokens.tolist(), strict=True))
-        for ((start, first), (end, last)), bits in zip(spans, sums, strict=True):
-            whole, line, column = text[start:end], self._line, self._column
+        for match in mask.finditer(text):
+            is_counted[token_of[match.start() : match.end()]] = False
+        bits, excess = np.zeros((2, len(text)))  # at the first byte of each token
+        bits[starts], excess[starts] = block.bits * is_counted, block.excess * is_counted
+        spans: Iterable[tuple[int, int]] = itertools.pairwise([*starts, len(text)])
+        if by != "token":
+            spans = (match.span() for match in re.finditer(_UNITS[by], text))
+        for start, end in spans:
+            whole = text[start:end]
+            if whole.strip():
+                peak = start + int(np.argmax(excess[start:end]))
+                surprise = float(excess[peak])
+                if relative:
+                    surprise -= _expect(averages, whole, surprise)
+                while peak > start and text[peak] & 0xC0 == 0x80:  # inside a character
+                    peak -= 1
+                yield Unit(
+                    *(line, column, whole.rstrip(b"\r\n").decode("utf-8", "replace")),
+                    *(float(bits[start:end].sum()), surprise),
+                    *(len(text[start:peak].decode()), block.before(token_of[peak])),
+                )
             is_end = whole.endswith(b"\n")
-            self._line, self._column = (line + 1, 0) if is_end else (line, column + len(whole))
-            if first == last or not whole.strip():
-                continue
-            peak = first + int(np.argmax(excess[first:last]))
-            surprise = float(excess[peak])
-            if self._relative:
-                surprise -= self._expect(whole, surprise)
-            while peak > first and text[starts[peak]] & 0xC0 == 0x80:  # inside a character
-                peak -= 1
-            at, place = int(starts[peak]) - start, block.before(peak)
-            yield Unit(line, column, whole.rstrip(b"\r\n"), bits, surprise, at, place)
-
-    def _expect(self, text: bytes, surprise: float) -> float:
-        """Return the average surprise of the kind of a unit so far, and add this unit to it."""
-        kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", re.sub(rb"[0-9a-fA-F]*\d\w*", b"0", text))
-        count, total = self._kinds.pop(kind[:_KIND_BYTES], (0, 0.0))
-        number, sum_of_all = self._all
-        expected = (total + sum_of_all / max(number, 1)) / (count + 1)
-        self._kinds[kind[:_KIND_BYTES]] = count + 1, total + surprise
-        self._all = number + 1, sum_of_all + surprise
-        if len(self._kinds) > _MAX_KINDS:
-            self._kinds.popitem(last=False)
-        return expected
+            line, column = (line + 1, 1) if is_end else (line, column + len(whole))
 
 
-class Threshold:
-    """A quantile of the last 10,000 numbers of a stream."""
+def _expect(averages: np.ndarray, text: bytes, surprise: float) -> float:
+    """Return the average surprise of the kind of a unit so far, and add this unit to it.
 
-    def __init__(self, quantile: float) -> None:
-        self._quantile, self._count = quantile, 0
-        self._recent = np.zeros(_RECENT)
-
-    def is_exceeded(self, number: float) -> bool:
-        """Add a number; return True if it exceeds the quantile of those before.
-
-        The first ``1 / (1 - quantile)`` numbers never do.
-        """
-        recent = self._recent[: self._count]
-        is_first = self._count * (1 - self._quantile) < 1
-        is_high = not is_first and number > np.quantile(recent, self._quantile)
-        self._recent[self._count % _RECENT] = number
-        self._count += 1
-        return bool(is_high)
-
-
-def read_blocks(read: Callable[[int], bytes], name: str) -> Iterator[str]:
-    """Yield the text that `read` returns as it comes, in whole lines, or parts of long ones.
-
-    Bytes that are not UTF-8 become U+FFFD. Raises `UserError` for a binary file, which has a zero
-    among its first bytes.
+    `averages` has the counts and sums of kinds, and of all units in the last row.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    rest, is_first = "", True
-    while data := read(BLOCK_BYTES):
-        if is_first and b"\0" in data:
-            raise UserError(f"{name}: a binary file; score text in UTF-8")
-        rest, is_first = rest + decoder.decode(data), False
-        end = rest.rfind("\n") + 1 or (len(rest) if len(rest) >= BLOCK_BYTES else 0)
-        if end:
-            yield rest[:end]
-            rest = rest[end:]
-    rest += decoder.decode(b"", final=True)
-    if rest:
-        yield rest
+    kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", re.sub(rb"[0-9a-fA-F]*\d\w*", b"0", text))
+    of_kind, of_all = averages[zlib.crc32(kind) % _KINDS], averages[_KINDS]
+    expected = (of_kind[1] + of_all[1] / max(of_all[0], 1)) / (of_kind[0] + 1)
+    of_kind += 1, surprise
+    of_all += 1, surprise
+    return float(expected)
+
+
+def above_quantile(
+    units: Iterable[tuple[str, Unit]], quantile: float
+) -> Iterator[tuple[str, Unit]]:
+    """Yield the units of a stream that surprise more than this share of the last 10,000.
+
+    The first ``1 / (1 - quantile)`` units never do.
+    """
+    recent = np.zeros(_RECENT)
+    for count, (name, unit) in enumerate(units):
+        known = recent[:count]
+        if len(known) * (1 - quantile) >= 1 and np.mean(known < unit.surprise) > quantile:
+            yield name, unit
+        recent[count % _RECENT] = unit.surprise
 
 
 def colored(block: ScoredBlock) -> list[tuple[int, str]]:
     """Split the text of a block into parts of one color, from 0; lines have parts of their own."""
     data = np.frombuffer(block.text, np.uint8)
     of_tokens = np.searchsorted(LEVELS, block.excess, side="right")
-    of_bytes = np.repeat(of_tokens, np.diff(block.starts, append=len(data)))
     begins = np.flatnonzero(data & 0xC0 != 0x80)
-    of_characters = np.maximum.reduceat(of_bytes, begins)
+    of_characters = np.maximum.reduceat(of_tokens[block.token_of_bytes()], begins)
     cuts = (data[begins] == ord("\n")) | (np.diff(of_characters, prepend=-1) != 0)
     spans = itertools.pairwise([*np.flatnonzero(cuts).tolist(), len(begins)])
     text = block.text.decode()
@@ -177,7 +261,7 @@ def render_page(
     name: str,
     model: str,
     texts: Mapping[str, list[tuple[int, str]]],
-    rows: Iterable[tuple[str, Unit, str]],
+    rows: Iterable[tuple[str, Unit, str | None]],
 ) -> str:
     """Return an HTML page of `colored` texts; `rows` are the units to list, with expected texts."""
     template = page_template("simplernn_jax.analysis", "surprise.html")

@@ -1,22 +1,29 @@
-"""Units of a scored text, streams, and the page."""
+"""Bits of a text, its surprising units, and the page."""
 
 import html
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_data import byte_level, pretrained
+from small_runs import TOKENIZERS, small_model
 
 from simplernn_jax.analysis.surprise import (
-    BLOCK_BYTES,
-    Threshold,
-    Units,
+    ScoredBlock,
+    above_quantile,
     colored,
-    read_blocks,
+    cut_units,
+    expected_text,
     render_page,
+    score,
 )
 from simplernn_jax.errors import UserError
-from simplernn_jax.inference.scoring import ScoredBlock
+from simplernn_jax.inference import generate
+from simplernn_jax.inference.engine import PrefixState
 
+CHUNKS = [(0, PrefixState((), jnp.zeros((1, 1))))]
 TEXT = "a b 12\n\nwörter <b>\r\nab\n"
 
 
@@ -27,12 +34,48 @@ def scored(text, **surprising):
     for found in surprising.values():
         bits[data.index(found.encode())] = 5
     ids = np.frombuffer(data, np.uint8).astype(np.int32)
-    return ScoredBlock(data, ids, np.arange(len(data)), bits, np.ones_like(bits), [(0, None)])
+    return ScoredBlock(data, ids, np.arange(len(data)), bits, bits - 1, CHUNKS)
 
 
 def cut(*blocks, by="line", **options):
-    units = Units(by, **options)
-    return [unit for block in blocks for unit in units.cut(block)]
+    return list(cut_units(blocks, by, **options))
+
+
+@pytest.mark.parametrize(("block", "name"), [("residual", "bpe"), ("plain", "byte")])
+def test_bits_are_those_of_the_model_across_chunks_and_blocks(block, name):
+    """Of a model that a C function decodes, and of one that XLA decodes."""
+    tokenizer, text = TOKENIZERS[name](), 30 * TEXT  # more than a chunk
+    model = small_model(block, vocab_size=tokenizer.vocab_size + 1)
+    blocks = list(score(model, tokenizer, [text[:7], "", text[7:]]))
+    for part in blocks:
+        for token, start in zip(part.ids, part.starts, strict=True):
+            assert part.text.startswith(tokenizer.decode_bytes([token]), start)
+    ids, bits, excess = (
+        np.concatenate([getattr(part, name) for part in blocks])
+        for name in ("ids", "bits", "excess")
+    )
+    assert tokenizer.decode(ids) == text
+    before = np.array([tokenizer.bos_id, *ids], np.int32)
+    logits, _ = model(jnp.asarray(before[None, :-1]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0])) / np.log(2)
+    np.testing.assert_allclose(bits, -logprobs[np.arange(len(ids)), ids], rtol=1e-4)
+    entropy = -np.sum(2**logprobs * logprobs, axis=1)
+    np.testing.assert_allclose(excess, np.maximum(bits - entropy, 0), rtol=1e-4, atol=1e-4)
+
+    expected = expected_text(model, tokenizer, blocks[2].before(len(blocks[2].ids) - 3))
+    generation = generate(model, [before[:-3]], max_new_tokens=40, eos_id=tokenizer.eos_id)
+    new = tokenizer.decode_bytes(generation.sequences()[0]).decode("utf-8", "ignore")
+    assert expected == re.findall(r"\s*\S*", new)[0]
+
+
+def test_tokens_that_are_no_pieces_of_the_text_and_bad_weights_are_rejected():
+    tokenizer = pretrained(byte_level(add_prefix_space=True))
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    with pytest.raises(UserError, match="not pieces of its text"):
+        next(score(model, tokenizer, ["abc"]))
+    model.embedding.embedding[...] = jnp.full_like(model.embedding.embedding[...], jnp.nan)
+    with pytest.raises(UserError, match="not finite"):
+        next(score(model, TOKENIZERS["byte"](), ["abc"]))
 
 
 @pytest.mark.parametrize(
@@ -40,29 +83,27 @@ def cut(*blocks, by="line", **options):
     [
         ("line", ["a b 12", "wörter <b>", "ab"]),
         ("word", ["a", " b", " 12", "wörter", " <b>", "ab"]),
-        ("token", [*"ab12w", b"\xc3", b"\xb6", *"rter<b>ab"]),
+        ("token", [*"ab12w\ufffd\ufffdrter<b>ab"]),
     ],
 )
 def test_units_have_their_text_place_and_bits_however_the_text_is_cut(by, expected):
     blocks = [scored(TEXT[:3]), scored(TEXT[3:])] if by == "word" else [scored(TEXT)]
     units = cut(*blocks, by=by)
-    expected = [x if isinstance(x, bytes) else x.encode() for x in expected]
     assert [unit.text for unit in units] == expected
-    lines = TEXT.encode().split(b"\n")
     for unit in units:
-        assert lines[unit.line - 1][unit.column :].startswith(unit.text)
+        rest = TEXT.encode().split(b"\n")[unit.line - 1][unit.column - 1 :]
+        size = 1 if by == "token" else len(unit.text.encode())
+        assert rest[:size].decode("utf-8", "replace") == unit.text
     ends = {"line": len("\n\r\n\n")}.get(by, 0)  # they belong to lines
-    assert sum(unit.bits for unit in units) == 2 * (sum(map(len, expected)) + ends)
+    size = sum(len(text.replace("\ufffd", "x").encode()) for text in expected)
+    assert sum(unit.bits for unit in units) == 2 * (size + ends)
 
 
 def test_a_unit_is_as_surprising_as_its_most_surprising_character():
-    wrong, long = cut(scored("abcd\n" + 15 * "x" + "\n", first="c"))
-    assert (wrong.bits, wrong.surprise) == (13, 4)
-    assert (long.bits, long.surprise) == (32, 1)
-    assert wrong.around_peak() == ("ab", "c", "d")
-    np.testing.assert_array_equal(wrong.place.ids, [*b"ab"])
-    (inside,) = cut(scored("aöb", first="ö"))
-    assert inside.around_peak() == ("a", "ö", "b")
+    wrong, long = cut(scored("äbcd\n" + 15 * "x" + "\n", first="c"))
+    assert (wrong.bits, wrong.surprise, wrong.at) == (15, 4, 2)
+    assert (long.bits, long.surprise, long.at) == (32, 1, 0)
+    np.testing.assert_array_equal(wrong.place.ids, [*"äb".encode()])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +122,7 @@ def test_bits_of_masked_fields_do_not_count(masks, fields):
     assert whole.bits - masked.bits == 2 * len(fields.replace(" ", "")) + 3
     assert (whole.surprise, masked.surprise) == (4, 1)
     starts, bits = np.array([0, 2, 6]), np.array([3, 5, 7], np.float32)
-    block = ScoredBlock(b"ab 12 3c", starts, starts, bits, np.zeros(3), [(0, None)])
+    block = ScoredBlock(b"ab 12 3c", starts, starts, bits, bits, CHUNKS)
     assert [unit.bits for unit in cut(block, masks=["digits"])] == [3]  # tokens with a part of one
 
 
@@ -96,35 +137,11 @@ def test_relative_ranks_by_the_average_of_earlier_lines_of_the_kind():
     assert fourth == pytest.approx(other - (usual + same + again) / 3)  # the first of its kind
 
 
-def test_a_threshold_is_the_quantile_of_what_came_before():
-    threshold = Threshold(0.75)
-    numbers = {1: False, 2: False, 3: False, 4: False, 3.2: False, 3.3: True}
-    assert {x: threshold.is_exceeded(x) for x in numbers} == numbers
-    for _ in range(10_000):
-        threshold.is_exceeded(-1.0)
-    assert threshold.is_exceeded(0.0)
-    assert [Threshold(0).is_exceeded(x) for x in (1, 2)] == [False, False]
-
-
-def test_blocks_are_whole_lines_and_long_ones_are_cut_between_characters():
-    text = "é" * 3 * BLOCK_BYTES + "\nab\n\0" + "x" * 10
-    data = text.encode() + b"\xff\n\xe9"
-    position = 1
-
-    def read(size):
-        nonlocal position
-        before, position = position - 1, position + size
-        return data[before : position - 1]
-
-    blocks = list(read_blocks(read, "x"))
-    assert "".join(blocks) == text + "\ufffd\n\ufffd"
-    assert max(map(len, blocks)) < 2 * BLOCK_BYTES
-    pieces = iter([b"a", b"b\nc\nd", b"e\n", b""])
-    assert list(read_blocks(lambda size: next(pieces), "x")) == ["ab\nc\n", "de\n"]
-    with pytest.raises(UserError, match="x: a binary file"):
-        list(read_blocks(lambda size: b"a\0", "x"))
-    invalid = iter([b"\x80" * BLOCK_BYTES] * 5 + [b""])
-    assert len(list(read_blocks(lambda size: next(invalid), "x"))) == 5
+def test_units_of_a_stream_are_compared_with_those_before():
+    (unit,) = cut(scored("a"))
+    surprises = [1, 2, 3, 4, 3.2, 3.3, *10_000 * [-1], 0]
+    units = (("", unit._replace(surprise=surprise)) for surprise in surprises)
+    assert [found.surprise for _, found in above_quantile(units, 0.75)] == [3.3, 0]
 
 
 def test_the_page_shows_all_text_escaped():

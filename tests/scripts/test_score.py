@@ -14,7 +14,7 @@ SCRIPT = ROOT / "scripts" / "score.py"
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("scored"))
+    return untrained_run(tmp_path_factory.mktemp("scored"), block="residual")
 
 
 def test_prints_the_most_surprising_units_of_all_files_and_writes_a_page(workdir, tmp_path):
@@ -22,54 +22,50 @@ def test_prints_the_most_surprising_units_of_all_files_and_writes_a_page(workdir
     write(tmp_path / "a\x1b", "\tfirst\r\nan é\n\nlast")
     write(tmp_path / "b", b"\xff\n")
     names = ["a\x1b", "empty", "b"]
-    flags = [SCRIPT, "--workdir", workdir, "--json"]
-    every, two, page, human, piped = run_scripts(
-        [*flags, "--top=0", *names],
-        [*flags, "--top=2", "--by=word", *names],
+    flags = [SCRIPT, "--workdir", workdir]
+    every, ranked = run_scripts(
+        [*flags, "--json", "--top=0", *names, "-"],
         [*flags, "--html=page.html", *names],
-        [*flags, "--nojson", "--top=1", names[0]],
-        [*flags, "--top=0", "-"],
         cwd=tmp_path,
-        stdin=(tmp_path / names[0]).read_bytes(),
+        stdin=b"\tfirst\r\n" + 33_000 * b"x",  # more than a block
     )
-    lines, words, ranked, again = (
-        [json.loads(line) for line in result.output.splitlines()]
-        for result in (every, two, page, piped)
-    )
+    *lines, again, long, rest = [json.loads(line) for line in every.output.splitlines()]
     places = [(x["file"], x["line"], x["text"]) for x in lines]
     in_first = [("a\x1b", 1, "\tfirst"), ("a\x1b", 2, "an é"), ("a\x1b", 4, "last")]
     assert places == [*in_first, ("b", 1, "\ufffd")]
-    assert len(words) == 2
-    assert words[0]["surprise"] >= words[1]["surprise"]
-    assert [x["bits"] for x in again] == [x["bits"] for x in lines[:3]]
-    most = sorted(lines, key=lambda x: -x["surprise"])
-    assert [{key: x[key] for key in lines[0]} for x in ranked] == most
+    assert again == lines[0] | {"file": "-"}
+    assert (long["line"], long["column"], rest["line"]) == (2, 1, 2)
+    assert long["text"] + rest["text"] == 33_000 * "x"
+    assert rest["column"] == len(long["text"]) + 1
+    *found, total = ranked.output.splitlines()
+    lines.sort(key=lambda x: -x["surprise"])
+    for x, place, text, expected in zip(lines, *(found[n::3] for n in range(3)), strict=True):
+        name = x["file"].replace("\x1b", " ")
+        numbers = f"surprise {x['surprise']:.1f}, {x['bits']:.1f} bits"
+        assert place == f"{name}:{x['line']}  {numbers}"
+        assert text == f"    {x['text']}".replace("\t", " ")
+        assert expected.startswith(f"    {' ' * x['at']}^ expected '")
+    assert total.startswith("23 bytes, ")
     assert all(f"<h2>{name}</h2>" in (tmp_path / "page.html").read_text("utf-8") for name in names)
-    top = max(lines[:3], key=lambda x: x["surprise"])
-    first, *_, expected, total = human.output.splitlines()
-    numbers = f"surprise {top['surprise']:.1f}, {top['bits']:.1f} bits"
-    assert first == f"a :{top['line']}  {numbers}"
-    assert "^ expected '" in expected
-    assert total.startswith("19 bytes, ")
 
 
 def test_follows_a_file_until_interrupted(workdir, tmp_path):
-    log = write(tmp_path / "log", "a\n" * 4)
-    flags = ("--workdir", workdir, "--follow", "--quantile=0.75", "--json", log)
+    log = write(tmp_path / "log", "a\n")
+    flags = ("--workdir", workdir, "--follow", "--quantile=0", "--json", log)
     process = start_python(SCRIPT, *flags)
 
     def follow(mode, text):
         with log.open(mode) as file:
             file.write(f"{text}\n")
         found = json.loads(process.stdout.readline())
-        assert found["text"] == text
+        assert (found["text"], type(found["expected"])) == (text, str)
         return found["line"]
 
     try:
-        assert follow("a", "a line of many words, which is more than the others have") == 5
-        assert follow("w", "another line of many words, in a truncated file") == 6
+        assert follow("a", "a line of many words, which is more than the other has") == 2
+        assert follow("w", "another line of many words, in a truncated file") == 3
         log.rename(tmp_path / "log.1")
-        assert follow("a", "the first line of another file after a rotation of logs") == 7
+        assert follow("a", "the first line of another file after a rotation of logs") == 4
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     finally:
@@ -95,7 +91,6 @@ def test_bad_input_is_one_line(workdir, tmp_path):
         ([*of, "binary"], "binary: a binary file; score text"),
         cwd=tmp_path,
     )
-    for name in ("empty", "-"):
-        (result,) = run_scripts([SCRIPT, *of, name], cwd=tmp_path)
-        assert (result.code, result.output) == (2, "")
-        assert result.errors.splitlines()[-1] == f"error: {name}: empty; score a text"
+    (result,) = run_scripts([SCRIPT, *of, "empty", "-"], cwd=tmp_path)
+    assert (result.code, result.output) == (2, "")
+    assert result.errors.splitlines()[-1] == "error: empty, -: empty; score a text"
