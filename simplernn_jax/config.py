@@ -227,14 +227,9 @@ class TrainConfig(_Fields):
     project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla). Their
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     minutes: float = _number(0.0, at_most=_MAX_SIZE)
-    """Wall time of the whole command (also ``--minutes``), from its start to its report; setting it
-    sets steps and epochs to 0. A new run measures its speed, from which steps, warmup_steps (at
-    most the given one) and the intervals that are not 0 follow; a resumed run keeps them. 0: the
-    length is that of steps or epochs."""
-    size: str = _one_of(("given", "auto"), "given")
-    """``given``: that of the other fields; ``auto`` (also ``--size``): layers, width, batches,
-    tokenizer, precision, dropout and optimizer of a new run are chosen by minutes, the bytes of
-    text and the speed of the machine, except fields that are given, and are then given for it."""
+    """Wall time of the whole command (also ``--minutes``), in place of steps and epochs: a new run
+    measures its speed, sets steps, warmup_steps (at most the given one), held_out_tokens and the
+    intervals that are not 0 from it, and this to 0; a run that exists keeps its own."""
     tune: str = "full"
     """What a run with init_from trains: ``full``, all parameters; ``lora:RANK``, low-rank updates
     of the projections; ``state``, only the initial state (docs/fine_tuning.md)."""
@@ -254,7 +249,9 @@ class TrainConfig(_Fields):
     """Steps between evaluations."""
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
-    it. The evaluation at the end always scores all of it."""
+    it."""
+    held_out_tokens: int = 0
+    """Tokens of the validation split scored at the end of the run; 0 scores all of it."""
     early_stopping_patience: int = 0
     """Early stopping: consecutive evaluations without a new best validation loss, after which the
     run ends; 0 disables it."""
@@ -282,12 +279,6 @@ class TrainConfig(_Fields):
     remat: str = _one_of(("none", "block"), "none")
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
     and recomputes the rest."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; minutes replace steps and epochs."""
-        super().__setattr__(name, value)
-        if name == "minutes" and value and "epochs" in vars(self):
-            self.steps, self.epochs = 0, 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -429,15 +420,10 @@ def _check_run(config: Config) -> None:
     if data.batch_size % (train.gradient_accumulation or 1):
         allowed = f"a divisor of config.data.batch_size={data.batch_size}"
         _reject("train.gradient_accumulation", train.gradient_accumulation, allowed)
-    if train.size == "auto" and (train.init_from or not train.minutes):
-        allowed = "config.train.minutes above 0, and no config.train.init_from, with it"
-        _reject("train.size", train.size, allowed)
-    # With minutes, the steps are those that were measured, or 0 until then.
-    has_length = not train.epochs if train.minutes else (train.steps > 0) != (train.epochs > 0)
-    if not has_length:
+    if not train.minutes and (train.steps > 0) == (train.epochs > 0):
         raise UserError(
             f"config.train.steps={train.steps} and config.train.epochs={train.epochs}: "
-            "set exactly one of them above 0, or config.train.minutes alone"
+            "set exactly one of them above 0, or config.train.minutes"
         )
     if mesh.pipeline > 1 and mesh.sequence > 1:
         raise UserError(

@@ -375,8 +375,8 @@ def make_train_step(
 ) -> TrainStep:
     """Return the train step, which compiles at its first call and donates the old state.
 
-    A step whose loss or gradient is not finite only advances the counters. With ``train.minutes``,
-    its third argument is the ``steps`` of `make_optimizer`.
+    A step whose loss or gradient is not finite only advances the counters. Its third argument, None
+    or left out by default, has the ``steps`` of `make_optimizer`; on a mesh it has to be given.
 
     Args:
       config: the run's configuration.
@@ -406,8 +406,7 @@ def make_train_step(
         )
         states = named_shardings(state, mesh)
         replicated = NamedSharding(mesh, P())
-        schedule = (replicated,) if config.train.minutes else ()
-        options["in_shardings"] = (states, named_shardings(batch, mesh), *schedule)
+        options["in_shardings"] = (states, named_shardings(batch, mesh), replicated)
         options["out_shardings"] = (states, replicated)
     if is_on_cpu(mesh) and (is_distributed(mesh) or config.train.remat != "none"):
         # XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
@@ -416,7 +415,7 @@ def make_train_step(
         options["compiler_options"] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
     def train_step(
-        state: TrainState, batch: Batch, *schedule: jax.Array
+        state: TrainState, batch: Batch, steps: jax.Array | None = None
     ) -> tuple[TrainState, StepMetrics]:
         if "initial" in state.tuned:
             # A document that begins within a sequence starts from zero, not from the learned state.
@@ -435,8 +434,9 @@ def make_train_step(
             trained, frozen = split_trained(params, tuned)
             # If this branch computed the norm again, its last bits would depend on the number of
             # threads.
-            extra = {"norm": norm} | ({"steps": schedule[0]} if schedule else {})
-            updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
+            updates, opt_state = optimizer.update(
+                gradient, opt_state, trained, norm=norm, steps=steps
+            )
             return *join(optax.apply_updates(trained, updates), frozen), opt_state, carried
 
         # `cond`, not `where`, which would copy the old state.
@@ -479,8 +479,8 @@ def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: 
     ids, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
     batch = Batch(ids, ids, mask, ids, jax.ShapeDtypeStruct(shape[:1], bool))  # type: ignore[arg-type]
     # The first step takes this program from the compilation cache.
-    schedule = [jax.ShapeDtypeStruct((2,), np.int32)] if config.train.minutes else []
-    sizes = step.lower(state, batch, *schedule).compile().memory_analysis()
+    steps = jax.ShapeDtypeStruct((2,), np.int32)
+    sizes = step.lower(state, batch, steps).compile().memory_analysis()
     if sizes is not None:
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
         memory_estimate.check_program(needed, mesh)

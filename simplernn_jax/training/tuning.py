@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.array_types import ModelState
 from simplernn_jax.checkpoint.folder import (
     BEST,
     CheckpointFolder,
@@ -80,13 +81,9 @@ def join(trained: Any, frozen: Any) -> tuple[Any, dict[str, Any]]:
     return join_kernels(kernels, frozen["rest"]), {"base": frozen["base"], **trained}
 
 
-def start_state(
-    model: LanguageModel, tokenizer: Tokenizer, tuned: dict[str, Any]
-) -> DecoderState | None:
-    """Return the decoder state after BOS from the learned state; None if there is none."""
-    if "initial" not in tuned:
-        return None
-    state = dataclasses.replace(empty_state(model, 1), layers=tuned["initial"])
+def start_state(model: LanguageModel, tokenizer: Tokenizer, initial: ModelState) -> DecoderState:
+    """Return the decoder state after BOS from the learned state."""
+    state = dataclasses.replace(empty_state(model, 1), layers=initial)
     return generate(model, [[tokenizer.bos_id]], max_new_tokens=0, state=state).state
 
 
@@ -114,6 +111,5 @@ def save_tuned(workdir: str, tokenizer: Tokenizer) -> str:
         save_adapter(path, nnx.merge(graph, params), tuned)
         return path
     path, model = os.path.join(workdir, "state.safetensors"), nnx.merge(graph, params)
-    state: Any = start_state(model, tokenizer, tuned)
-    save_state(path, state, model, tokenizer)
+    save_state(path, start_state(model, tokenizer, tuned["initial"]), model, tokenizer)
     return path

@@ -1,16 +1,13 @@
 """The page of a run that has ended."""
 
 import bz2
-import hashlib
 import html.parser
 import lzma
 
-import numpy as np
-from flax import nnx
 from small_runs import small_config, stop_after, write_corpus
 
 from simplernn_jax import load_model
-from simplernn_jax.parallel.named_leaves import named_leaves
+from simplernn_jax.inference.state import model_fingerprint
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.metrics import read_metrics
 from simplernn_jax.training.preparation import open_saved_corpus
@@ -66,14 +63,9 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path, monkeypatch):
     }
     for name, size in sizes.items():
         assert cells[cells.index(name) + 1] == f"{8 * size / len(held_out):.4f}"
-    assert cells.count("xz -9e") == cells.count("zstd -19") == 2
-    assert cells.count(f"{len(seen):,}") == 2
-    model, _, _ = load_model(workdir, "newest")
-    digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(nnx.state(model, nnx.Param)).items()):
-        array = np.asarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    assert digest.hexdigest() in cells
+    assert cells.count("zstd -19") == 2
+    assert cells.count(f"{len(seen):,}") == 1
+    assert model_fingerprint(load_model(workdir, "newest")[0]) in cells
     assert any("validation tokens" in cell for cell in cells)
     assert f"--workdir '{workdir}' --config.train.steps=8" in page.texts[-3][1]
 
