@@ -34,7 +34,7 @@ from simplernn_jax.training.optimizer import learning_rate_schedule
 from simplernn_jax.training.report import gather, sample, write_report
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, TrainStep, make_train_step
-from simplernn_jax.training.tuning import save_tuned, split_trained
+from simplernn_jax.training.tuning import save_tuned, trained_part
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -291,7 +291,7 @@ class Trainer:
         elif config.train.init_from:
             lines.append(f"parameters from {config.train.init_from}")
         if config.train.tune != "full":
-            trained, _ = split_trained(run.state.params, run.state.tuned)
+            trained = trained_part(run.state.params, run.state.tuned)
             size = counted(sum(leaf.size for leaf in jax.tree.leaves(trained)), "number")
             lines.append(f"tuning {config.train.tune}: {size}")
         lines += run.changes

@@ -12,6 +12,7 @@ from absl import logging
 
 from simplernn_jax.config import Config, by_field
 from simplernn_jax.data.corpora import open_corpus, parse_mixture
+from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.errors import UserError
 from simplernn_jax.ops.native import has_fast_bfloat16
 from simplernn_jax.parallel.distributed import broadcast_from_coordinator, is_coordinator
@@ -72,18 +73,18 @@ def measure(run: Run, train_step: TrainStep, evaluator: Evaluator) -> Costs:
     steps = broadcast_from_coordinator(int(min(max(wanted, 3), MAX_TIMED_STEPS)))
     per_step, per_token = seconds_per_step(steps), 0.0
 
-    def seconds_per_token(limit: int) -> float:
+    def seconds_per_token(split: TokenSplit, limit: int) -> float:
         options = {"initial": state.tuned.get("initial")}
         begun, tokens = time.monotonic(), 0
-        scores = evaluator.scores(state.params, run.corpus.validation, limit, **options)
+        scores = evaluator.scores(state.params, split, limit, **options)
         for part in itertools.islice(scores, 2):
             float(part.total)
             tokens += int(part.batch.loss_mask.sum())
         return (time.monotonic() - begun) / max(tokens, 1)
 
-    if run.corpus.validation is not None:  # batches of a limit and of all may differ in shape
-        limits = (train.eval_tokens, 0)
-        per_token = max([*map(seconds_per_token, limits + limits)][2:])
+    if (split := run.corpus.validation) is not None:
+        limits = 2 * (train.eval_tokens, 0)  # batches of a limit and of all may differ in shape
+        per_token = max([seconds_per_token(split, limit) for limit in limits][2:])
     if (gathered := gather(run, run.state)) and is_coordinator():
         sample(run, gathered, train.seed)
     run.rewind(position)
