@@ -121,7 +121,7 @@ def _train() -> int:
     if is_auto and not saved:
         auto_size(config, workdir)
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
-    result = train(config, workdir, started=process_start.started())
+    result = train(config, workdir, started=process_start.STARTED)
     return EXIT_INTERRUPTED if result.interrupted_by else 0
 
 

@@ -49,41 +49,41 @@ def write_report(
 ) -> str:
     """Write the page of a run that has ended, on the coordinator, and return its path.
 
-    Args:
-      run: the run after its last step.
-      gathered: the result of `gather`; None leaves out what needs it.
-      evaluation: on held-out text, if there is any.
-      facts: the lines of its summary, by name.
-      curve: path of the picture of its losses.
+    `gathered` is the result of `gather`, `evaluation` the last one on held-out text, `facts` the
+    lines of the summary, and `curve` the path of the picture of the losses.
     """
-    config, corpus, train = run.config, run.corpus, run.config.train
+    config, corpus, workdir = run.config, run.corpus, shlex.quote(run.workdir)
     memory = jax.local_devices()[0].memory_stats() or {}
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seeds = range(train.seed, train.seed + SAMPLES) if gathered else ()
-    script = ("chat", "") if config.data.template else ("sample", " --prompt TEXT")
-    export = f" --format html --out {shlex.quote(os.path.join(run.workdir, 'html'))}"
-    longer = f" --config.train.steps={2 * run.step}"
+    facts = {
+        "text": f"{config.data.source}: {corpus.summary}",
+        "tokenizer": f"{config.data.tokenizer}, {counted(corpus.tokenizer.vocab_size, 'id')}",
+        "layers": f"{config.model.num_layers} of width {config.model.hidden_dim}",
+        "batch": f"{config.data.batch_size} sequences of {config.data.sequence_length} tokens",
+        **facts,
+        "memory": f"at most {format_bytes(memory.get('peak_bytes_in_use') or resident)}",
+    }
+    samples: list[list[str]] = []
+    if gathered is not None:
+        facts["SHA-256 of the parameters"] = model_fingerprint(gathered[0])
+        for seed in range(config.train.seed, config.train.seed + SAMPLES):
+            samples.append([_printable(text) for text in sample(run, gathered, seed)])
+    commands = {
+        **({"chat": ""} if config.data.template else {"sample": " --prompt TEXT"}),
+        **{"evaluate": "", "serve": "", "export": f" --format html --out {workdir}/html"},
+        "train": f" --config.train.steps={2 * run.step}",
+    }
     page = page_template("simplernn_jax.training", "report.html").render(
         name=os.path.basename(run.workdir),
-        facts={
-            "text": f"{config.data.source}: {corpus.summary}",
-            "tokenizer": f"{config.data.tokenizer}, {counted(corpus.tokenizer.vocab_size, 'id')}",
-            "layers": f"{config.model.num_layers} of width {config.model.hidden_dim}",
-            "batch": f"{config.data.batch_size} sequences of {config.data.sequence_length} tokens",
-            **facts,
-            "memory": f"at most {format_bytes(memory.get('peak_bytes_in_use') or resident)}",
-            "SHA-256 of the parameters": gathered and model_fingerprint(gathered[0]),
-        },
+        facts=facts,
         curve=base64.b64encode(read_file(curve)).decode(),
         evaluation=evaluation,
         split=corpus.validation,
-        rows=compress(corpus) if evaluation else (),
-        samples=[map(_printable, sample(run, gathered, seed)) for seed in seeds if gathered],
+        rows=compress(corpus),
+        samples=samples,
         commands=[
-            name_commands(f"python scripts/{name}.py --workdir {shlex.quote(run.workdir)}{rest}")
-            for name, rest in (
-                *(script, ("evaluate", ""), ("serve", ""), ("export", export), ("train", longer)),
-            )
+            name_commands(f"python scripts/{script}.py --workdir {workdir}{rest}")
+            for script, rest in commands.items()
         ],
     )
     path = os.path.join(run.workdir, "report.html")
@@ -163,11 +163,10 @@ def compress(corpus: TokenizedCorpus) -> list[tuple[str, int, int, float]]:
     level = zstandard.ZstdCompressionParameters.from_level(19, window_log=23)
     dictionary = zstandard.ZstdCompressionDict(seen, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     after = zstandard.ZstdCompressor(compression_params=level, dict_data=dictionary)
-    sizes = {
-        ("bzip2", 0): len(bz2.compress(text)),
-        ("xz -9e", 0): len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
-        ("zstd -19", 0): len(zstandard.ZstdCompressor(level=19).compress(text)),
-        ("zstd -19", len(seen)): len(after.compress(text)),
-    }
-    scale = 8 / max(len(text), 1)
-    return [(*key, len(text), scale * size) for key, size in sizes.items()]
+    results = (
+        ("bzip2", 0, bz2.compress(text)),
+        ("xz -9e", 0, lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+        ("zstd -19", 0, zstandard.ZstdCompressor(level=19).compress(text)),
+        ("zstd -19", len(seen), after.compress(text)),
+    )
+    return [(name, n, len(text), 8 * len(x) / max(len(text), 1)) for name, n, x in results]

@@ -63,10 +63,9 @@ def start(config):
     return dataclasses.replace(state, params=params, tuned=tuned)
 
 
-def gradient(tune, mesh=None, **fields):
-    """Loss and gradient of one step."""
-    config = config_of(tune, **(mesh or {}), **fields)
-    before = start(config_of(tune, **fields))
+def gradient(tune, mesh, **fields):
+    """Loss and gradient of one step, with the layers one by one."""
+    config, before = config_of(tune, **mesh, **fields), start(config_of(tune, **fields))
     step = compile_step(config, SGD, mesh_of(**mesh) if mesh else None, before, BATCH)
     (loss,), after = run_steps(*step, [BATCH])
     after = in_layout_of(before, after)
@@ -74,9 +73,9 @@ def gradient(tune, mesh=None, **fields):
     return loss, jax.tree.map(np.subtract, *parts)
 
 
-def defined_gradient(tune):
+def defined_gradient(tune, **fields):
     """The same by the definition: scan, explicit products, and the mask of first documents."""
-    config = config_of(tune, mixer_options={"method": "scan"})
+    config = config_of(tune, mixer_options={"method": "scan"}, **fields)
     state = jax.tree.map(jnp.asarray, start(config))
     graph, _ = abstract_model(config.model)
     tokens, targets, mask, segment_ids, _ = BATCH
@@ -101,32 +100,25 @@ def defined_gradient(tune):
 
 
 @pytest.mark.oldest_python
-@pytest.mark.parametrize("tune", KINDS)
-def test_gradients_are_those_of_the_definition(tune):
-    with jax.enable_x64(True):
-        loss, expected = jax.device_get(defined_gradient(tune))
-        options = {"gradient_accumulation": 2, "bptt_window": 8, "bptt": "full"}
-        found_loss, found = gradient(tune, **options)
-        assert found_loss == pytest.approx(loss, rel=1e-11)
-        assert distance(found, expected) <= 1e-11
-    _, found = gradient(tune, precision="float32")  # by the fused kernels
-    assert distance(jax.tree.map(np.float64, found), expected) <= 2e-5
-
-
 @pytest.mark.parametrize(
-    ("tune", "mesh"),
+    ("tune", "mesh", "layers"),
     [
-        ("state", {"data": 2, "fsdp": 2}),
-        (KINDS[1], {"fsdp": 2, "tensor": 2}),
-        pytest.param(KINDS[1], {"pipeline": 2, "data": 2}, marks=pytest.mark.slow),
+        *((tune, {}, 1) for tune in KINDS),
+        ("state", {"data": 2, "fsdp": 2}, 1),
+        (KINDS[1], {"fsdp": 2, "tensor": 2}, 1),
+        pytest.param(KINDS[1], {"pipeline": 2, "data": 2}, 2, marks=pytest.mark.slow),
     ],
 )
-def test_gradients_on_meshes_equal_one_device(tune, mesh):
-    layers = mesh.get("pipeline", 1)
+def test_gradients_are_those_of_the_definition(tune, mesh, layers):
+    options = {} if mesh else {"gradient_accumulation": 2, "bptt_window": 8, "bptt": "full"}
     with jax.enable_x64(True):
-        found, expected = (gradient(tune, each, num_layers=layers) for each in (mesh, None))
-    assert found[0] == pytest.approx(expected[0], rel=1e-11)
-    assert distance(found[1], expected[1]) <= 1e-11
+        loss, expected = jax.device_get(defined_gradient(tune, num_layers=layers))
+        found_loss, found = gradient(tune, mesh, num_layers=layers, **options)
+    assert found_loss == pytest.approx(loss, rel=1e-11)
+    assert distance(found, expected) <= 1e-11
+    if not mesh:
+        _, found = gradient(tune, mesh, precision="float32")  # by the fused kernels
+        assert distance(jax.tree.map(np.float64, found), expected) <= 2e-5
 
 
 @pytest.fixture(scope="module")
