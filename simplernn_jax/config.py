@@ -7,6 +7,7 @@ A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -430,24 +431,16 @@ def _check_run(config: Config) -> None:
             f"config.mesh.pipeline={mesh.pipeline} and config.mesh.sequence={mesh.sequence} divide "
             "the same time axis; set one of them to 1"
         )
-    _check_tune(config)
-
-
-def _check_tune(config: Config) -> None:
-    tune, mesh = config.train.tune, config.mesh
-    kind, _, rank = tune.partition(":")
-    is_rank = rank.isascii() and rank.isdecimal() and 0 < int(rank[:9]) <= _MAX_SIZE
-    if tune not in ("full", "state") and not (kind == "lora" and is_rank):
-        _reject("train.tune", tune, "full, state, or lora:RANK such as lora:8")
-    if tune != "full" and not config.train.init_from:
-        _reject("train.tune", tune, "full without config.train.init_from, the model to tune")
-    if tune != "state":
-        return
-    if config.data.mode == "stream":
-        _reject("data.mode", "stream", "window or document with config.train.tune='state'")
-    for axis in ("tensor", "sequence", "pipeline"):
-        if getattr(mesh, axis) > 1:
-            _reject(f"mesh.{axis}", getattr(mesh, axis), "1 with config.train.tune='state'")
+    if not re.fullmatch("full|state|lora:[1-9][0-9]{0,5}", train.tune):
+        _reject("train.tune", train.tune, "full, state, or lora:RANK such as lora:8")
+    if train.tune != "full" and not train.init_from:
+        _reject("train.tune", train.tune, "full without config.train.init_from, the model to tune")
+    if train.tune == "state":
+        if data.mode == "stream":
+            _reject("data.mode", "stream", "window or document with config.train.tune='state'")
+        for axis in ("tensor", "sequence", "pipeline"):
+            if getattr(mesh, axis) > 1:
+                _reject(f"mesh.{axis}", getattr(mesh, axis), "1 with config.train.tune='state'")
 
 
 def by_field(config: Config) -> dict[str, Any]:

@@ -155,20 +155,19 @@ SIZES = (
 _BYTE_LEVEL = 2_000_000
 _START_SECONDS = 20
 """Estimated time for start, tokenization and compilation, besides a part of the minutes."""
-_TOKENS_PER_PARAMETER = 1.5
-"""Tokens trained on per parameter at the compute-optimal size."""
-_ABOVE_OPTIMUM = 1.5
-"""Factor by which a size may exceed it: the sizes are factors of 2 to 4 apart."""
-_PARAMETERS_PER_BYTE = 1.0
-"""Parameters per byte of text, above which a model would overfit."""
+_PARAMETERS = 0.5
+"""Most parameters by the square root of the operations of a run. The compute-optimal size, with 1.5
+tokens per parameter, has 0.33; the sizes are factors of 2 to 4 apart."""
 _REGULARIZATION = ((12, 0.2, 0.3), (4, 0.1, 0.1), (0, 0.0, 0.1))
 """Passes over the text, from which on dropout and weight decay have these values."""
 
 
 def choose(seconds: float, num_bytes: int, flops: float) -> Size:
-    """Choose the size for `seconds` of steps at `flops` operations per second on `num_bytes`."""
-    optimum = math.sqrt(seconds * flops / (6 * _TOKENS_PER_PARAMETER))
-    limit = min(_ABOVE_OPTIMUM * optimum, _PARAMETERS_PER_BYTE * num_bytes)
+    """Choose the size for `seconds` of steps at `flops` operations per second on `num_bytes`.
+
+    With more parameters than bytes of text, a model would overfit.
+    """
+    limit = min(_PARAMETERS * math.sqrt(seconds * flops), num_bytes)
     return [size for size in SIZES if size is SIZES[0] or size.parameters <= limit][-1]
 
 

@@ -77,9 +77,7 @@ def write_report(
         name=os.path.basename(run.workdir),
         facts=facts,
         curve=base64.b64encode(read_file(curve)).decode(),
-        evaluation=evaluation,
-        split=corpus.validation,
-        rows=compress(corpus),
+        rows=held_out_table(corpus, evaluation) if evaluation else (),
         samples=samples,
         commands=[
             name_commands(f"python scripts/{script}.py --workdir {workdir}{rest}")
@@ -143,30 +141,41 @@ def text_pieces(split: TokenSplit, tokenizer: Tokenizer) -> Iterator[bytes]:
             yield tokenizer.decode_bytes(split.tokens[piece : min(piece + 2**20, end)])
 
 
-def compress(corpus: TokenizedCorpus) -> list[tuple[str, int, int, float]]:
-    """Compress held-out text, alone and, as zstd can, with the end of the training text before it.
+def held_out_table(corpus: TokenizedCorpus, evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Compare a model with compressors, of which zstd can refer to the end of the training text.
 
-    Returns:
-      Name of the compressor, bytes of training text, bytes of held-out text, and bits per byte.
-      Nothing if only parts of the text are scored.
+    The compressors are left out if only parts of the text are scored.
     """
-    held_out, train = corpus.validation, corpus.train
-    if held_out is None or held_out.targets is not None:
-        return []
+    held_out, train, tokenizer = corpus.validation, corpus.train, corpus.tokenizer
+    assert held_out is not None
+    part = f"{evaluation.predictions / max(held_out.num_predictions, 1):.0%}"
+    rows = [
+        ("", "bits per byte", "of bytes", "after bytes of training text"),
+        (
+            "this model",
+            f"{evaluation.bits_per_byte:.4f}",
+            f"{part} of {held_out.num_bytes:,}",
+            "all",
+        ),
+    ]
+    if held_out.targets is not None:
+        return rows
     text = bytearray()
-    for piece in text_pieces(held_out, corpus.tokenizer):
+    for piece in text_pieces(held_out, tokenizer):
         text += piece[: COMPRESSED_BYTES - len(text)]
         if len(text) == COMPRESSED_BYTES:
             break
     count = max(COMPRESSED_BYTES * len(train.tokens) // max(train.num_bytes, 1), 1)
-    seen = corpus.tokenizer.decode_bytes(train.tokens[-count:])[-COMPRESSED_BYTES:]
+    seen = tokenizer.decode_bytes(train.tokens[-count:])[-COMPRESSED_BYTES:]
     level = zstandard.ZstdCompressionParameters.from_level(19, window_log=23)
     dictionary = zstandard.ZstdCompressionDict(seen, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     after = zstandard.ZstdCompressor(compression_params=level, dict_data=dictionary)
-    results = (
+    for name, num_seen, compressed in (
         ("bzip2", 0, bz2.compress(text)),
         ("xz -9e", 0, lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
         ("zstd -19", 0, zstandard.ZstdCompressor(level=19).compress(text)),
         ("zstd -19", len(seen), after.compress(text)),
-    )
-    return [(name, n, len(text), 8 * len(x) / max(len(text), 1)) for name, n, x in results]
+    ):
+        bits = 8 * len(compressed) / max(len(text), 1)
+        rows.append((name, f"{bits:.4f}", f"{len(text):,}", f"{num_seen:,}"))
+    return rows
