@@ -1,5 +1,6 @@
 """Held-out loss of the sizes of ``train.py --size=auto`` after some minutes of training."""
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,28 +31,21 @@ def run(minutes: Sequence[str], source: str | None, kept: Mapping[str, Table]) -
         raise UserError(f"--minutes: {error}; list numbers, such as --minutes=1,5") from error
     path = os.path.expanduser(source or "stdlib")
     rows = list(kept[TITLE].rows) if TITLE in kept else []
-    done = {(row["text"], row["minutes"], row["layers"], row["width"]) for row in rows}
-    for limit in limits:
-        for size in (None, *SIZES):
-            config = Config()
-            config.mesh.data, config.train.minutes = 1, limit
-            config.data.source = os.path.abspath(path) if os.path.exists(path) else path
-            auto_size(config, "", size)
-            if size is None:
-                chosen = config.model
-                continue
-            case: Row = {"text": os.path.basename(path), "minutes": limit}
-            case |= {"layers": size.num_layers, "width": size.width}
-            if (*case.values(),) in done:
-                continue
-            try:
-                with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-                    row = call_isolated(held_out_loss, config=config, workdir=folder)
-            except UserError as error:
-                print(f"  {case}: {error}", flush=True)
-                continue
-            rows.append(case | row | {"auto": "chosen" if config.model == chosen else ""})
+    for limit, size in itertools.product(limits, SIZES):
+        case: Row = {"text": os.path.basename(path), "minutes": limit}
+        case |= {"layers": size.num_layers, "width": size.width}
+        if any(case.items() <= row.items() for row in rows):
+            continue
+        config = Config()
+        config.mesh.data, config.train.minutes = 1, limit
+        config.data.source = os.path.abspath(path) if os.path.exists(path) else path
+        auto_size(config, "", size)
+        try:
+            with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+                rows.append(case | call_isolated(held_out_loss, config=config, workdir=folder))
             yield table(rows)
+        except UserError as error:
+            print(f"  {case}: {error}", flush=True)
 
 
 def held_out_loss(config: Config, workdir: str) -> Row:

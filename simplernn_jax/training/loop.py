@@ -107,8 +107,6 @@ def train(
             display.print_line(f"{stopped_by}: saved at {where}; run the same command to resume")
             return Result(run.step, stopped_by, None)
         # All is saved: from here on a signal ends the process at once.
-        if is_coordinator() and run.config.train.tune != "full":
-            trainer.tuned_path = save_tuned(run.workdir, run.corpus.tokenizer)
         evaluation = trainer.evaluate_all()
         display.print_line("done\n" + align(trainer.summary(evaluation)))
         return Result(run.step, None, evaluation)
@@ -135,8 +133,6 @@ class Trainer:
         self._timer = StepTimer(0.0 if metrics is None else metrics.seconds)
         self._train_step, self._evaluator = train_step, evaluator
         self._learning_rate = learning_rate_schedule(config.optimizer, *run.schedule)
-        self.tuned_path = ""
-        """File of what `save_tuned` wrote."""
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{config.model.block} {mixer} model, {size}"
@@ -328,19 +324,19 @@ class Trainer:
                     "for more steps, or with another config.optimizer.learning_rate"
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
-        gathered = gather(run, run.state)
-        if is_coordinator():
-            curve = plot_loss(run.workdir, self._model)
-            facts = {"model": self._model} | lines
-            lines["report"] = write_report(run, gathered, evaluation, facts, curve)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
         command = name_commands(f"python scripts/{script}.py")
-        lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
-        if self.tuned_path:
-            lines["tuned"] = f"{self.tuned_path}, {os.path.getsize(self.tuned_path):,} bytes"
-        if run.config.train.tune == "state":
-            lines["sample with"] += f" --load_state {self.tuned_path}"
-        return lines
+        use = f"{command} --workdir {run.workdir}{prompt}"
+        gathered = gather(run, run.state)
+        if is_coordinator():
+            if run.config.train.tune != "full":
+                path = save_tuned(run.workdir, run.corpus.tokenizer)
+                lines["tuned"] = f"{path}, {os.path.getsize(path):,} bytes"
+                use += f" --load_state {path}" if run.config.train.tune == "state" else ""
+            facts = {"model": self._model} | lines
+            curve = plot_loss(run.workdir, self._model)
+            lines["report"] = write_report(run, gathered, evaluation, facts, curve)
+        return lines | {"sample with": use}
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self._metrics is not None:

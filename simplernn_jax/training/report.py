@@ -149,7 +149,7 @@ def held_out_table(corpus: TokenizedCorpus, evaluation: Evaluation) -> list[tupl
     held_out, train, tokenizer = corpus.validation, corpus.train, corpus.tokenizer
     assert held_out is not None
     part = f"{evaluation.predictions / max(held_out.num_predictions, 1):.0%}"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", "bits per byte", "of bytes", "after bytes of training text"),
         (
             "this model",

@@ -86,6 +86,7 @@ def test_a_run_of_a_minute_resumes_with_its_schedule(tmp_path, monkeypatch):
     train(from_json(json.dumps(saved)), whole)
     assert train(config, parts).step == steps
     assert newest_checkpoint(parts) == newest_checkpoint(whole)
+    assert "No text was held out" in (whole / "report.html").read_text("utf-8")
 
 
 def test_more_time_text_or_speed_never_choose_a_smaller_model():

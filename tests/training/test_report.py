@@ -47,10 +47,3 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path, monkeypatch):
     assert texts.count(f"{len(seen):,}") == 1
     assert model_fingerprint(load_model(workdir, "newest")[0]) in texts
     assert f"--workdir '{workdir}' --config.train.steps=8" in texts[-1]
-
-
-def test_the_page_of_a_run_without_held_out_text_says_so(tmp_path):
-    train(small_config(source=write_corpus(tmp_path / "text"), steps=1), tmp_path / "run")
-    page = (tmp_path / "run" / "report.html").read_text("utf-8")
-    assert "No text was held out" in page
-    assert "bits per byte" not in page
