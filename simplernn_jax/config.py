@@ -235,7 +235,7 @@ class TrainConfig(_Fields):
     """What a run with init_from trains: ``full``, all parameters; ``lora:RANK``, low-rank updates
     of the projections; ``state``, only the initial state (docs/fine_tuning.md)."""
     steps: int = 0
-    """Optimizer steps; exactly one of steps, epochs and minutes is set."""
+    """Optimizer steps; exactly one of steps and epochs is set, or minutes."""
     epochs: float = _number(0.0, at_most=_MAX_SIZE)
     """Passes over the training split."""
     gradient_accumulation: int | None = _number(None, at_least=1)
