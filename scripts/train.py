@@ -7,7 +7,7 @@
         --workdir runs/mine
 
 --minutes is the time of the whole command; the number of steps follows from the measured speed.
---size=auto chooses the model too; with it, --config is optional. The workdir then has report.html.
+--size=auto chooses the model too. With --minutes, --config is optional.
 
 Running the same command again resumes bit-exactly, and so does --workdir of a run alone, with the
 configuration saved there. SIGTERM and Ctrl-C save first and exit with code 75. A second signal
@@ -36,7 +36,13 @@ from simplernn_jax.errors import EXIT_INTERRUPTED, UserError
 
 define_config_flag()
 flags.DEFINE_alias("minutes", "config.train.minutes")
-flags.DEFINE_alias("size", "config.train.size")
+_SIZE = flags.DEFINE_enum(
+    "size",
+    "given",
+    ["given", "auto"],
+    "auto: layers, width, batches, tokenizer, precision, dropout and optimizer of a new run are "
+    "chosen by --minutes, the text and the machine, except fields that are given.",
+)
 command_line.define_plugin_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and tokenized text; created if missing."
@@ -89,38 +95,42 @@ def main() -> int:
 
 def _train() -> int:
     command_line.load_plugins()
-    workdir = command_line.expand_path(_WORKDIR.value, "workdir") if _WORKDIR.value else ""
-    config = read_config(default=_saved_config())
-    if not workdir:
+    saved, is_auto = _saved_config(), _SIZE.value == "auto"
+    base: str | Config = ""
+    if saved and (is_auto or flags.FLAGS["config"].value is None):
+        logging.info("the configuration of this run: %s", saved)
+        base = saved
+    elif flags.FLAGS["config"].value is None and flags.FLAGS["config.train.minutes"].value:
+        base = Config()
+    elif flags.FLAGS["config"].value is None and _WORKDIR.value:
+        raise UserError(
+            f"--workdir={_WORKDIR.value}: not a run; check the path, or start a run there with "
+            "--config, such as --config configs/base.py, or with --minutes=5 --size=auto"
+        )
+    config = read_config(base)
+    if not _WORKDIR.value:
         raise UserError("no --workdir: specify a folder for the run, such as --workdir runs/mine")
+    workdir = command_line.expand_path(_WORKDIR.value, "workdir")
     from simplernn_jax.cli.compilation_cache import use_compilation_cache
     from simplernn_jax.devices import check_devices
     from simplernn_jax.training.loop import train
+    from simplernn_jax.training.minutes import auto_size
 
     check_devices()
     use_compilation_cache()
+    if is_auto and not saved:
+        auto_size(config, workdir)
     gc.freeze()  # imported modules stay: garbage collections during tracing skip them
-    result = train(config, workdir, started=process_start.started())
+    result = train(config, workdir, started=process_start.STARTED)
     return EXIT_INTERRUPTED if result.interrupted_by else 0
 
 
-def _saved_config() -> str | Config:
-    """Return what takes the place of ``--config``: that of an existing run, or fields to choose."""
+def _saved_config() -> str:
+    """Return the path of the configuration of an existing run; empty for a new one."""
     workdir = os.path.expanduser(_WORKDIR.value or "")
     path = os.path.join(workdir, "config.json")
-    if flags.FLAGS["config"].value is not None:
-        return ""
-    if workdir and os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints")):
-        logging.info("without --config: the configuration of this run, %s", path)
-        return path
-    if flags.FLAGS["size"].value == "auto":
-        return Config()
-    if workdir:
-        raise UserError(
-            f"--workdir={workdir}: not a run; check the path, or start a run there with --config, "
-            "such as --config configs/base.py, or with --minutes=5 --size=auto"
-        )
-    return ""
+    is_run = os.path.isfile(path) and os.path.isdir(os.path.join(workdir, "checkpoints"))
+    return path if workdir and is_run else ""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A file under ``configs/`` returns a `Config` from ``get_config()``; command-line
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -226,19 +227,14 @@ class TrainConfig(_Fields):
     project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla). Their
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     minutes: float = _number(0.0, at_most=_MAX_SIZE)
-    """Wall time of the whole command (also ``--minutes``), from its start to its report; setting it
-    sets steps and epochs to 0. A new run measures its speed, from which steps, warmup_steps (at
-    most the given one) and the intervals that are not 0 follow; a resumed run keeps them. 0: the
-    length is that of steps or epochs."""
-    size: str = _one_of(("given", "auto"), "given")
-    """``given``: that of the other fields; ``auto`` (also ``--size``): layers, width, batches,
-    tokenizer, precision, dropout and optimizer of a new run are chosen by minutes, the bytes of
-    text and the speed of the machine, except fields that are given, and are then given for it."""
+    """Wall time of the whole command (also ``--minutes``), in place of steps and epochs: a new run
+    measures its speed, sets steps, warmup_steps (at most the given one), held_out_tokens and the
+    intervals that are not 0 from it, and this to 0; a run that exists keeps its own."""
     tune: str = "full"
     """What a run with init_from trains: ``full``, all parameters; ``lora:RANK``, low-rank updates
     of the projections; ``state``, only the initial state (docs/fine_tuning.md)."""
     steps: int = 0
-    """Optimizer steps; exactly one of steps, epochs and minutes is set."""
+    """Optimizer steps; exactly one of steps and epochs is set, or minutes."""
     epochs: float = _number(0.0, at_most=_MAX_SIZE)
     """Passes over the training split."""
     gradient_accumulation: int | None = _number(None, at_least=1)
@@ -253,7 +249,9 @@ class TrainConfig(_Fields):
     """Steps between evaluations."""
     eval_tokens: int = 65536
     """Tokens of the validation split scored at each evaluation during training; 0 scores all of
-    it. The evaluation at the end always scores all of it."""
+    it."""
+    held_out_tokens: int = 0
+    """Tokens of the validation split scored at the end of the run; 0 scores all of it."""
     early_stopping_patience: int = 0
     """Early stopping: consecutive evaluations without a new best validation loss, after which the
     run ends; 0 disables it."""
@@ -281,12 +279,6 @@ class TrainConfig(_Fields):
     remat: str = _one_of(("none", "block"), "none")
     """Rematerialization: ``none`` stores all residuals; ``block`` stores the input of each layer
     and recomputes the rest."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; minutes replace steps and epochs."""
-        super().__setattr__(name, value)
-        if name == "minutes" and value and "epochs" in vars(self):
-            self.steps, self.epochs = 0, 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -428,39 +420,26 @@ def _check_run(config: Config) -> None:
     if data.batch_size % (train.gradient_accumulation or 1):
         allowed = f"a divisor of config.data.batch_size={data.batch_size}"
         _reject("train.gradient_accumulation", train.gradient_accumulation, allowed)
-    if train.size == "auto" and (train.init_from or not train.minutes):
-        allowed = "config.train.minutes above 0, and no config.train.init_from, with it"
-        _reject("train.size", train.size, allowed)
-    # With minutes, the steps are those that were measured, or 0 until then.
-    has_length = not train.epochs if train.minutes else (train.steps > 0) != (train.epochs > 0)
-    if not has_length:
+    if not train.minutes and (train.steps > 0) == (train.epochs > 0):
         raise UserError(
             f"config.train.steps={train.steps} and config.train.epochs={train.epochs}: "
-            "set exactly one of them above 0, or config.train.minutes alone"
+            "set exactly one of them above 0, or config.train.minutes"
         )
     if mesh.pipeline > 1 and mesh.sequence > 1:
         raise UserError(
             f"config.mesh.pipeline={mesh.pipeline} and config.mesh.sequence={mesh.sequence} divide "
             "the same time axis; set one of them to 1"
         )
-    _check_tune(config)
-
-
-def _check_tune(config: Config) -> None:
-    tune, mesh = config.train.tune, config.mesh
-    kind, _, rank = tune.partition(":")
-    is_rank = rank.isascii() and rank.isdecimal() and 0 < int(rank[:9]) <= _MAX_SIZE
-    if tune not in ("full", "state") and not (kind == "lora" and is_rank):
-        _reject("train.tune", tune, "full, state, or lora:RANK such as lora:8")
-    if tune != "full" and not config.train.init_from:
-        _reject("train.tune", tune, "full without config.train.init_from, the model to tune")
-    if tune != "state":
-        return
-    if config.data.mode == "stream":
-        _reject("data.mode", "stream", "window or document with config.train.tune='state'")
-    for axis in ("tensor", "sequence", "pipeline"):
-        if getattr(mesh, axis) > 1:
-            _reject(f"mesh.{axis}", getattr(mesh, axis), "1 with config.train.tune='state'")
+    if not re.fullmatch("full|state|lora:[1-9][0-9]{0,5}", train.tune):
+        _reject("train.tune", train.tune, "full, state, or lora:RANK such as lora:8")
+    if train.tune != "full" and not train.init_from:
+        _reject("train.tune", train.tune, "full without config.train.init_from, the model to tune")
+    if train.tune == "state":
+        if data.mode == "stream":
+            _reject("data.mode", "stream", "window or document with config.train.tune='state'")
+        for axis in ("tensor", "sequence", "pipeline"):
+            if getattr(mesh, axis) > 1:
+                _reject(f"mesh.{axis}", getattr(mesh, axis), "1 with config.train.tune='state'")
 
 
 def by_field(config: Config) -> dict[str, Any]:

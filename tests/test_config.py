@@ -54,8 +54,6 @@ def load(name):
         ("train.bptt_window", 100, "a divisor of config.data.sequence_length=256"),
         ("train.epochs", 3.0, "exactly one of them"),
         ("train.minutes", -1.0, "at least 0"),
-        ("train.size", "auto", "config.train.minutes above 0"),
-        ("train.size", "big", "one of given, auto"),
         ("train.epochs", 1e300, "a number that is finite in float32"),
         ("model.mlp_dim", 2**21, "at most 1048576"),
         ("model.hidden_dim", 128.0, "a value of type int"),

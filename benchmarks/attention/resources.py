@@ -126,7 +126,7 @@ def gradient_flops(variant: str, length: int) -> float:
     _, params = abstract_model(config.model)
     key = jax.random.key_data(jax.random.key(0))
     batch = train_steps.random_batch(config)
-    return count_flops(make_grad_fn(config), params, batch, (), key, jnp.int32(0))
+    return count_flops(make_grad_fn(config), (params, ()), batch, (), key, jnp.int32(0))
 
 
 def forward_flops(variant: str, length: int, tokens: int) -> float:

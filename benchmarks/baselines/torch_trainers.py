@@ -93,7 +93,8 @@ class TorchTrainer(Trainer):
     ) -> None:
         super().__init__(corpus, baseline.data_config(), seed)
         torch.manual_seed(seed)
-        rates = learning_rate_schedule(baseline.schedule(steps), steps)(jnp.arange(1.0 * steps))
+        schedule = baseline.schedule(steps)
+        rates = learning_rate_schedule(schedule, schedule.warmup_steps, steps)(jnp.arange(steps))
         self._baseline, self._rates = baseline, iter(rates.tolist())
         make = GPT if baseline.model == "gpt" else Recurrent
         self._model = make(baseline, vocab)

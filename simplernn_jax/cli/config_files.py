@@ -20,10 +20,7 @@ from simplernn_jax.project import ROOT
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
 _CONFIGS = ROOT / "configs"
-_SET_BY_MINUTES = [
-    f"config.train.{name}"
-    for name in ("steps", "epochs", "eval_every", "save_every", "sample_every")
-]
+_SET_BY_MINUTES = ("steps", "epochs", "eval_every", "save_every", "sample_every")
 
 
 def config_names() -> list[str]:
@@ -127,15 +124,15 @@ def read_config(default: str | Config = "") -> Config:
     """Return the configuration of the command line, with all overrides, validated.
 
     Args:
-      default: configuration, or the file to load, if there is no ``--config``.
+      default: configuration, or the file to load, in place of ``--config``.
 
     Raises:
       UserError: there is none, or it is invalid.
     """
-    path = flags.FLAGS["config"].value or default
+    path = default or flags.FLAGS["config"].value
     for name in _SET_BY_MINUTES if flags.FLAGS["config.train.minutes"].value else ():
-        if flags.FLAGS[name].value:
-            raise UserError(f"--{name}: follows from --minutes; omit one of the two")
+        if flags.FLAGS[f"config.train.{name}"].value:
+            raise UserError(f"--config.train.{name}: follows from --minutes; omit one of the two")
     if not path:
         raise UserError(
             "--config is missing; specify a file such as configs/base.py, or a name: base"

@@ -22,6 +22,9 @@ from simplernn_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 HUGE_PAGES = "SIMPLERNN_JAX_HUGE_PAGES"
 """Environment variable; 0 leaves glibc's memory allocator as it is."""
 
+STARTED = time.monotonic()
+"""When this process, or the Python that replaced it, began."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TUNABLE = "glibc.malloc.hugetlb"
 
@@ -42,17 +45,6 @@ def start(root: str, *, resumes: bool = False) -> None:
         for number in _SIGNALS:
             signal.signal(number, partial(_stop, resumes))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def started() -> float:
-    """Return the `time.monotonic` of this process's start on Linux; elsewhere, of this call."""
-    now = time.monotonic()
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        return now - age
-    return now
 
 
 def raise_on_signals() -> None:

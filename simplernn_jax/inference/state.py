@@ -30,9 +30,7 @@ RECENT_TOKENS = 64
 """Ids kept as context for the text of the next ones: with some tokenizers the text of a token
 depends on its neighbors, and a character may begin in one call and end in the next."""
 
-_FORMAT = {"format": "simplernn_jax decoder state", "version": "1"}
-
-_ADVICE = "specify a file of a saved state"
+_FORMATS = {"state": "simplernn_jax decoder state", "low-rank update": "simplernn_jax adapter"}
 
 
 @jax.tree_util.register_dataclass
@@ -143,52 +141,75 @@ def load_state(path: str, model: LanguageModel, tokenizer: Tokenizer) -> Decoder
         version of the format, of another model or of another tokenizer.
     """
     check_model(model)
-    try:
-        content = read_file(path, (host_memory() or sys.maxsize) // 2)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise UserError(f"{path}: cannot be read ({reason}); {_ADVICE}") from error
+    content = read_arrays(path, "state")
     state, _ = decode_state(path, content, model, fingerprints(model, tokenizer))
     return jax.tree.map(jnp.array, state)
 
 
 def encode_state(state: DecoderState, fingerprints: Mapping[str, str], **notes: str) -> bytes:
     """Make the content of a state file; `notes` are more entries of its signed metadata."""
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(state).items()}
-    header = {**_FORMAT, **notes, **fingerprints}
-    header["sha256"] = digest_of(header, arrays)
-    return safetensors.numpy.save(arrays, header)
+    return encode_arrays(state, "state", {**notes, **fingerprints})
 
 
 def decode_state(
     where: str, content: bytes, model: LanguageModel, fingerprints: Mapping[str, str]
 ) -> tuple[DecoderState, dict[str, str]]:
     """Decode a state file to arrays and metadata; `UserError` begins with `where`."""
-    try:
-        arrays, header = decode_safetensors(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: corrupted, or not a state ({error}); {_ADVICE}") from error
-    if not _FORMAT.items() <= header.items():
-        raise UserError(
-            f"{where}: no state in version {_FORMAT['version']} of the format; {_ADVICE}"
-        )
-    signed = {name: value for name, value in header.items() if name != "sha256"}
-    if header.get("sha256") != digest_of(signed, arrays):
-        raise UserError(f"{where}: corrupted; use another copy, or prefill its text again")
-    for name, fingerprint in fingerprints.items():
-        if header.get(name) != fingerprint:
-            raise UserError(
-                f"{where}: the state is of another {name}; use the one that it was saved with (of "
-                "another checkpoint of the run: --checkpoint=STEP), or prefill its text again"
-            )
+    arrays, header = decode_arrays(where, content, "state", fingerprints)
     structure = empty_state(model, 1)
     names = named_leaves(structure)
     if arrays.keys() != names.keys():
-        raise UserError(f"{where}: holds other arrays than a state; {_ADVICE}")
+        raise UserError(
+            f"{where}: holds other arrays than a state; specify a file of a saved state"
+        )
     leaves = [arrays[name] for name in names]
     state: DecoderState = jax.tree.unflatten(jax.tree.structure(structure), leaves)
     check_state(model, state, where)
     return state, header
+
+
+def encode_arrays(tree: Any, kind: str, header: Mapping[str, str]) -> bytes:
+    """Make the content of a file of one of the `_FORMATS`, whose metadata include a digest."""
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(tree).items()}
+    header = {"format": _FORMATS[kind], "version": "1", **header}
+    return safetensors.numpy.save(arrays, {**header, "sha256": digest_of(header, arrays)})
+
+
+def read_arrays(path: str, kind: str) -> bytes:
+    """Read a file of `encode_arrays`; `UserError` if it cannot be read."""
+    try:
+        return read_file(path, (host_memory() or sys.maxsize) // 2)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{path}: cannot be read ({reason}); {_advice(kind)}") from error
+
+
+def decode_arrays(
+    where: str, content: bytes, kind: str, fingerprints: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Decode what `encode_arrays` made to arrays by name and metadata, which it verifies."""
+    try:
+        arrays, header = decode_safetensors(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: corrupted, or not a {kind} ({error}); {_advice(kind)}"
+        ) from error
+    if not {"format": _FORMATS[kind], "version": "1"}.items() <= header.items():
+        raise UserError(f"{where}: no {kind} in version 1 of the format; {_advice(kind)}")
+    signed = {name: value for name, value in header.items() if name != "sha256"}
+    if header.get("sha256") != digest_of(signed, arrays):
+        raise UserError(f"{where}: corrupted; use another copy, or make the {kind} again")
+    for name, fingerprint in fingerprints.items():
+        if header.get(name) != fingerprint:
+            raise UserError(
+                f"{where}: the {kind} is of another {name}; use the one that it was saved with (of "
+                f"another checkpoint of the run: --checkpoint=STEP), or make the {kind} again"
+            )
+    return arrays, header
+
+
+def _advice(kind: str) -> str:
+    return f"specify a file of a saved {kind}"
 
 
 def fingerprints(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:

@@ -26,16 +26,15 @@ from simplernn_jax.files import write_file
 from simplernn_jax.parallel.distributed import barrier, is_coordinator
 from simplernn_jax.parallel.mesh import describe
 from simplernn_jax.project import name_commands
-from simplernn_jax.training.calibration import held_out_limit, measure, set_schedule
 from simplernn_jax.training.display import Display, StepTimer, align, format_duration, open_display
 from simplernn_jax.training.evaluate import Evaluation, Evaluator
 from simplernn_jax.training.metrics import MetricsWriter, plot_loss
+from simplernn_jax.training.minutes import set_schedule
 from simplernn_jax.training.optimizer import learning_rate_schedule
-from simplernn_jax.training.preparation import UNKNOWN_STEPS
 from simplernn_jax.training.report import gather, sample, write_report
 from simplernn_jax.training.run import Run
 from simplernn_jax.training.train_step import StepMetrics, TrainStep, make_train_step
-from simplernn_jax.training.tuning import save_tuned, split_trained
+from simplernn_jax.training.tuning import save_tuned, trained_part
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -94,8 +93,8 @@ def train(
         if is_coordinator():
             metrics = MetricsWriter(run.workdir, run.step)
             stack.callback(metrics.close)
-        if run.total_steps == UNKNOWN_STEPS:
-            set_schedule(run, measure(run, train_step, evaluator), started)
+        if run.config.train.minutes:
+            set_schedule(run, train_step, evaluator, started)
         display = stack.enter_context(open_display(run.step, run.total_steps))
         trainer = Trainer(run, train_step, evaluator, metrics, display)
         with deferred_signals() as poll_signal:
@@ -108,8 +107,6 @@ def train(
             display.print_line(f"{stopped_by}: saved at {where}; run the same command to resume")
             return Result(run.step, stopped_by, None)
         # All is saved: from here on a signal ends the process at once.
-        if is_coordinator() and run.config.train.tune != "full":
-            trainer.tuned_path = save_tuned(run.workdir, run.corpus.tokenizer)
         evaluation = trainer.evaluate_all()
         display.print_line("done\n" + align(trainer.summary(evaluation)))
         return Result(run.step, None, evaluation)
@@ -135,9 +132,7 @@ class Trainer:
         self._display = display
         self._timer = StepTimer(0.0 if metrics is None else metrics.seconds)
         self._train_step, self._evaluator = train_step, evaluator
-        self._learning_rate = learning_rate_schedule(config.optimizer, run.total_steps)
-        self.tuned_path = ""
-        """File of what `save_tuned` wrote."""
+        self._learning_rate = learning_rate_schedule(config.optimizer, *run.schedule)
         size = counted(sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), "parameter")
         mixer = config.model.mixer.replace("simple_rnn", "SimpleRNN")
         self._model = f"{config.model.block} {mixer} model, {size}"
@@ -168,12 +163,13 @@ class Trainer:
             (run.save, train.save_every),
         )
         batch: Any = run.next_batch()  # None only after the last step
+        schedule = run.schedule
         pending: StepMetrics | None = None
         self._timer.start()
         while not run.has_ended and not poll_signal(run.step):
             self._start_or_stop(profile)
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
-                run.state, metrics = self._train_step(run.state, batch, *run.schedule)
+                run.state, metrics = self._train_step(run.state, batch, schedule)
             run.step += 1
             batch = run.next_batch()
             if pending is not None:
@@ -241,8 +237,8 @@ class Trainer:
             self._display.print_line(f"step {run.step}: validation {scores}")
 
     def evaluate_all(self) -> Evaluation | None:
-        """Evaluate the whole validation split, or its `held_out_limit`; None if there is none."""
-        return self._measure("held_out", held_out_limit(self._run.config))
+        """Evaluate ``held_out_tokens`` tokens at the end; None if nothing is held out."""
+        return self._measure("held_out", self._run.config.train.held_out_tokens)
 
     def _measure(self, kind: str, limit_tokens: int) -> Evaluation | None:
         """Evaluate the current state, unless that was done on the same tokens, and write a row."""
@@ -273,9 +269,8 @@ class Trainer:
         """
         run = self._run
         gathered = gather(run, run.state)
-        if is_coordinator():
-            train = run.config.train
-            prompt, text = sample(run, gathered, train.seed, train.sample_prompt)
+        if gathered is not None and is_coordinator():
+            prompt, text = sample(run, gathered, run.config.train.seed)
             self._write(run.step, "sample", text=prompt + text)
             self._display.print_line(f"step {run.step}: sample: {prompt}{text}")
         barrier("sample")
@@ -292,7 +287,7 @@ class Trainer:
         elif config.train.init_from:
             lines.append(f"parameters from {config.train.init_from}")
         if config.train.tune != "full":
-            trained, _ = split_trained(run.state.params, run.state.tuned)
+            trained = trained_part(run.state.params, run.state.tuned)
             size = counted(sum(leaf.size for leaf in jax.tree.leaves(trained)), "number")
             lines.append(f"tuning {config.train.tune}: {size}")
         lines += run.changes
@@ -329,19 +324,19 @@ class Trainer:
                     "for more steps, or with another config.optimizer.learning_rate"
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
-        gathered = gather(run, run.state)
-        if is_coordinator():
-            curve = plot_loss(run.workdir, self._model)
-            facts = {"model": self._model} | lines
-            lines["report"] = write_report(run, gathered, evaluation, facts, curve)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
         command = name_commands(f"python scripts/{script}.py")
-        lines["sample with"] = f"{command} --workdir {run.workdir}{prompt}"
-        if self.tuned_path:
-            lines["tuned"] = f"{self.tuned_path}, {os.path.getsize(self.tuned_path):,} bytes"
-        if run.config.train.tune == "state":
-            lines["sample with"] += f" --load_state {self.tuned_path}"
-        return lines
+        use = f"{command} --workdir {run.workdir}{prompt}"
+        gathered = gather(run, run.state)
+        if is_coordinator():
+            if run.config.train.tune != "full":
+                path = save_tuned(run.workdir, run.corpus.tokenizer)
+                lines["tuned"] = f"{path}, {os.path.getsize(path):,} bytes"
+                use += f" --load_state {path}" if run.config.train.tune == "state" else ""
+            facts = {"model": self._model} | lines
+            curve = plot_loss(run.workdir, self._model)
+            lines["report"] = write_report(run, gathered, evaluation, facts, curve)
+        return lines | {"sample with": use}
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self._metrics is not None:

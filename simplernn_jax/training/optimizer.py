@@ -1,7 +1,6 @@
 """AdamW or Muon with warmup, cosine decay, a weight-decay mask and global-norm clipping."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,33 +22,26 @@ MUON_RMS = 0.2
 (arXiv:2502.16982, section 2.2)."""
 
 
-def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+    config: OptimizerConfig, warmup_steps: int | jax.Array, total_steps: int | jax.Array
+) -> optax.Schedule:
     """Return the schedule, linear warmup and cosine decay, by the number of applied updates.
 
     It starts at 1/warmup of the peak, not at 0, and would reach its final fraction one update after
-    the last.
+    the last. The numbers of steps may be traced.
     """
-    warmup = min(config.warmup_steps, total_steps)
-    decay = optax.cosine_decay_schedule(
-        config.learning_rate, max(total_steps - warmup, 1), alpha=config.final_learning_rate
-    )
-    if not warmup:
-        return decay
-    return optax.join_schedules(
-        [optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup), decay],
-        [warmup],
-    )
-
-
-def rate_of_update(config: OptimizerConfig, steps: jax.Array, count: jax.Array) -> jax.Array:
-    """Return the rate of `learning_rate_schedule`, with traced `steps` of warmup and of the run."""
-    (warmup, total), count = steps.astype(jnp.float32), count.astype(jnp.float32)
-    warmup = jnp.minimum(warmup, total)
+    total = jnp.asarray(total_steps, jnp.float32)
+    warmup = jnp.minimum(jnp.asarray(warmup_steps, jnp.float32), total)
     first = config.learning_rate / jnp.maximum(warmup, 1)
     decay = optax.cosine_decay_schedule(config.learning_rate, 1.0, config.final_learning_rate)
-    falling = decay((count - warmup) / jnp.maximum(total - warmup, 1))
-    rising = first + (config.learning_rate - first) * count / jnp.maximum(warmup, 1)
-    return jnp.where(count < warmup, rising, falling)
+
+    def rate(count: Any) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        rising = first + (config.learning_rate - first) * count / jnp.maximum(warmup, 1)
+        falling = decay((count - warmup) / jnp.maximum(total - warmup, 1))
+        return jnp.where(count < warmup, rising, falling)
+
+    return rate
 
 
 def decay_mask(params: Any) -> Any:
@@ -63,51 +55,49 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, total_steps: int | None, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
+    config: OptimizerConfig, total_steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run; ``adamw`` with weight_decay 0 is Adam.
 
-    If `total_steps` is None, updates take ``steps=``, int32 [2], of warmup and of the run: they
-    are then not constants of the compiled program.
+    Updates may be given ``steps``, int32 [2], the steps of warmup and of the whole run in place of
+    the given ones: a compiled program is then the same for runs of any length.
 
     Muon updates the matrices of `decay_mask`, so also an untied head, for which its authors use
     AdamW. On a mesh, Adam is elementwise on shards; see `orthogonalize_sharded` for Muon.
     """
-    if total_steps is not None:
-        return _with_schedule(config, learning_rate_schedule(config, total_steps), mesh)
 
-    def update(*args: Any, steps: jax.Array, **options: Any) -> Any:
-        schedule = partial(rate_of_update, config, steps)
-        return _with_schedule(config, schedule, mesh).update(*args, **options)
+    def chain(steps: Any) -> optax.GradientTransformationExtraArgs:
+        learning_rate = learning_rate_schedule(config, steps[0], steps[1])
+        betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+        if config.name == "muon":
+            matrices = optax.chain(
+                optax.trace(MUON_MOMENTUM, nesterov=True),
+                optax.stateless(lambda updates, _: orthogonalize_sharded(updates, mesh)),
+                optax.add_decayed_weights(config.weight_decay),
+                optax.scale_by_learning_rate(learning_rate),
+            )
+            optimizer = optax.partition(
+                {"matrices": matrices, "rest": optax.adam(learning_rate, **betas)},
+                lambda params: jax.tree.map(
+                    lambda is_matrix: "matrices" if is_matrix else "rest", decay_mask(params)
+                ),
+            )
+        else:
+            optimizer = optax.adamw(
+                learning_rate, **betas, weight_decay=config.weight_decay, mask=decay_mask
+            )
+        # A chain of two with or without clipping: a run can be resumed with another clip_norm.
+        clip = _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+        return optax.chain(clip, optimizer)
 
-    init = _with_schedule(config, learning_rate_schedule(config, 1), mesh).init
-    return optax.GradientTransformationExtraArgs(init, update)
+    fixed = (config.warmup_steps, total_steps)
 
+    def update(*args: Any, steps: jax.Array | None = None, **options: Any) -> Any:
+        # optax promotes its integer counters, also under ``jax_numpy_dtype_promotion=strict``.
+        with jax.numpy_dtype_promotion("standard"):
+            return chain(fixed if steps is None else steps).update(*args, **options)
 
-def _with_schedule(
-    config: OptimizerConfig, learning_rate: optax.Schedule, mesh: Mesh | None
-) -> optax.GradientTransformation:
-    betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
-    if config.name == "muon":
-        matrices = optax.chain(
-            optax.trace(MUON_MOMENTUM, nesterov=True),
-            optax.stateless(lambda updates, _: orthogonalize_sharded(updates, mesh)),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-        optimizer = optax.partition(
-            {"matrices": matrices, "rest": optax.adam(learning_rate, **betas)},
-            lambda params: jax.tree.map(
-                lambda is_matrix: "matrices" if is_matrix else "rest", decay_mask(params)
-            ),
-        )
-    else:
-        optimizer = optax.adamw(
-            learning_rate, **betas, weight_decay=config.weight_decay, mask=decay_mask
-        )
-    # A chain of two with or without clipping: a run can be resumed with another clip_norm.
-    clip = _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return _with_promotion(optax.chain(clip, optimizer))
+    return optax.GradientTransformationExtraArgs(chain(fixed).init, update)
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
@@ -125,16 +115,6 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
         return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let optax promote its integer counters under ``jax_numpy_dtype_promotion=strict`` too."""
-
-    def update(*args: Any, **options: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(*args, **options)
-
-    return optimizer._replace(update=update)
 
 
 def orthogonalize_sharded(matrices: Any, mesh: Mesh | None) -> Any:

@@ -30,12 +30,7 @@ from simplernn_jax.inference.loading import is_exported, load_model
 from simplernn_jax.models import LanguageModel, load_gla_checkpoint
 from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
-from simplernn_jax.parallel.distributed import (
-    broadcast_from_coordinator,
-    check_same,
-    run_on_coordinator_first,
-)
-from simplernn_jax.training.sizing import auto_size, measure_flops
+from simplernn_jax.parallel.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.training.tuning import LEARNING_RATES
 
 _TUNABLE_FIELDS = ("model.dropout", "model.precision")
@@ -44,14 +39,11 @@ _TUNABLE_FIELDS = ("model.dropout", "model.precision")
 _RESIDUAL_FIELDS = ("model.mlp_dim", "model.tie_embeddings")
 """Fields without an effect on plain layers."""
 
-_SCHEDULE_FIELDS = (
-    *("optimizer.warmup_steps", "train.steps", "train.eval_every", "train.save_every"),
-    "train.sample_every",
+SCHEDULE_FIELDS = (
+    *("train.minutes", "train.epochs", "train.steps", "optimizer.warmup_steps"),
+    *("train.eval_every", "train.save_every", "train.sample_every", "train.held_out_tokens"),
 )
-"""Fields that follow from the speed of a run with ``train.minutes``."""
-
-UNKNOWN_STEPS = 2**31 - 1
-"""Steps of a run with ``train.minutes`` before its speed is measured."""
+"""Fields that follow from ``train.minutes``, which is then 0."""
 
 _FIXED_FIELDS = ("optimizer.name", "train.seed", "train.tune")
 """Fields besides model and data in which a resumed run may not differ."""
@@ -75,10 +67,6 @@ def prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx.
     """
     difference = "has a different configuration from process 0; start all with the same command"
     check_same(config_lib.to_json(config), difference)
-    if config.train.size == "auto" and _saved_run(workdir) is None:
-        flops = broadcast_from_coordinator(int(measure_flops() / 1e6)) * 1e6
-        config = auto_size(config, workdir, flops)
-        config_lib.validate(config)
     config, corpus, params = run_on_coordinator_first(lambda: _prepare(config, workdir))
     check_same(
         corpus.content_hash, "reads different text from process 0; use the same text for all"
@@ -100,7 +88,9 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx
     if config.data.template:
         config.data.template = load_template(config.data.template)
     if saved is not None:
-        _continue(config, saved[0], workdir)
+        for name in SCHEDULE_FIELDS if config.train.minutes else ():  # measured when it began
+            section, _, field = name.partition(".")
+            setattr(getattr(config, section), field, getattr(getattr(saved[0], section), field))
         tokenizer = tokenizer_from_json(saved[1])
         config.model.vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         _check_resumable(config, saved[0])
@@ -201,10 +191,10 @@ def _tokenize_again(
 
 
 def total_steps(config: Config, corpus: TokenizedCorpus) -> int:
-    """Return the optimizer steps of the whole run; `UNKNOWN_STEPS` until they are measured."""
-    per_epoch = steps_per_epoch(corpus.train, config.data)
+    """Return the optimizer steps of the whole run; with ``train.minutes``, they are not known."""
     if config.train.minutes:
-        return config.train.steps or UNKNOWN_STEPS
+        return 2**31 - 1
+    per_epoch = steps_per_epoch(corpus.train, config.data)
     return config.train.steps or math.ceil(config.train.epochs * per_epoch)
 
 
@@ -221,26 +211,6 @@ def _saved_run(workdir: str) -> tuple[Config, str] | None:
     folder = CheckpointFolder(workdir)
     step = folder.newest_intact(TEXTS)
     return None if step is None else read_texts(folder.step_path(step))
-
-
-def _continue(config: Config, saved: Config, workdir: str) -> None:
-    """Take over what was measured and chosen when the run began; fields that are given stay."""
-    minutes, length = config.train.minutes, f"--minutes={saved.train.minutes:g}"
-    is_timed = minutes > 0 and not config.train.steps
-    if is_timed and minutes != saved.train.minutes:
-        if not saved.train.minutes:
-            length = f"{saved.train.steps} steps" if saved.train.steps else "epochs"
-        raise UserError(
-            f"--minutes={minutes:g}: the run in {workdir} was started with {length}; omit --minutes"
-            " (config.train.steps trains longer), or use another --workdir"
-        )
-    for field, value in config_lib.by_field(saved).items():
-        section, _, name = field.partition(".")
-        part = getattr(config, section)
-        is_chosen = config.train.size == "auto" and section in ("model", "data", "optimizer")
-        if (is_chosen and not part.is_given(name)) or (is_timed and field in _SCHEDULE_FIELDS):
-            setattr(part, name, value)
-    config.train.size = saved.train.size
 
 
 def _check_resumable(current: Config, saved: Config) -> None:

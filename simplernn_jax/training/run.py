@@ -187,13 +187,10 @@ class Run:
         check_fits(self.config, self.mesh)
         check_mesh(self.config.model, self.mesh)
         self.total_steps = total_steps(self.config, self.corpus)
-        fixed = None if self.config.train.minutes else self.total_steps
-        self.optimizer = make_optimizer(self.config.optimizer, fixed, self.mesh)
+        self.optimizer = make_optimizer(self.config.optimizer, self.total_steps, self.mesh)
         check_memory(self.config, self.optimizer, self.mesh)
         self._layout = CheckpointLayout(self.config, self.optimizer, self.mesh)
         self.totals, self.history = LossTotals(), ValidationHistory()
-        self.compressed: list[tuple[str, int, int, float]] = []
-        """Results of `report.compress_held_out`."""
         self.changes: list[str] = []
         """Fields of the configuration that differ from the checkpoint's, one line each."""
         self._checkpointer = Checkpointer(
@@ -288,11 +285,9 @@ class Run:
         self.position = position
 
     @property
-    def schedule(self) -> tuple[np.ndarray, ...]:
-        """The last arguments of the train step."""
-        if not self.config.train.minutes:
-            return ()
-        return (np.array([self.config.optimizer.warmup_steps, self.total_steps], np.int32),)
+    def schedule(self) -> np.ndarray:
+        """The ``steps`` of `make_optimizer`."""
+        return np.array([self.config.optimizer.warmup_steps, self.total_steps], np.int32)
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint as `Checkpointer.save` does, in the background unless `wait`."""

@@ -7,7 +7,6 @@ microbatches and devices; `make_train_step` updates the parameters with the sum.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +38,7 @@ from simplernn_jax.parallel.mesh import (
 )
 from simplernn_jax.parallel.sequence import shard_segment_ids
 from simplernn_jax.training.losses import chunked_cross_entropy
-from simplernn_jax.training.tuning import init_tuned, join, split_trained
+from simplernn_jax.training.tuning import init_tuned, stop_gradients, trained_part, with_trained
 
 ANALYSIS_THRESHOLD = 0.25
 """Fraction of device memory above which the step is compiled and analyzed: the estimate is about a
@@ -107,7 +106,7 @@ def init_train_state(config: Config, optimizer: optax.GradientTransformation) ->
         step=jnp.zeros((), jnp.int32),
         params=params,
         tuned=tuned,
-        opt_state=optimizer.init(split_trained(params, tuned)[0]),
+        opt_state=optimizer.init(trained_part(params, tuned)),
         rng=jax.random.key_data(dropout_key),
         carried=carried,
         skipped_updates=jnp.zeros((), jnp.int32),
@@ -188,33 +187,27 @@ def choose_microbatches(config: Config, mesh: Mesh | None) -> Config:
 def make_grad_fn(config: Config) -> Callable[..., tuple[jax.Array, jax.Array, Any, ModelState]]:
     """Build the loss and gradient function of a batch.
 
-    It maps ``(trained, batch, carried, rng, step, frozen=())`` to ``(loss, predictions, gradient,
-    carried)``; `trained` and `frozen` are the parts of `split_trained`, by default all parameters
-    and nothing; `rng` is raw uint32 key data, `step` int32. With ``train.bptt_window``, the batch
-    is split by `split_into_windows`; ``train.gradient_accumulation`` None means 1. The loss is the
-    mean over all predictions, in nats. Inside `jax.shard_map`, arguments and results are this
-    device's shards, but loss and predictions are global.
+    It maps ``(weights, batch, carried, rng, step)`` to ``(loss, predictions, gradient, carried)``;
+    `weights` are the parameters and a learned initial state, or (); `rng` is raw uint32 key data,
+    `step` int32. With ``train.bptt_window``, the batch is split by `split_into_windows`;
+    ``train.gradient_accumulation`` None means 1. The loss is the mean over all predictions, in
+    nats. Gradients of what ``train.tune`` does not need are 0. Inside `jax.shard_map`, arguments
+    and results are this device's shards, but loss and predictions are global.
     """
     graph, _ = abstract_train_model(config)
     dropout = config.model.dropout > 0
 
-    def loss_of(
-        frozen: Any,
-        trained: Any,
-        batch: Batch,
-        carried: ModelState,
-        key: jax.Array,
-        predictions: jax.Array,
+    def loss_fn(
+        weights: Any, batch: Batch, carried: ModelState, key: jax.Array, predictions: jax.Array
     ) -> tuple[jax.Array, ModelState]:
         """Sum over the batch, divided by `predictions`: losses of parts add up to a mean."""
-        params, tuned = join(trained, frozen)
-        model = nnx.merge(graph, params)
-        initial = tuned.get("initial")
-        if initial is not None:
+        params, initial = weights
+        model = nnx.merge(graph, stop_gradients(config.train.tune, params))
+        if initial:
             carried = carried or model.initial_state(len(batch.tokens))
         hidden, carried = model.hidden_states(
             batch.tokens,
-            model.reset_states(carried, batch.reset, initial) if carried else None,
+            model.reset_states(carried, batch.reset, initial or None) if carried else None,
             shard_segment_ids(jnp.asarray(batch.segment_ids)),
             dropout_key=key if dropout else None,
         )
@@ -222,45 +215,37 @@ def make_grad_fn(config: Config) -> Callable[..., tuple[jax.Array, jax.Array, An
         nll = jnp.sum(losses)
         return nll / predictions.astype(nll.dtype), carried
 
-    def make_part_fn(frozen: Any) -> _PartFn:
-        loss_fn = partial(loss_of, frozen)
-        if not config.train.bptt_window:
-            grad_fn = _value_and_grad(loss_fn)
-        elif config.train.bptt == "truncated":
-            # Each window starts from the final state of the previous one, as a constant (Williams
-            # and Peng 1990).
-            grad_fn = _sum_over_windows(_value_and_grad(loss_fn), loss_fn, _zero_gradient)
-        else:
-            # The forward pass saves the state before each window; the backward pass recomputes one
-            # window at a time. In a scan, XLA cannot merge the two.
-            remat_loss_fn = jax.checkpoint(loss_fn, prevent_cse=False)
-            grad_fn = _value_and_grad(_sum_over_windows(remat_loss_fn, loss_fn, _zero_loss))
-        return _sum_over_microbatches(grad_fn, config.train.gradient_accumulation or 1)
+    if not config.train.bptt_window:
+        grad_fn = _value_and_grad(loss_fn)
+    elif config.train.bptt == "truncated":
+        # Each window starts from the final state of the previous one, as a constant (Williams and
+        # Peng 1990).
+        grad_fn = _sum_over_windows(_value_and_grad(loss_fn), loss_fn, _zero_gradient)
+    else:
+        # The forward pass saves the state before each window; the backward pass recomputes one
+        # window at a time. In a scan, XLA cannot merge the two.
+        remat_loss_fn = jax.checkpoint(loss_fn, prevent_cse=False)
+        grad_fn = _value_and_grad(_sum_over_windows(remat_loss_fn, loss_fn, _zero_loss))
+    grad_fn = _sum_over_microbatches(grad_fn, config.train.gradient_accumulation or 1)
 
     def batch_grad_fn(
-        trained: Any,
-        batch: Any,
-        carried: ModelState,
-        rng: jax.Array,
-        step: jax.Array,
-        frozen: Any = (),
+        weights: Any, batch: Any, carried: ModelState, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any, ModelState]:
         predictions = psum(jnp.sum(batch.loss_mask), *TOKEN_AXES)
         key = _fold_in_device(jax.random.fold_in(jax.random.wrap_key_data(rng), step))
         # Cast to varying, so that their gradients are summed over devices once, after all
         # microbatches.
-        varying_params = jax.tree.map(lambda param: vary_like(param, *batch), trained)
+        varying_weights = jax.tree.map(lambda weight: vary_like(weight, *batch), weights)
         divisor = jnp.maximum(predictions, 1)
-        grad_fn = make_part_fn(frozen)
-        (loss, gradient), final = grad_fn(varying_params, batch, carried, key, divisor)
+        (loss, gradient), final = grad_fn(varying_weights, batch, carried, key, divisor)
         carried = final if carried else ()
-        return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, trained), carried
+        return psum(loss, *TOKEN_AXES), predictions, _sum_over_replicas(gradient, weights), carried
 
     return batch_grad_fn
 
 
 _PartFn = Callable[..., tuple[Any, ModelState]]
-"""Function of part of a batch: ``(trained, batch, carried, dropout_key, predictions)`` to ``(value,
+"""Function of part of a batch: ``(weights, batch, carried, dropout_key, predictions)`` to ``(value,
 carried)``. The value is a loss, or a loss and its gradient. `carried` is the recurrent state before
 the part, or () for none. `dropout_key` is a typed PRNG key, `predictions` an int32 scalar of at
 least 1."""
@@ -375,8 +360,8 @@ def make_train_step(
 ) -> TrainStep:
     """Return the train step, which compiles at its first call and donates the old state.
 
-    A step whose loss or gradient is not finite only advances the counters. With ``train.minutes``,
-    its third argument is the ``steps`` of `make_optimizer`.
+    A step whose loss or gradient is not finite only advances the counters. Its third argument, None
+    or left out by default, has the ``steps`` of `make_optimizer`; on a mesh it has to be given.
 
     Args:
       config: the run's configuration.
@@ -397,17 +382,16 @@ def make_train_step(
         if window:  # [B, T / window, window]: the tokens of each window are sharded
             token_specs: Any = [P(spec[0], None, spec[1]) for spec in batch[:4]]
             grad_batch = Batch._make([*token_specs, batch.reset])
-        trained, frozen = split_trained(state.params, state.tuned)
+        weights = (state.params, state.tuned.get("initial", ()))
         grad_fn = jax.shard_map(
             grad_fn,
             mesh=mesh,
-            in_specs=(trained, grad_batch, state.carried, P(), P(), frozen),
-            out_specs=(P(), P(), trained, state.carried),
+            in_specs=(weights, grad_batch, state.carried, P(), P()),
+            out_specs=(P(), P(), weights, state.carried),
         )
         states = named_shardings(state, mesh)
         replicated = NamedSharding(mesh, P())
-        schedule = (replicated,) if config.train.minutes else ()
-        options["in_shardings"] = (states, named_shardings(batch, mesh), *schedule)
+        options["in_shardings"] = (states, named_shardings(batch, mesh), replicated)
         options["out_shardings"] = (states, replicated)
     if is_on_cpu(mesh) and (is_distributed(mesh) or config.train.remat != "none"):
         # XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
@@ -416,28 +400,36 @@ def make_train_step(
         options["compiler_options"] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
     def train_step(
-        state: TrainState, batch: Batch, *schedule: jax.Array
+        state: TrainState, batch: Batch, steps: jax.Array | None = None
     ) -> tuple[TrainState, StepMetrics]:
         if "initial" in state.tuned:
             # A document that begins within a sequence starts from zero, not from the learned state.
             is_first = batch.segment_ids == batch.segment_ids[:, :1]
             batch = batch._replace(loss_mask=batch.loss_mask & is_first)
         batch = split_into_windows(batch, window) if window else batch
-        trained, frozen = split_trained(state.params, state.tuned)
+
+        def weights_of(trained: Any) -> tuple[Any, ModelState]:
+            params, tuned = with_trained(state.params, state.tuned, trained)
+            return params, tuned.get("initial", ())
+
+        weights, pull_back = jax.vjp(weights_of, trained_part(state.params, state.tuned))
         loss, predictions, gradient, carried = grad_fn(
-            trained, batch, state.carried, state.rng, state.step, frozen
+            weights, batch, state.carried, state.rng, state.step
         )
+        (gradient,) = pull_back(gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def update(old: Any) -> Any:
             params, tuned, opt_state, _ = old
-            trained, frozen = split_trained(params, tuned)
+            trained = trained_part(params, tuned)
             # If this branch computed the norm again, its last bits would depend on the number of
             # threads.
-            extra = {"norm": norm} | ({"steps": schedule[0]} if schedule else {})
-            updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
-            return *join(optax.apply_updates(trained, updates), frozen), opt_state, carried
+            updates, opt_state = optimizer.update(
+                gradient, opt_state, trained, norm=norm, steps=steps
+            )
+            trained = optax.apply_updates(trained, updates)
+            return *with_trained(params, tuned, trained), opt_state, carried
 
         # `cond`, not `where`, which would copy the old state.
         old = (state.params, state.tuned, state.opt_state, state.carried)
@@ -479,8 +471,8 @@ def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: 
     ids, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
     batch = Batch(ids, ids, mask, ids, jax.ShapeDtypeStruct(shape[:1], bool))  # type: ignore[arg-type]
     # The first step takes this program from the compilation cache.
-    schedule = [jax.ShapeDtypeStruct((2,), np.int32)] if config.train.minutes else []
-    sizes = step.lower(state, batch, *schedule).compile().memory_analysis()
+    steps = jax.ShapeDtypeStruct((2,), np.int32)
+    sizes = step.lower(state, batch, steps).compile().memory_analysis()
     if sizes is not None:
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
         memory_estimate.check_program(needed, mesh)

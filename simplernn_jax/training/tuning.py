@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simplernn_jax.array_types import ModelState
 from simplernn_jax.checkpoint.folder import (
     BEST,
     CheckpointFolder,
@@ -26,11 +27,10 @@ from simplernn_jax.config import Config
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, save_state
-from simplernn_jax.inference.adapter import save_adapter
+from simplernn_jax.inference.adapter import add_low_rank, init_low_rank, save_adapter, split_kernels
 from simplernn_jax.inference.state import DecoderState, empty_state
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
-from simplernn_jax.models.low_rank import add_low_rank, init_low_rank, join_kernels, split_kernels
 
 LEARNING_RATES = {"state": 10.0, "lora": 0.03}
 """Defaults of ``optimizer.learning_rate``."""
@@ -60,33 +60,33 @@ def init_tuned(
     return {"initial": initial}
 
 
-def split_trained(params: Any, tuned: dict[str, Any]) -> tuple[Any, Any]:
-    """Return what the optimizer updates, and what stays as it is; see `join`."""
+def trained_part(params: Any, tuned: dict[str, Any]) -> Any:
+    """Return what the optimizer updates."""
+    return {name: part for name, part in tuned.items() if name != "base"} if tuned else params
+
+
+def with_trained(params: Any, tuned: dict[str, Any], trained: Any) -> tuple[Any, dict[str, Any]]:
+    """Return ``params`` and ``tuned`` after `trained_part` has become `trained`."""
     if not tuned:
-        return params, ()
-    if "initial" in tuned:
-        return tuned, {"params": params}
-    _, rest = split_kernels(params)
-    return {"a": tuned["a"], "b": tuned["b"]}, {"base": tuned["base"], "rest": rest}
+        return trained, tuned
+    if "base" in tuned:
+        params = add_low_rank(params, tuned["base"], **trained)
+    return params, tuned | trained
 
 
-def join(trained: Any, frozen: Any) -> tuple[Any, dict[str, Any]]:
-    """Return ``params`` and ``tuned`` of the parts of `split_trained`."""
-    if not frozen:
-        return trained, {}
-    if "params" in frozen:
-        return frozen["params"], trained
-    kernels = add_low_rank(frozen["base"], **trained)
-    return join_kernels(kernels, frozen["rest"]), {"base": frozen["base"], **trained}
+def stop_gradients(tune: str, params: Any) -> Any:
+    """Return `params` without gradients of those on which nothing that is trained depends."""
+    if tune == "full":
+        return params
+    if tune == "state":
+        return jax.lax.stop_gradient(params)
+    kernels, rest = split_kernels(params)
+    return nnx.merge_state(jax.lax.stop_gradient(rest), kernels)
 
 
-def start_state(
-    model: LanguageModel, tokenizer: Tokenizer, tuned: dict[str, Any]
-) -> DecoderState | None:
-    """Return the decoder state after BOS from the learned state; None if there is none."""
-    if "initial" not in tuned:
-        return None
-    state = dataclasses.replace(empty_state(model, 1), layers=tuned["initial"])
+def start_state(model: LanguageModel, tokenizer: Tokenizer, initial: ModelState) -> DecoderState:
+    """Return the decoder state after BOS from the learned state."""
+    state = dataclasses.replace(empty_state(model, 1), layers=initial)
     return generate(model, [[tokenizer.bos_id]], max_new_tokens=0, state=state).state
 
 
@@ -108,12 +108,10 @@ def save_tuned(workdir: str, tokenizer: Tokenizer) -> str:
     """
     config, params, tuned = read_tuned(workdir)
     graph, _ = abstract_model(config.model)
-    if "base" in tuned:
+    if base := tuned.pop("base", None):
         path = os.path.join(workdir, "adapter.safetensors")
-        params = join_kernels(tuned.pop("base"), split_kernels(params)[1])
-        save_adapter(path, nnx.merge(graph, params), tuned)
-        return path
-    path, model = os.path.join(workdir, "state.safetensors"), nnx.merge(graph, params)
-    state: Any = start_state(model, tokenizer, tuned)
-    save_state(path, state, model, tokenizer)
+        save_adapter(path, nnx.merge(graph, nnx.merge_state(params, base)), tuned)
+    else:
+        path, model = os.path.join(workdir, "state.safetensors"), nnx.merge(graph, params)
+        save_state(path, start_state(model, tokenizer, tuned["initial"]), model, tokenizer)
     return path

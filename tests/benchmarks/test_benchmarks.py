@@ -146,26 +146,18 @@ def test_the_recomputed_token_is_the_generated_one():
     assert generated[0] == decoding.recompute_call(model, prompt)()
 
 
-def test_sizes_are_trained_for_the_steps_of_speeds_that_were_measured_before(tmp_path, monkeypatch):
-    text = str(small_runs.write_corpus(tmp_path / "text", documents=60))
-    monkeypatch.setattr(minutes, "SIZES", [minutes.SIZES[0]._replace(num_layers=1, width=8)])
-    monkeypatch.setattr(minutes, "call_isolated", lambda function, **given: function(**given))
-    results = Results(tmp_path / "out")
-    for table in minutes.run([], text, results.tables):
-        results.add(table)
-    assert [row["ms per step"] > 0 for row in results.tables[minutes.TITLE].rows] == [True]
-    for speed in results.tables[minutes.TITLE].data["speeds"].values():
-        speed |= {"costs": [2.0, 0.0, 0.0], "start": 10.0}
-    monkeypatch.setattr(minutes, "measure_speed", None)
-    for _ in range(2):  # the second time, all is known
-        trained = list(minutes.run(["1"], text, results.tables))
-        for table in trained:
+def test_each_size_is_trained_once_for_each_time(tmp_path, monkeypatch):
+    def train(config, **_):
+        trained.append((config.train.minutes, config.model.hidden_dim))
+        return {"parameters": 1000 * config.model.hidden_dim, "bits/byte": 2.0}
+
+    trained, results = [], Results(tmp_path / "out")
+    text = str(small_runs.write_corpus(tmp_path / "text"))
+    monkeypatch.setattr(minutes, "call_isolated", lambda function, **given: train(**given))
+    for times in (["1"], ["1", "5"]):
+        for table in minutes.run(times, text, results.tables):
             results.add(table)
-    assert trained == []
-    rows = results.tables[minutes.TITLE].rows
-    assert [row["steps"] for row in rows] == [int((60 - 10 - 1.5) / 2)]
-    assert all(0 < row["bits/byte"] < 8.5 for row in rows)
-    assert (tmp_path / "out" / "minutes.png").exists()
+    assert trained == [(time, size.width) for time in (1, 5) for size in minutes.SIZES]
 
 
 def test_bad_arguments_are_one_line():

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,12 +124,3 @@ def test_a_signal_ends_the_process_at_once(script, resumes, number, code):
     assert errors.startswith(f"{number.name}: stopped")
     assert errors.count("\n") == 1
     assert ("the same command" in errors) == resumes
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
-def test_the_start_of_a_process_is_known():
-    code = "import time; from simplernn_jax.cli.process_start import started; time.sleep(0.3); "
-    code += "print(time.monotonic() - started())"
-    before = time.monotonic()
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    assert 0.3 <= float(output) <= time.monotonic() - before + 0.02  # a tick of the clock

@@ -174,7 +174,7 @@ def test_a_workdir_alone_resumes_its_run_from_any_folder(finished, tmp_path):
         cwd=tmp_path,
     )
     assert (own.code, newest_checkpoint(moved)["number of steps"]) == (0, 6)
-    told = "without --config: the configuration of this run, moved/config.json\n"
+    told = "the configuration of this run: moved/config.json\n"
     assert own.errors.count(told) == longer.errors.count(told) == 1
     assert "checkpoint has" not in own.output
     assert "all steps are done" in own.output
