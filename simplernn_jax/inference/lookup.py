@@ -29,7 +29,7 @@ from simplernn_jax.inference.engine import (
     options_of,
 )
 from simplernn_jax.inference.sampling import next_token, token_logprobs
-from simplernn_jax.ops.decode import DecoderWeights, decode_ahead
+from simplernn_jax.ops.decode import DecoderWeights, decode_tokens
 
 MAX_SEQUENCES = 2
 """Sequences that are decoded with drafts together, at most; more keep all cores busy without."""
@@ -93,7 +93,8 @@ def _order(vocab_size: int) -> int:
 
 def _hashes(tokens: Any, order: int) -> Any:
     """Hash all n-grams of ``tokens [T]``, a NumPy or JAX array: ``[T - order + 1]``."""
-    count, hashes = len(tokens) - order + 1, np.uint32(0)
+    count = len(tokens) - order + 1
+    hashes: Any = np.uint32(0)
     for i in range(order):
         hashes = hashes * np.uint32(0x9E3779B1) + tokens[i : i + count].astype(np.uint32)
     return (hashes >> 15 ^ hashes) % RECENT
@@ -151,7 +152,7 @@ def _decode(
 
     def put(all: Array, some: Array, place: Array) -> Array:
         for n in range(batch):
-            at = n, place[n], *[jnp.int32(0)] * (all.ndim - 2)
+            at: tuple[Any, ...] = n, place[n], *[0] * (all.ndim - 2)
             all = lax.dynamic_update_slice(all, some[n : n + 1], at)
         return all
 
@@ -201,7 +202,7 @@ def _decode(
         num_drafts = jnp.where(is_read & is_found, jnp.minimum(c.limit, most), 0)
         window = jnp.concatenate([token[:, None], drafts], axis=1)
         num_read = jnp.where(is_read, 1 + num_drafts, 0)
-        logits, _, layers = decode_ahead(weights, window, num_read, c.place, c.logits, c.layers)
+        logits, _, layers = decode_tokens(weights, window, num_read, c.logits, c.layers, c.place)
         accepted = lax.cond(
             jnp.any(num_drafts > 0),
             accept,
