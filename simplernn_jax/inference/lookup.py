@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from simplernn_jax.array_types import ModelState
 from simplernn_jax.inference.engine import (
@@ -84,7 +84,7 @@ def decode_with_drafts(
     """
     padded = np.full(len(history.text), len(sequences.remaining), np.int32)
     padded[: len(index)] = index
-    return _decode_some(engine.weights, sequences, history, padded, np.int32(num_tokens))
+    return _decode(engine.weights, sequences, history, padded, np.int32(num_tokens))
 
 
 def _order(vocab_size: int) -> int:
@@ -98,22 +98,6 @@ def _hashes(tokens: Any, order: int) -> Any:
     for i in range(order):
         hashes = hashes * np.uint32(0x9E3779B1) + tokens[i : i + count].astype(np.uint32)
     return (hashes >> 15 ^ hashes) % RECENT
-
-
-@functools.partial(jax.jit, donate_argnums=(1, 2))
-def _decode_some(
-    weights: DecoderWeights,
-    sequences: Sequences,
-    history: History,
-    index: Int[Array, "b"],
-    num_tokens: Int[Array, ""],
-) -> tuple[Block, Sequences, History]:
-    some = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), sequences)
-    block, some, history = _decode(
-        weights, some, history, index < len(sequences.remaining), num_tokens
-    )
-    put = functools.partial(jax.tree.map, lambda all, some: all.at[index].set(some, mode="drop"))
-    return block, put(sequences, some), history
 
 
 class _Carry(NamedTuple):
@@ -133,14 +117,16 @@ class _Carry(NamedTuple):
     """Length of the next draft, at most: it doubles while drafts are accepted."""
 
 
+@functools.partial(jax.jit, donate_argnums=(1, 2))
 def _decode(
     weights: DecoderWeights,
-    start: Sequences,
+    sequences: Sequences,
     history: History,
-    is_active: Bool[Array, "b"],
+    index: Int[Array, "b"],
     num_tokens: Int[Array, ""],
 ) -> tuple[Block, Sequences, History]:
-    """Decode b sequences, all arrays of which have the axis b."""
+    start = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), sequences)
+    is_active = index < len(sequences.remaining)
     batch, vocab_size = start.state.logits.shape
     settings, order = start.settings, _order(vocab_size)
     with_penalties, with_logprobs, keys = options_of(start, is_active)
@@ -256,7 +242,9 @@ def _decode(
     has_ended = ~jnp.any(is_active & (now.remaining > 0))
     state = jax.tree.map(lambda x: at_place(x, end.place), PrefixState(end.layers, end.logits))
     block = block._replace(tokens=tokens, logprobs=logprobs, has_ended=has_ended)
-    return block, now._replace(state=state), history
+    now = now._replace(state=state)
+    replaced = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), sequences, now)
+    return block, replaced, history
 
 
 def _ngram(text: Array, tokens: Array, start: Array, length: int) -> Array:
