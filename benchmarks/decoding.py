@@ -201,20 +201,19 @@ def run_lookup(
         "prose": [page.read_text("utf-8")[:LOOKUP_PROMPT] for page in pages],
     }
     rows: list[Row] = []
-    for kind, temperature, streams in itertools.product(prompts, (0.0, 0.8), (1, 8)):
-        ids = [[tokenizer.encode(text)] * streams for text in prompts[kind][:4]]
+    for kind, temperature in itertools.product(prompts, (0.0, 0.8)):
+        ids = [tokenizer.encode(text) for text in prompts[kind][:4]]
 
         def call(new: int, lookup: bool, ids: Any = ids, temperature: Any = temperature) -> Any:
             options: Any = {"max_new_tokens": new, "temperature": temperature, "lookup": lookup}
-            return [generate(model, prompts, **options) for prompts in ids]
+            return [generate(model, prompt, **options) for prompt in ids]
 
-        count = len(ids) * streams * LOOKUP_TOKENS
-        drafted, accepted = sum(x.drafts.sum(axis=0) for x in call(LOOKUP_TOKENS, True)) / count
         kinds = {"lookup": (LOOKUP_TOKENS, True), "plain": (LOOKUP_TOKENS, False), "": (0, False)}
         times = alternate({name: functools.partial(call, *x) for name, x in kinds.items()}, effort)
         with_drafts, without = (median(times[x]) - median(times[""]) for x in ("lookup", "plain"))
-        row: Row = {"text": kind, "temperature": temperature, "sequences": streams}
-        row |= {"tokens/s": count / with_drafts, "without": count / without}
-        row |= {"ratio": without / with_drafts}
-        rows.append(row | {"drafted/token": drafted, "accepted/token": accepted})
+        count = len(ids) * LOOKUP_TOKENS
+        row: Row = {"text": kind, "temperature": temperature, "tokens/s": count / with_drafts}
+        row |= {"without": count / without, "ratio": without / with_drafts}
+        accepted = sum(x.accepted.sum() for x in call(LOOKUP_TOKENS, True)) / count
+        rows.append(row | {"accepted/token": accepted})
     yield Table("decode: lookup", rows)

@@ -106,7 +106,7 @@ def lower_step(
     shardings = train_step.state_shardings(config, optimizer, mesh)
     init = functools.partial(train_step.init_train_state, config, optimizer)
     step: Any = train_step.make_train_step(config, optimizer, mesh)
-    lowered = step.lower(jax.eval_shape(init), batch or random_batch(config), None)
+    lowered = step.lower(jax.eval_shape(init), batch or random_batch(config))
     return lowered, jax.jit(init, out_shardings=shardings)
 
 
@@ -150,8 +150,7 @@ def repeated(program: Any, state: Any, batch: Batch) -> Call:
 def our_step(config: Config) -> Call:
     """The step of `simplernn_jax.training` on random tokens, compiled."""
     lowered, make_state = lower_step(config)
-    step = lowered.compile()
-    return repeated(lambda *args: step(*args, None), make_state(), random_batch(config))
+    return repeated(lowered.compile(), make_state(), random_batch(config))
 
 
 class Trained(NamedTuple):
@@ -182,7 +181,7 @@ def train_on_corpus(config: Config, workdir: str, seed: int = 0) -> Trained:
     first = next(batches)
     lowered, make_state = lower_step(config, first, config.train.steps)
     step = lowered.compile()
-    state, _ = jax.block_until_ready(step(make_state(), first, None))
+    state, _ = jax.block_until_ready(step(make_state(), first))
     seconds = []
     for done in range(1, config.train.steps, TIMED_STEPS):
         steps = min(TIMED_STEPS, config.train.steps - done)
@@ -213,6 +212,6 @@ def take_steps(
     """Take one step per batch, without waiting for the metrics, which stay on the device."""
     metrics = []
     for batch in batches:
-        state, step_metrics = step(state, batch, None)
+        state, step_metrics = step(state, batch)
         metrics.append(step_metrics)
     return state, metrics

@@ -74,7 +74,7 @@ def tune(base: str, source: str, kind: str, seconds: float, workdir: str) -> tup
     config.mesh.data = 1
     with Run(config, workdir) as run:
         tokenizer, held_out = run.corpus.tokenizer, run.corpus.validation
-        step = make_train_step(run.config, run.optimizer, run.mesh)
+        step = make_train_step(run.config, run.optimizer, run.mesh, with_steps=True)
         evaluator = Evaluator(run.config, tokenizer.pad_id, run.mesh)
 
         def bits(initial: Any) -> float:

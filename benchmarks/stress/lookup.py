@@ -1,4 +1,4 @@
-"""Decoding with drafts from a sequence's history, compared with decoding token by token."""
+"""Decoding with drafts from the text so far, compared with decoding token by token."""
 
 import functools
 import random
@@ -13,9 +13,12 @@ from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.inference import generate, quantize_model
-from simplernn_jax.inference.engine import LOOKUPS, MAX_BLOCK, Engine, PrefixState, Sequences
-from simplernn_jax.inference.sampling import Penalties, Sampling
+from simplernn_jax.inference.engine import Engine, PrefixState
+from simplernn_jax.inference.lookup import MAX_SEQUENCES, decode_with_drafts, make_history
+from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.serving.jobs import Job
+from simplernn_jax.serving.scheduler import new_sequence
 
 from . import Case, run_cases
 
@@ -38,49 +41,54 @@ def make_model(vocab_size: int) -> LanguageModel:
     return quantize_model(model, MODELS[vocab_size][0])
 
 
-def _draw(draw: random.Random, vocab_size: int) -> tuple[np.ndarray, Any]:
-    """A prompt that may repeat itself, and its sequence without state and history."""
+def _draw(draw: random.Random, vocab_size: int) -> Job:
+    """A prompt that may repeat itself, with any settings."""
     prompt = [draw.randrange(vocab_size) for _ in range(draw.choice([1, 9, 60]))]
-    prompt *= draw.randint(1, 4)
     sampling = Sampling(
         temperature=draw.choice([0, 0.1, 0.7, 1.5]),
         top_k=draw.choice([0, 0, 4]),
         top_p=draw.choice([0.5, 1, 1]),
         min_p=draw.choice([0, 0, 0.05]),
+        repetition_penalty=draw.choice([1, 1.3]),
+        presence_penalty=draw.choice([0, 0.4]),
+        frequency_penalty=draw.choice([0, -0.1]),
         logit_bias={draw.randrange(vocab_size): draw.uniform(-2, 2)},
         stop_ids=draw.choice([(), (), (draw.randrange(vocab_size),)]),
         seed=draw.getrandbits(32),
     )
-    penalties = [
-        draw.choice([value, neutral]) for value, neutral in ((1.3, 1), (0.4, 0), (-0.1, 0))
-    ]
-    is_in, counts = np.isin(np.arange(vocab_size), prompt), np.zeros(vocab_size, np.int32)
-    arrays: Any = *map(np.float32, penalties), is_in, counts
-    stream, position, new = draw.randrange(3), draw.randrange(1000), draw.choice([1, 5, 40, 150])
-    rest = sampling.arrays(vocab_size), Penalties(*arrays), np.bool_(draw.random() < 0.3)
-    return np.array(prompt, np.int32), (*map(np.int32, (stream, position, new)), *rest)
+    return Job(
+        np.array(prompt * draw.randint(1, 4), np.int32),
+        sampling,
+        max_tokens=draw.choice([1, 5, 40, 150]),
+        num_logprobs=draw.choice([None, None, 2]),
+    )
 
 
 def _compare(number: int, draw: random.Random) -> Case:
     vocab_size = draw.choice(list(MODELS))
-    model, slots = make_model(vocab_size), MODELS[vocab_size][1]
+    model, num_slots = make_model(vocab_size), MODELS[vocab_size][1]
     engine = Engine(model)
-    prompts, drawn = zip(*(_draw(draw, vocab_size) for _ in range(slots)), strict=True)
-    state = generate(model, prompts, max_new_tokens=0).state
-    rest: Any = jax.tree.map(lambda *x: np.stack(x), *drawn)
-    is_active = np.isin(np.arange(slots), draw.sample(range(slots), min(slots, LOOKUPS)))
-    lengths, results = [draw.randint(1, 128) for _ in range(3)], []
-    for history in (None, engine.history(prompts)):
-        arrays: Any = PrefixState(state.layers, state.logits), *rest, history
-        sequences = Sequences(*arrays)
-        sequences, blocks = jax.tree.map(jnp.copy, sequences), []
-        for length in lengths:
-            block, sequences = engine.decode(sequences, is_active, length)
-            is_new = np.arange(MAX_BLOCK) < np.asarray(block.counts)[:, None]
-            wanted = [is_new[n] & rest[-1][n] for n in range(slots)]
-            logprobs = [np.asarray(x)[np.array(wanted)] for x in block.logprobs or ()]
-            blocks.append([np.asarray(block.tokens)[is_new], block.counts, logprobs])
-        results.append([*jax.tree.leaves((blocks, sequences._replace(history=None)))])
-    is_same = all(map(np.array_equal, *results))
-    problem = None if is_same else "drafts change tokens, log-probabilities or states"
+    jobs = [_draw(draw, vocab_size) for _ in range(num_slots)]
+    state = generate(model, [job.tokens for job in jobs], max_new_tokens=0).state
+    parts = [new_sequence(job, draw.randrange(3), vocab_size) for job in jobs]
+    sequences = jax.tree.map(lambda *x: np.stack(x), *parts)
+    sequences = sequences._replace(state=PrefixState(state.layers, state.logits))
+    slots = sorted(draw.sample(range(num_slots), min(num_slots, MAX_SEQUENCES)))
+    history = make_history(vocab_size, [jobs[slot].tokens for slot in slots], len(slots))
+    plain, ahead = (jax.tree.map(jnp.copy, sequences) for _ in range(2))
+    differences = set()
+    for length in [draw.randint(1, 128) for _ in range(3)]:
+        expected, plain = engine.decode(plain, np.isin(np.arange(num_slots), slots), length)
+        block, ahead, history = decode_with_drafts(engine, ahead, history, slots, length)
+        for row, slot in enumerate(slots):
+            count = int(expected.counts[slot])
+            results = [
+                x[slot, :count] for x in jax.tree.leaves((expected.tokens, expected.logprobs))
+            ]
+            found = [x[row, :count] for x in jax.tree.leaves((block.tokens, block.logprobs))]
+            if block.counts[row] != count or not all(map(np.array_equal, found, results)):
+                differences.add("tokens")
+    if not all(map(np.array_equal, *map(jax.tree.leaves, (ahead, plain)))):
+        differences.add("states")
+    problem = f"drafts change {' and '.join(sorted(differences))}" if differences else None
     return Case(f"case {number}, {vocab_size} ids", problem, f"{vocab_size} ids")

@@ -101,7 +101,7 @@ def program_of(mode: str) -> tuple[Config, TrainState, Step]:
     donating = make_train_step(config, optimizer, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return donating(jax.tree.map(jnp.copy, state), batch, None)
+        return donating(jax.tree.map(jnp.copy, state), batch)
 
     return config, init_train_state(config, optimizer), step
 

@@ -17,6 +17,7 @@ from simplernn_jax.inference.arguments import (
     checked_sampling,
 )
 from simplernn_jax.inference.engine import Block, Engine, PrefixState, Sequences, batch_sequences
+from simplernn_jax.inference.lookup import History, decode_with_drafts, make_history, use_lookup
 from simplernn_jax.inference.state import RECENT_TOKENS, DecoderState, check_state, empty_state
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.memory_estimate import check_generation
@@ -40,8 +41,8 @@ class Generation:
     """[B] int32 number of new tokens of each sequence, EOS included."""
     state: DecoderState
     """State after the new tokens, from which `generate` continues."""
-    drafts: np.ndarray
-    """[B, 2] int32 numbers of tokens that `lookup` drafted, and of those that were accepted."""
+    accepted: np.ndarray
+    """[B] int32 number of new tokens that `lookup` drafted."""
 
     def sequences(self) -> list[np.ndarray]:
         """List the new tokens of each sequence without padding."""
@@ -111,17 +112,19 @@ def generate(
     engine = Engine(model)
     if state is None:
         state = _initial_state(model, prompts)
-    before = zip(np.asarray(state.recent), prompts, strict=True)
-    texts = [np.concatenate([recent[recent >= 0], prompt]) for recent, prompt in before]
+    history = None
+    if lookup and use_lookup(engine, len(prompts)):
+        before = zip(np.asarray(state.recent), prompts, strict=True)
+        texts = [np.concatenate([recent[recent >= 0], prompt]) for recent, prompt in before]
+        history = make_history(vocab_size, texts, len(texts))
     state = _prefill(engine, state, prompts)
     check_logits(state.logits)
 
     (fill,) = sampling.stop_ids or (0,)
     tokens = np.full((len(prompts), max_new_tokens), fill, np.int32)
-    lengths, drafts = np.zeros(len(prompts), np.int32), np.zeros((len(prompts), 2), np.int32)
+    lengths, accepted = np.zeros((2, len(prompts)), np.int32)
     if not max_new_tokens:
-        return Generation(tokens, lengths, state, drafts)
-    uses_lookup = lookup and len(prompts) <= engine.max_lookups
+        return Generation(tokens, lengths, state, accepted)
     finished = np.asarray(state.finished) & bool(sampling.stop_ids)
     sequences = batch_sequences(
         PrefixState(state.layers, state.logits),
@@ -129,9 +132,8 @@ def generate(
         state.position,
         np.where(finished, 0, max_new_tokens).astype(np.int32),
         sampling.arrays(vocab_size),
-        engine.history(texts) if uses_lookup else None,
     )
-    for block, newest in _blocks(engine, sequences, max_new_tokens):
+    for block, newest in _blocks(engine, sequences, history, max_new_tokens):
         sequences = newest
         new = [
             row[:count] for row, count in zip(np.asarray(block.tokens), block.counts, strict=True)
@@ -140,7 +142,7 @@ def generate(
             tokens[index, lengths[index] :][: len(added)] = added
             finished[index] |= len(added) > 0 and added[-1] in sampling.stop_ids
         lengths += block.counts
-        drafts += block.drafts
+        accepted += block.accepted
         if on_tokens is not None:
             on_tokens(new)
     layers, logits = sequences.state
@@ -153,7 +155,7 @@ def generate(
         finished=jnp.asarray(finished),
     )
     new = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    return Generation(tokens, lengths, _with_recent(state, new), drafts)
+    return Generation(tokens, lengths, _with_recent(state, new), accepted)
 
 
 def _initial_state(model: LanguageModel, prompts: list[np.ndarray]) -> DecoderState:
@@ -189,7 +191,7 @@ def _prefill(engine: Engine, state: DecoderState, prompts: list[np.ndarray]) -> 
 
 
 def _blocks(
-    engine: Engine, sequences: Sequences, max_new_tokens: int
+    engine: Engine, sequences: Sequences, history: History | None, max_new_tokens: int
 ) -> Iterator[tuple[Block, Sequences]]:
     """Yield all blocks, as NumPy arrays, each with the newest sequences.
 
@@ -199,7 +201,12 @@ def _blocks(
     everyone = np.ones(len(sequences.position), np.bool_)
     in_flight = None
     for _ in range(0, max_new_tokens, BLOCK_TOKENS):
-        block, sequences = engine.decode(sequences, everyone, BLOCK_TOKENS)
+        if history is None:
+            block, sequences = engine.decode(sequences, everyone, BLOCK_TOKENS)
+        else:
+            block, sequences, history = decode_with_drafts(
+                engine, sequences, history, range(len(everyone)), BLOCK_TOKENS
+            )
         if in_flight is not None:
             ready: Block = jax.device_get(in_flight)
             yield ready, sequences

@@ -31,18 +31,11 @@ from simplernn_jax.inference.sampling import (
     token_logprobs,
 )
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.ops.decode import DecoderWeights, decode_ahead, decode_tokens
-from simplernn_jax.ops.draft import RECENT, History, append_tokens, draft_tokens, empty_history
+from simplernn_jax.ops.decode import DecoderWeights, decode_tokens
 from simplernn_jax.ops.segments import select_sequences
 
 MAX_BLOCK = 128
 """Maximum number of tokens of a sequence that one dispatch decodes."""
-WINDOW = 12
-"""Maximum number of tokens of a sequence, a certain one and drafts, that are checked at a time."""
-LOOKUPS = 2
-"""Sequences that are decoded with drafts together, at most; more keep all cores busy without."""
-BYTE_VOCAB, BYTE_ORDER, ORDER = 512, 5, 3
-"""Tokens of the shortest match, of a vocabulary of bytes and of others."""
 
 
 class PrefixState(NamedTuple):
@@ -69,8 +62,6 @@ class Sequences(NamedTuple):
     """None leaves them out of the program."""
     wants_logprobs: Bool[Array, "B"] | None
     """None leaves log-probabilities out of the program."""
-    history: History | None = None
-    """Where drafts are looked up; None decodes token by token."""
 
 
 class Block(NamedTuple):
@@ -78,8 +69,8 @@ class Block(NamedTuple):
 
     tokens: Int[Array, "B block"]
     counts: Int[Array, "B"]
-    drafts: Int[Array, "B 2"]
-    """Numbers of tokens that were drafted, and accepted."""
+    accepted: Int[Array, "B"]
+    """Numbers of drafts among them; see `inference/lookup.py`."""
     logprobs: TokenLogprobs | None
     """Meaningless unless an active sequence wants them."""
     has_ended: Bool[Array, ""]
@@ -93,8 +84,6 @@ class Engine:
         architecture, self.parameters = split_model(model)
         self.is_native = architecture.decodes_natively
         """True if a C function decodes the model."""
-        self.max_lookups = LOOKUPS if self.is_native else 0
-        self._vocab_size = model.config.vocab_size
         self.programs = programs_for(architecture)
         self.weights: Any = self.parameters
         if self.is_native:
@@ -142,42 +131,17 @@ class Engine:
         self, sequences: Sequences, is_active: np.ndarray, num_tokens: int
     ) -> tuple[Block, Sequences]:
         """Decode up to `num_tokens` more tokens of the active sequences; donates `sequences`."""
-        active = np.flatnonzero(is_active)
-        is_few = 0 < len(active) <= self.max_lookups and num_tokens >= WINDOW
-        if sequences.history is not None and is_few:
-            index = np.full(min(len(is_active), self.max_lookups), len(is_active), np.int32)
-            index[: len(active)] = active
-            return self.programs.lookup(self.weights, sequences, index, np.int32(num_tokens))
         return self.programs.decode(self.weights, sequences, is_active, np.int32(num_tokens))
-
-    def history(self, texts: Sequence[np.ndarray]) -> History | None:
-        """Make histories of sequences that have these tokens so far; None unless `is_native`."""
-        if not self.is_native:
-            return None
-        tokens, counts = np.zeros((len(texts), RECENT), np.int32), np.zeros(len(texts), np.int32)
-        for n, text in enumerate(texts):
-            counts[n] = len(text[-RECENT:])
-            tokens[n, : counts[n]] = text[-RECENT:]
-        order = BYTE_ORDER if self._vocab_size <= BYTE_VOCAB else ORDER
-        return append_tokens(empty_history(len(texts), order), tokens, counts)
 
 
 @jax.jit
 def batch_sequences(
-    state: PrefixState,
-    stream: Any,
-    position: Any,
-    remaining: Any,
-    settings: Settings,
-    history: History | None = None,
+    state: PrefixState, stream: Any, position: Any, remaining: Any, settings: Settings
 ) -> Sequences:
     """Copy a state, for decoding, into sequences that share `settings`, without their axis B."""
     settings = jax.tree.map(lambda x: x[None], settings)
     sequences = Sequences(
-        *(state, stream, position, remaining, settings),
-        penalties=None,
-        wants_logprobs=None,
-        history=history,
+        state, stream, position, remaining, settings, penalties=None, wants_logprobs=None
     )
     return jax.tree.map(jnp.copy, sequences)
 
@@ -246,8 +210,6 @@ class _Programs(NamedTuple):
     prefill: Callable[..., tuple[tuple[PrefixState, jax.Array], ...]]
     score: Callable[..., TokenLogprobs]
     decode: Callable[..., tuple[Block, Sequences]]
-    lookup: Callable[..., tuple[Block, Sequences]]
-    """Decodes with drafts, by the C function, the sequences of an index."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -284,11 +246,7 @@ def programs_for(architecture: Architecture) -> _Programs:
 
     decode = functools.partial(_decode, architecture)
     return _Programs(
-        jax.jit(pack),
-        jax.jit(prefill),
-        jax.jit(score),
-        jax.jit(decode, donate_argnums=1),
-        jax.jit(_decode_some, donate_argnums=1),
+        jax.jit(pack), jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1)
     )
 
 
@@ -330,7 +288,7 @@ def _decode(
     num_tokens: Int[Array, ""],
 ) -> tuple[Block, Sequences]:
     settings = start.settings
-    with_penalties, with_logprobs, keys = _options(start, is_active)
+    with_penalties, with_logprobs, keys = options_of(start, is_active)
 
     def is_unfinished(carry: tuple[Any, Block, Sequences]) -> Bool[Array, ""]:
         step, _, now = carry
@@ -346,13 +304,13 @@ def _decode(
         put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
         logprobs = None
         if block.logprobs is not None:
-            logprobs = lax.cond(with_logprobs, token_logprobs, _no_logprobs, logits, token)
+            logprobs = lax.cond(with_logprobs, token_logprobs, no_logprobs, logits, token)
         block = block._replace(
             tokens=put(block.tokens, token),
             counts=block.counts + new,
             logprobs=jax.tree.map(put, block.logprobs, logprobs),
         )
-        now = _count(now, with_penalties, token[:, None], new)
+        now = count_tokens(now, with_penalties, token[:, None], new)
         # A stop id is not part of the state, so that its sequence can be continued.
         is_read = (is_decoded & ~is_stop).astype(jnp.int32)
         state, _ = _advance(
@@ -365,14 +323,12 @@ def _decode(
         )
         return step + 1, block, now
 
-    block = _empty_block(start, MAX_BLOCK)
+    block = empty_block(start, MAX_BLOCK)
     _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))
-    if end.history is not None:
-        end = end._replace(history=append_tokens(end.history, block.tokens, block.counts))
     return block._replace(has_ended=~jnp.any(is_active & (end.remaining > 0))), end
 
 
-def _options(
+def options_of(
     start: Sequences, is_active: Bool[Array, "B"]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""], Key[Array, "B"]]:
     """Whether an active sequence has penalties, or wants log-probabilities; keys of the streams."""
@@ -390,7 +346,8 @@ def _options(
     return with_penalties, with_logprobs, keys
 
 
-def _empty_block(start: Sequences, length: int) -> Block:
+def empty_block(start: Sequences, length: int) -> Block:
+    """Make a block with room for `length` tokens of each sequence."""
     num_sequences, vocab_size = start.state.logits.shape
     logprobs = None
     if start.wants_logprobs is not None:
@@ -400,20 +357,17 @@ def _empty_block(start: Sequences, length: int) -> Block:
             top=jnp.zeros(shape, jnp.float32),
             top_ids=jnp.zeros(shape, jnp.int32),
         )
-    return Block(
-        tokens=jnp.zeros((num_sequences, length), jnp.int32),
-        counts=jnp.zeros(num_sequences, jnp.int32),
-        drafts=jnp.zeros((num_sequences, 2), jnp.int32),
-        logprobs=logprobs,
-        has_ended=jnp.bool_(False),
-    )
+    zeros = jnp.zeros(num_sequences, jnp.int32)
+    tokens = jnp.zeros((num_sequences, length), jnp.int32)
+    return Block(tokens, zeros, zeros, logprobs, jnp.bool_(False))
 
 
-def _no_logprobs(logits: jax.Array, token: jax.Array) -> TokenLogprobs:
+def no_logprobs(logits: jax.Array, token: jax.Array) -> TokenLogprobs:
+    """Make zeros in place of `token_logprobs`."""
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(token_logprobs, logits, token))
 
 
-def _count(
+def count_tokens(
     now: Sequences, with_penalties: Array, tokens: Int[Array, "B T"], new: Int[Array, "B"]
 ) -> Sequences:
     """Count the first `new` tokens of each sequence for its penalties."""
@@ -426,177 +380,3 @@ def _count(
 
     counts = lax.cond(with_penalties, count, lambda counts: counts, now.penalties.counts)
     return now._replace(penalties=now.penalties._replace(counts=counts))
-
-
-class _Ahead(NamedTuple):
-    """Carry of the loop that checks drafts."""
-
-    block: Block
-    """WINDOW longer, since a window is put as a whole."""
-    now: Sequences
-    """Without state."""
-    logits: Float[Array, "B WINDOW vocab"]
-    layers: ModelState
-    """After the tokens of the last window, with an axis WINDOW after B."""
-    first: Int[Array, "B"]
-    """Which of them are those of the tokens so far."""
-    window: Int[Array, "B WINDOW"]
-    """The next token, then drafts."""
-    num_tokens: Int[Array, "B"]
-    """In the window."""
-    is_stop: Bool[Array, "B"]
-    """True if the next token is a stop id."""
-
-
-def _decode_some(
-    weights: DecoderWeights,
-    all_sequences: Sequences,
-    index: Int[Array, "b"],
-    num_tokens: Int[Array, ""],
-) -> tuple[Block, Sequences]:
-    """Decode the sequences of `index`, B for none, with drafts; the others stay as they are."""
-    batch = len(all_sequences.remaining)
-    if len(index) == batch:
-        return _lookup(
-            weights, all_sequences, jnp.zeros(batch, bool).at[index].set(True), num_tokens
-        )
-    some = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), all_sequences)
-    block, some = _lookup(weights, some, index < batch, num_tokens)
-    put = functools.partial(jax.tree.map, lambda all, some: all.at[index].set(some, mode="drop"))
-    # The only leaf without the axis B.
-    has_ended, nothing = block.has_ended, jnp.zeros(batch, bool)
-    all_block = _empty_block(all_sequences, MAX_BLOCK)._replace(has_ended=nothing)
-    block = put(all_block, block._replace(has_ended=nothing[: len(index)]))
-    return block._replace(has_ended=has_ended), put(all_sequences, some)
-
-
-def _lookup(
-    weights: DecoderWeights, start: Sequences, is_active: Bool[Array, "B"], num_tokens: Array
-) -> tuple[Block, Sequences]:
-    """Decode as `_decode`, the same bits, with drafts from the histories.
-
-    A token depends on the logits and on its position alone. So the C function computes a window of
-    the next token and drafts, all tokens after them are drawn, and drafts are accepted as long as
-    they equal what was drawn. Between two windows, each sequence has the state after its tokens.
-    """
-    batch, settings = len(start.remaining), start.settings
-    with_penalties, with_logprobs, keys = _options(start, is_active)
-    place = jnp.arange(WINDOW)[None]
-
-    def of_tokens(x: Array, t: Array) -> Array:
-        """x[n, t[n]], [B, ...]"""
-        rows = [lax.dynamic_index_in_dim(x[n], t[n], keepdims=True) for n in range(batch)]
-        return jnp.concatenate(rows)
-
-    def draw(width: int, logits: Array, now: Sequences, window: Array) -> Array:
-        """Draw the token after each of the first `width` of the window; zeros follow them."""
-        repeated = functools.partial(
-            jax.tree.map, lambda x: jnp.repeat(x, width, axis=0) if len(x) == batch else x
-        )
-        penalties, position = now.penalties, now.position[:, None] + 1 + place[:, :width]
-        if penalties is not None:
-            # Drafts before a token count as accepted: it is used only if they are.
-            def counted(counts: Array = penalties.counts) -> Array:
-                is_id = jax.nn.one_hot(window[:, :width], logits.shape[-1], dtype=jnp.int32)
-                counts = counts[:, None] + jnp.cumsum(is_id, axis=1)
-                return counts.reshape(-1, logits.shape[-1])
-
-            shape = batch * width, logits.shape[-1]
-            counts = lax.cond(with_penalties, counted, lambda: jnp.zeros(shape, jnp.int32))
-            penalties = repeated(penalties)._replace(counts=counts)
-        drawn = next_token(
-            logits[:, :width].reshape(-1, logits.shape[-1]),
-            repeated(settings),
-            penalties,
-            with_penalties,
-            repeated(keys),
-            position.reshape(-1),
-        )
-        return jnp.pad(drawn.reshape(batch, width), ((0, 0), (0, WINDOW - width)))
-
-    def stops(tokens: Array) -> Array:
-        is_stop = jnp.broadcast_to(settings.is_stop, (batch, settings.is_stop.shape[1]))
-        return jnp.take_along_axis(is_stop, tokens, axis=1)
-
-    def is_decoded(block: Block, now: Sequences) -> Array:
-        return is_active & (now.remaining > 0) & (block.counts < num_tokens)
-
-    def draft(block: Block, now: Sequences, window: Array, new: Array, token: Array) -> Any:
-        assert now.history is not None
-        limits = jnp.minimum(now.remaining, num_tokens - block.counts) - 1
-        window, count, history = draft_tokens(now.history, window, new, token, limits, WINDOW)
-        return window, count, now._replace(history=history)
-
-    def decode_window(carry: _Ahead) -> _Ahead:
-        block, now, logits, layers, first, window, count, is_stop = carry
-        is_new = is_decoded(block, now)
-        num_read = jnp.where(is_new & ~is_stop, count, 0)
-        before = of_tokens(logits, first)[:, None]
-        logits, _, layers = decode_ahead(weights, window, num_read, first, logits, layers)
-        drawn = lax.cond(
-            jnp.any(num_read > 1),
-            functools.partial(draw, WINDOW),
-            functools.partial(draw, 1),
-            *(logits, now._replace(history=None), window),
-        )
-        is_stop_drawn = stops(drawn)
-        # A stop id is never accepted as a draft: it is the next token, which may end a sequence.
-        is_right = (drawn[:, :-1] == window[:, 1:]) & ~is_stop_drawn[:, :-1]
-        is_right &= place[:, 1:] < num_read[:, None]
-        accepted = jnp.sum(jnp.cumprod(is_right.astype(jnp.int32), axis=1), axis=1)
-        new = jnp.where(is_new, 1 + accepted, 0)
-
-        def put(all: Array, values: Array) -> Array:
-            for n in range(batch):
-                at: tuple[Any, ...] = n, block.counts[n], *[0] * (all.ndim - 2)
-                all = lax.dynamic_update_slice(all, values[n : n + 1], at)
-            return all
-
-        logprobs = None
-        if block.logprobs is not None:
-            rows = jnp.concatenate([before, logits[:, :-1]], axis=1)
-            rows = rows.reshape(-1, rows.shape[-1])
-            logprobs = lax.cond(
-                with_logprobs, token_logprobs, _no_logprobs, rows, window.reshape(-1)
-            )
-            logprobs = jax.tree.map(lambda x: x.reshape(batch, WINDOW, *x.shape[1:]), logprobs)
-        block = Block(
-            tokens=put(block.tokens, window),
-            counts=block.counts + new,
-            drafts=block.drafts + jnp.stack([jnp.maximum(num_read - 1, 0), accepted], axis=1),
-            logprobs=jax.tree.map(put, block.logprobs, logprobs),
-            has_ended=block.has_ended,
-        )
-        remaining = jnp.where(is_new & is_stop, 0, now.remaining - new)
-        now = _count(now, with_penalties, window, new)
-        now = now._replace(position=now.position + new, remaining=remaining)
-        first = jnp.where(num_read > 0, accepted, first)
-        chosen = jnp.where(num_read > 0, accepted, 0)[:, None]
-        token, is_stop = (
-            jnp.take_along_axis(x, chosen, axis=1)[:, 0] for x in (drawn, is_stop_drawn)
-        )
-        window, count, now = draft(block, now, window, new, token)
-        return _Ahead(block, now, logits, layers, first, window, count, is_stop)
-
-    block = _empty_block(start, MAX_BLOCK + WINDOW)
-    logits, now = start.state.logits, start
-    token = next_token(logits, settings, start.penalties, with_penalties, keys, start.position)
-    zeros = jnp.zeros((batch, WINDOW), jnp.int32)
-    window, count, now = draft(block, start, zeros, zeros[:, 0], token)
-    logits, layers = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[:, None], (batch, WINDOW, *x.shape[1:])),
-        (logits, start.state.layers),
-    )
-    nothing: Any = None
-    carry = _Ahead(
-        *(block, now._replace(state=nothing), logits, layers),
-        *(zeros[:, 0], window, count, stops(token[:, None])[:, 0]),
-    )
-    end = lax.while_loop(lambda c: jnp.any(is_decoded(c.block, c.now)), decode_window, carry)
-    layers, logits = (
-        jax.tree.map(lambda x: of_tokens(x, end.first), x) for x in (end.layers, end.logits)
-    )
-    now = end.now._replace(state=PrefixState(layers, logits))
-    block = end.block._replace(has_ended=~jnp.any(is_active & (now.remaining > 0)))
-    shorter = jax.tree.map(lambda x: x[:, :MAX_BLOCK], (block.tokens, block.logprobs))
-    return block._replace(tokens=shorter[0], logprobs=shorter[1]), now

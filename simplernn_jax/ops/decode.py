@@ -51,6 +51,7 @@ def decode_tokens(
     num_tokens: jax.Array,
     logits: jax.Array,
     states: ModelState,
+    first: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, ModelState]:
     """Compute logits, hidden states and states of N sequences after up to T more tokens of each.
 
@@ -65,38 +66,17 @@ def decode_tokens(
       logits: ``[N, vocab]`` float32, before the tokens.
       states: of L layers, each S ``[N, H, K, V]`` and the convolution's inputs ``[N, 3, D]``,
         float32. XLA updates them in place where it can.
+      first: ``[N]`` int32, if logits and states have an axis W, at least T, after N: which of its W
+        states a sequence begins with. Those after its token t are then at t, and others have no
+        meaning unless it has no tokens.
 
     Returns:
       The logits after the last token; the inputs of the head at all of them, ``[N, T, D]``, zeros
       from `num_tokens` on; and the states.
     """
-    first = jnp.zeros_like(num_tokens)
-    return decode_ahead(weights, tokens, num_tokens, first, logits, states)
-
-
-def decode_ahead(
-    weights: DecoderWeights,
-    tokens: jax.Array,
-    num_tokens: jax.Array,
-    first: jax.Array,
-    logits: jax.Array,
-    states: ModelState,
-) -> tuple[jax.Array, jax.Array, ModelState]:
-    """Compute as `decode_tokens`, and keep logits and states after each token.
-
-    Args:
-      weights, tokens, num_tokens: as for `decode_tokens`.
-      first: ``[N]`` int32, 0 to W - 1; which of its W states a sequence begins with.
-      logits: ``[N, W, vocab]`` float32.
-      states: arrays of `decode_tokens` with an axis W, at least T, after N. All without this axis
-        are updated by one token after another, which XLA does in place; `first` is 0.
-
-    Returns:
-      As `decode_tokens`; after token t of a sequence, logits and state t are its own, and others
-      have no meaning unless it has no tokens. Without W, there are those after the last token only.
-    """
     if not supports_native(jnp.float32):
         raise ValueError("decode_tokens requires a CPU and a C compiler")
+    first = jnp.zeros_like(num_tokens) if first is None else first
     # The C function checks the shapes and dtypes of all its arguments.
     leaves, structure = jax.tree.flatten(states)
     (num_sequences, length), (*_, heads, _, value_dim) = tokens.shape, leaves[0].shape

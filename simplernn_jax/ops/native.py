@@ -61,7 +61,6 @@ FUNCTIONS = (
     "simplernn_norm_backward",
     "simplernn_newton_schulz",
     "simplernn_decode",
-    "simplernn_draft",
 )
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")

@@ -24,6 +24,14 @@ from simplernn_jax.inference.engine import (
     Sequences,
     insert_sequences,
 )
+from simplernn_jax.inference.lookup import (
+    MAX_SEQUENCES,
+    WINDOW,
+    History,
+    decode_with_drafts,
+    make_history,
+    use_lookup,
+)
 from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs, keep_only
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, NewTokens
@@ -47,6 +55,8 @@ class _Choice:
 
     job: Job
     index: int
+    texts: list[np.ndarray]
+    """All tokens so far."""
     keys: PrefixKeys | None
     """Of all tokens so far; None if no state of the new ones is cached."""
     num_uncached: int = 0
@@ -64,9 +74,11 @@ class _Choice:
         return NewTokens(self.index, tokens, logprobs, reason)
 
 
-_Dispatched = tuple[Block, list[_Choice | None], float, set[int], PrefixState | None]
-"""A block of tokens that the device computes, the choices of its slots, when it began, the slots
-whose state after it is cached, and the states of all if there are any."""
+_Rows = list[tuple[int, _Choice | None]]
+"""Slots and their choices."""
+_Dispatched = tuple[Block, _Rows, float, set[int], PrefixState | None]
+"""A block of tokens that the device computes, its rows, when it began, the slots whose state after
+it is cached, and the states of all if there are any."""
 
 
 class Scheduler:
@@ -79,17 +91,17 @@ class Scheduler:
         self._engine = Engine(model)
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(_empty_state(model, 1))
+        self._structure = jax.tree.structure(self._zero)
         self._prefiller = Prefiller(self._engine, self._zero, self.cache)
-        nothing = _new_sequence(_NO_JOB, 0, self._vocab_size)
+        nothing = new_sequence(_NO_JOB, 0, self._vocab_size)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
-        history = self._engine.history([_NO_JOB.tokens] * num_slots)
-        self._slots: Sequences = slots._replace(
-            state=_empty_state(model, num_slots), history=history
-        )
+        self._slots: Sequences = slots._replace(state=_empty_state(model, num_slots))
         self._choices: list[_Choice | None] = [None] * num_slots
         self._prefilling: deque[Prompt] = deque()
         self._ready: deque[Prompt] = deque()
         """Prefilled prompts with choices that wait for a slot."""
+        self._history: tuple[list[_Choice | None], History] | None = None
+        """Where the last block looked up drafts of these choices, with its tokens."""
         self._in_flight: _Dispatched | None = None
         self._collected = 0.0
         self._token_seconds = LONG_SECONDS
@@ -129,10 +141,11 @@ class Scheduler:
         yield "insertion"
         self._insert([(len(self._choices), self._prefiller.begin(_NO_JOB), 0)])
         num_slots = len(self._choices)
-        for number in sorted({1, num_slots}):  # lookup is for few
-            yield f"decoding in {number} of {num_slots} slots"
-            is_active = np.arange(num_slots) < number
-            _, self._slots = self._engine.decode(self._slots, is_active, MAX_BLOCK)
+        yield f"decoding in {num_slots} slots"
+        _, self._slots = self._engine.decode(self._slots, np.ones(num_slots, bool), MAX_BLOCK)
+        if use_lookup(self._engine, 1):
+            yield "decoding with drafts"
+            self._decode_with_drafts([], MAX_BLOCK)
         _copy(self._slots.state)
         _sequence(self._slots.state, 0)
 
@@ -200,7 +213,10 @@ class Scheduler:
                 prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
                 keys = prompt.keys if prompt.caches_new_tokens else None
-                self._choices[slot] = _Choice(prompt.job, prompt.num_started, keys)
+                job = prompt.job
+                before = job.tokens[:0] if job.prefix is None else job.prefix.recent
+                texts = [before, job.tokens]
+                self._choices[slot] = _Choice(job, prompt.num_started, texts, keys)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
                     self._ready.popleft()
@@ -212,19 +228,13 @@ class Scheduler:
         idle = len(self._choices), new[0][1], 0
         new = new + [idle] * (MAX_JOBS - len(new))
         sequences = [
-            _new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
-        ]
-        texts = [
-            job.tokens if job.prefix is None else np.concatenate([job.prefix.recent, job.tokens])
-            for job in (prompt.job for _, prompt, _ in new)
+            new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
         ]
         self._slots = insert_sequences(
             self._slots,
             np.array([slot for slot, _, _ in new], np.int32),
             tuple(prompt.state for _, prompt, _ in new),
-            jax.tree.map(lambda *x: np.stack(x), *sequences)._replace(
-                history=self._engine.history(texts)
-            ),
+            jax.tree.map(lambda *x: np.stack(x), *sequences),
         )
 
     def _dispatch(self, choices: list[_Choice | None], is_first: bool) -> _Dispatched:
@@ -238,8 +248,14 @@ class Scheduler:
         # Where new tokens are cached, no two states are more than GRID tokens apart.
         most = [GRID - choice.num_uncached for choice in active if choice.keys is not None]
         length = max(1, min(length, MAX_BLOCK, *most))
-        is_active = np.array([choice is not None for choice in choices])
-        block, self._slots = self._engine.decode(self._slots, is_active, length)
+        rows = list(enumerate(choices))
+        if length >= WINDOW and use_lookup(self._engine, len(active)):
+            rows = [row for row in rows if row[1] is not None]
+            block = self._decode_with_drafts(rows, length)
+        else:
+            is_active = np.array([choice is not None for choice in choices])
+            block, self._slots = self._engine.decode(self._slots, is_active, length)
+            self._history = None
         cached = set()
         for slot, choice in enumerate(choices):
             if choice is not None and choice.keys is not None:
@@ -248,25 +264,39 @@ class Scheduler:
                     choice.num_uncached = 0
                     cached.add(slot)
         states = _copy(self._slots.state) if cached else None
-        return block, list(choices), time.monotonic(), cached, states
+        return block, rows, time.monotonic(), cached, states
+
+    def _decode_with_drafts(self, rows: _Rows, length: int) -> Block:
+        """Compute a block of a few slots, whose arrays have these rows, and idle ones."""
+        slots, few = [slot for slot, _ in rows], [choice for _, choice in rows]
+        if self._history is None or self._history[0] != few:
+            texts = [np.concatenate(choice.texts) for choice in few if choice is not None]
+            size = min(len(self._choices), MAX_SEQUENCES)
+            self._history = few, make_history(self._vocab_size, texts, size)
+        block, self._slots, history = decode_with_drafts(
+            self._engine, self._slots, self._history[1], slots, length
+        )
+        self._history = few, history
+        return block
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
-        block, choices, began, cached, states = dispatched
+        block, rows, began, cached, states = dispatched
         tokens, counts, states = jax.device_get((block.tokens, block.counts, states))
         now = time.monotonic()
         if counts.max():  # else every slot had ended before the block
             self._token_seconds = (now - max(began, self._collected)) / counts.max()
         self._collected = now
-        leaves, structure = jax.tree.flatten(states)
+        leaves = jax.tree.leaves(states)
         logprobs = None
-        if any(choice is not None and choice.job.num_logprobs is not None for choice in choices):
+        if any(choice is not None and choice.job.num_logprobs is not None for _, choice in rows):
             logprobs = jax.device_get(block.logprobs)
-        for slot, choice in enumerate(choices):
+        for row, (slot, choice) in enumerate(rows):
             if choice is None or self._choices[slot] is not choice:
                 continue
-            job, count = choice.job, int(counts[slot])
-            new = tokens[slot, :count]
+            job, count = choice.job, int(counts[row])
+            new = tokens[row, :count]
+            choice.texts.append(new)
             choice.num_tokens += count
             reason = None
             if count and int(new[-1]) in job.sampling.stop_ids:
@@ -279,13 +309,15 @@ class Scheduler:
                 choice.keys = choice.keys.followed_by(new[:-1] if reason == "stop" else new)
                 if slot in cached or reason is not None:  # whose state no later block changes
                     if slot in cached:  # NumPy takes less time than to start a program
-                        state = structure.unflatten([x[slot : slot + 1].copy() for x in leaves])
+                        state = jax.tree.unflatten(
+                            self._structure, [x[slot : slot + 1].copy() for x in leaves]
+                        )
                     else:
                         state = _sequence(self._slots.state, slot)
                     self.cache.add(choice.keys.last, state)
             of_tokens = None
             if logprobs is not None and job.num_logprobs is not None:
-                of_tokens = TokenLogprobs(*(x[slot, :count] for x in logprobs))
+                of_tokens = TokenLogprobs(*(x[row, :count] for x in logprobs))
             choice.parts.append((new, of_tokens))
             if reason is not None or now - choice.reported >= EVENT_SECONDS:
                 self._events.append((job, choice.take(reason)))
@@ -311,7 +343,7 @@ def _empty_state(model: LanguageModel, batch_size: int) -> PrefixState:
     return PrefixState(model.initial_state(batch_size), logits)
 
 
-def _new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
+def new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
     """Make arrays of a choice of a job, without the axis B and the state after its prompt."""
     sampling = job.sampling
     numpy: Any = np  # whose arrays take the place of JAX's

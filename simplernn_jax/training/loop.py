@@ -87,7 +87,7 @@ def train(
     with contextlib.ExitStack() as stack:
         path = os.fspath(workdir) if isinstance(workdir, os.PathLike) else workdir
         run = stack.enter_context(Run(config, path))
-        train_step = make_train_step(run.config, run.optimizer, run.mesh)
+        train_step = make_train_step(run.config, run.optimizer, run.mesh, with_steps=True)
         evaluator = Evaluator(run.config, run.corpus.tokenizer.pad_id, run.mesh)
         metrics = None
         if is_coordinator():

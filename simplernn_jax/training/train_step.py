@@ -356,18 +356,21 @@ def _sum_over_replicas(gradient: nnx.State, params: nnx.State) -> nnx.State:
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    with_steps: bool = False,
 ) -> TrainStep:
     """Return the train step, which compiles at its first call and donates the old state.
 
-    A step whose loss or gradient is not finite only advances the counters. Its third argument, None
-    or left out by default, has the ``steps`` of `make_optimizer`; on a mesh it has to be given.
+    A step whose loss or gradient is not finite only advances the counters.
 
     Args:
       config: the run's configuration.
       optimizer: result of `make_optimizer`.
       mesh: the devices; None, or a mesh of size 1, runs on the default device. State and batch are
         sharded by `state_specs` and `batch_specs`.
+      with_steps: whether the step takes a third argument, the ``steps`` of `make_optimizer`.
 
     Raises:
       ValueError: there are pipeline stages, and the layers differ.
@@ -391,7 +394,8 @@ def make_train_step(
         )
         states = named_shardings(state, mesh)
         replicated = NamedSharding(mesh, P())
-        options["in_shardings"] = (states, named_shardings(batch, mesh), replicated)
+        schedule = [replicated] * with_steps
+        options["in_shardings"] = (states, named_shardings(batch, mesh), *schedule)
         options["out_shardings"] = (states, replicated)
     if is_on_cpu(mesh) and (is_distributed(mesh) or config.train.remat != "none"):
         # XLA of jax 0.10 removes the barriers of `jax.checkpoint` on CPUs before its last
@@ -400,7 +404,7 @@ def make_train_step(
         options["compiler_options"] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
     def train_step(
-        state: TrainState, batch: Batch, steps: jax.Array | None = None
+        state: TrainState, batch: Batch, *steps: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         if "initial" in state.tuned:
             # A document that begins within a sequence starts from zero, not from the learned state.
@@ -425,9 +429,8 @@ def make_train_step(
             trained = trained_part(params, tuned)
             # If this branch computed the norm again, its last bits would depend on the number of
             # threads.
-            updates, opt_state = optimizer.update(
-                gradient, opt_state, trained, norm=norm, steps=steps
-            )
+            extra = {"norm": norm} | ({"steps": steps[0]} if with_steps else {})
+            updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
             trained = optax.apply_updates(trained, updates)
             return *with_trained(params, tuned, trained), opt_state, carried
 
@@ -465,7 +468,7 @@ def check_memory(config: Config, optimizer: optax.GradientTransformation, mesh: 
     config = choose_microbatches(config, mesh)
     if memory_estimate.check_training(config, mesh) < ANALYSIS_THRESHOLD:
         return
-    step: Any = make_train_step(config, optimizer, mesh)
+    step: Any = make_train_step(config, optimizer, mesh, with_steps=True)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     shape = (config.data.batch_size, config.data.sequence_length)
     ids, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)

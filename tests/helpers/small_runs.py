@@ -145,13 +145,13 @@ def compile_step(config, optimizer, mesh, state, batch):
     """The train step, and `state` as arrays of the layout that it takes."""
     shapes = jax.eval_shape(lambda: init_train_state(config, optimizer))
     state = in_layout_of(shapes, state)
-    step = make_train_step(config, optimizer, mesh).lower(state, batch, None).compile()
+    step = make_train_step(config, optimizer, mesh).lower(state, batch).compile()
     return step, jax.device_put(state, step.input_shardings[0][0])
 
 
 def run_steps(step, state, batches):
     """Losses, and the state after the last batch as numpy arrays."""
-    (states, on_mesh, _), _ = step.input_shardings
+    (states, on_mesh), _ = step.input_shardings
     copy = jax.device_put(jax.tree.map(np.array, jax.device_get(state)), states)  # to donate
     placed = (jax.device_put(batch, on_mesh) for batch in batches)
     state, metrics = take_steps(step, copy, placed)

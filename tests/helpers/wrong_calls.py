@@ -56,10 +56,6 @@ NATIVE = {
     "simplernn_norm_forward": (["B T D"], ["B T D", "B T"]),
     "simplernn_norm_backward": (["B T D", "B T", "B T D"], ["B T D"]),
     "simplernn_newton_schulz": (["B T D", "H K", "W D"], ["B T D", "H K", "W D"]),
-    "simplernn_draft": (
-        ["B T int32", *["B int32"] * 3, *["B K int32"] * 2, "B 4 int32"],
-        ["B W int32", "B int32", *["B K int32"] * 2, "B 4 int32"],
-    ),
     "simplernn_decode": decode_signature("float32"),
     "simplernn_decode ahead": decode_signature("float32", kept="T"),
     "simplernn_decode of bfloat16": decode_signature("bfloat16"),

@@ -152,7 +152,7 @@ def compile_abstractly(config, mesh):
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     shape = (config.data.batch_size, config.data.sequence_length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), make_batch(0))
-    lowered = make_train_step(config, optimizer, mesh).lower(state, batch, None)
+    lowered = make_train_step(config, optimizer, mesh).lower(state, batch)
     return state, lowered.compile()
 
 

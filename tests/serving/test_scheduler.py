@@ -238,24 +238,30 @@ def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional):
     assert expected[3, 0][0][0] in first_ids
 
 
-def test_learned_states_give_the_same_bytes_alone_and_among_31_others():
-    model = small_model("residual", vocab_size=VOCAB)
-    scheduler = Scheduler(model, num_slots=32, cache_bytes=1 << 24)
+@needs_compiler
+@pytest.mark.oldest_python
+def test_a_job_gets_the_same_alone_among_31_others_and_without_drafts(native_model, monkeypatch):
+    """Also after a learned state."""
 
-    def job(seed):
-        draw = np.random.default_rng(seed)
-        state = empty_state(model, 1)
+    def make_job(seed):
+        draw, state = np.random.default_rng(seed), empty_state(native_model, 1)
         layers = jax.tree.map(lambda x: jnp.float32(draw.normal(size=x.shape)), state.layers)
-        prefix = Prefix(PrefixState(layers, state.logits), bytes([seed]), tokens_of(0, 0))
-        sampling = Sampling(seed=seed, temperature=0.9)
-        tokens = tokens_of(seed, 1 + seed % 5)
-        return Job(tokens, sampling, max_tokens=9, num_logprobs=2, prefix=prefix)
+        learned = Prefix(PrefixState(layers, state.logits), bytes([seed]), tokens_of(0, 0))
+        return Job(
+            tokens_of(seed, 1 + seed % 5),
+            Sampling(seed=seed, temperature=0.05 * seed, presence_penalty=0.3 * (seed % 3)),
+            max_tokens=9 + 5 * seed,
+            num_logprobs=2,
+            prefix=learned if seed % 2 else None,
+        )
 
-    together, _ = run(scheduler, [job(seed) for seed in range(32)])
+    scheduler = Scheduler(native_model, num_slots=32, cache_bytes=1 << 24)
+    together, _ = run(scheduler, [make_job(seed) for seed in range(32)])
     assert len({bytes(tokens) for tokens, *_ in together.values()}) > 16
-    for seed in range(0, 32, 5):
-        alone, _ = run(Scheduler(model, num_slots=32, cache_bytes=1 << 24), [job(seed)])
-        assert alone[seed, 0] == together[seed, 0]
+    for seed in range(0, 32, 7):
+        assert run(scheduler, [make_job(seed)])[0][seed, 0] == together[seed, 0]
+    monkeypatch.setattr(scheduling, "use_lookup", lambda *_: False)
+    assert run(scheduler, [make_job(seed) for seed in range(32)])[0] == together
 
 
 def test_a_cancelled_job_frees_its_slots(scheduler):

@@ -62,7 +62,7 @@ def test_measuring_leaves_the_run_as_it_was_and_compiles_the_step_once(tmp_path)
     config = small_config(source=source, minutes=0.01, validation_fraction=0.3, sample_tokens=2)
     with Run(config, str(tmp_path / "run")) as run:
         before, position = jax.device_get(run.state), run.position
-        step = make_train_step(run.config, run.optimizer, run.mesh)
+        step = make_train_step(run.config, run.optimizer, run.mesh, with_steps=True)
         assert min(measure(run, step, Evaluator(run.config, run.corpus.tokenizer.pad_id))) > 0
         assert (run.position, run.step) == (position, 0)
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(run.state))
