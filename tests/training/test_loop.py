@@ -222,8 +222,8 @@ def test_the_step_is_compiled_once_and_signals_act_as_before_once_all_is_saved(
         handlers.append(signal.getsignal(signal.SIGTERM))
         assert newest_checkpoint(tmp_path / "run")["number of steps"] == 5
 
-    def make_train_step(*args):
-        steps.append(make_step(*args))
+    def make_train_step(*args, **options):
+        steps.append(make_step(*args, **options))
         return steps[-1]
 
     handlers, steps, make_step = [], [], loop.make_train_step
