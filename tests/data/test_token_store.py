@@ -172,16 +172,6 @@ def test_a_source_without_text_or_that_changes_is_rejected(tmp_path, source, cac
     assert not stores(cache)
 
 
-def test_large_document_is_stored_whole_across_pieces(tmp_path, cache):
-    text = ("one line of some length ünd\n" * 150_000) + "end"
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    corpus = prepare(tmp_path / "a.txt", cache, validation_fraction=0.0)
-    assert texts_of(corpus.train) == [text]
-    split = prepare(tmp_path / "a.txt", cache, split="position")
-    assert split.train.num_bytes == np.count_nonzero(split.train.tokens < 256)
-    assert split.train.num_bytes + split.validation.num_bytes == len(text.encode())
-
-
 @pytest.mark.oldest_python
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, cache):
@@ -401,38 +391,31 @@ def lines_of(jsonl):
     return [json.loads(line)["text"] for line in jsonl.read_text("utf-8").splitlines()]
 
 
-def test_the_store_is_the_same_for_every_number_of_processes(
-    jsonl, tokenizer, tmp_path, monkeypatch
-):
-    prepare_with(jsonl, tmp_path / "one", tokenizer)
-    use_cores(monkeypatch, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "encode", None)  # not in this process
-        prepare_with(jsonl, tmp_path / "three", tokenizer)
-    assert contents(tmp_path / "three") == contents(tmp_path / "one")
-
-
-@pytest.mark.parametrize(("name", "cores"), [("a.json", 3), ("a.csv", 1)])
-def test_records_of_every_format_give_the_same_tokens(
+@pytest.mark.parametrize(("name", "cores"), [("a.jsonl", 3), ("a.json", 3), ("a.csv", 1)])
+def test_tokens_depend_neither_on_the_format_nor_on_the_number_of_processes(
     jsonl, tokenizer, tmp_path, monkeypatch, cores, name
 ):
     expected = prepare_with(jsonl, tmp_path / "file", tokenizer, max_malformed_records=1)
     use_cores(monkeypatch, cores)
     with open(tmp_path / name, "w", encoding="utf-16") as file:
-        if name == "a.json":
+        if name == "a.jsonl":
+            file.write(jsonl.read_text("utf-8") + "3\n")
+        elif name == "a.json":
             json.dump([{"text": text} for text in lines_of(jsonl)] + [3], file)
         else:
             csv.writer(file).writerows([("n", "text"), *enumerate(lines_of(jsonl)), "bad"])
-    corpus = prepare_with(tmp_path / name, tmp_path / "cache", tokenizer, max_malformed_records=1)
-    assert corpus.content_hash == expected.content_hash
+    with monkeypatch.context() as patch:
+        if cores > 1:
+            patch.setattr(tokenizer, "encode", None)  # not in this process
+        found = prepare_with(
+            tmp_path / name, tmp_path / "cache", tokenizer, max_malformed_records=1
+        )
+    assert found.content_hash == expected.content_hash
 
 
-def test_texts_from_python_give_the_tokens_of_the_same_records(
-    jsonl, tokenizer, tmp_path, monkeypatch
-):
+def test_texts_from_python_give_the_tokens_of_the_same_records(jsonl, tokenizer, tmp_path):
     expected = prepare_with(jsonl, tmp_path / "file", tokenizer)
     texts, cache = lines_of(jsonl), tmp_path / "cache"
-    use_cores(monkeypatch, 3)
     for again, count in ((texts, 1), (lambda: iter(texts), 1), ([*texts[:-1], "other"], 2)):
         corpus = prepare_with(again, cache, tokenizer)
         assert (corpus.content_hash == expected.content_hash) == (count == 1)
