@@ -233,35 +233,19 @@ def test_content_hash_is_that_of_the_content_and_not_of_names_or_times(tmp_path,
     assert other.content_hash != corpus.content_hash
 
 
-HALF = {"validation_fraction": 0.5}
-
-
-@pytest.fixture(scope="module")
-def whole_store(tmp_path_factory):
-    """A source, its one store, and its corpus; tests damage copies of the store."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_documents(folder / "in", 9)
-    corpus = prepare(folder / "in", folder / "cache", **HALF)
-    (store,) = stores(folder / "cache")
-    return folder / "in", store, corpus
-
-
 @pytest.fixture
-def copy_of_store(tmp_path, whole_store):
-    """(a copy of the store, function that prepares the corpus with it)"""
-    source, store, expected = whole_store
-    copy = tmp_path / "cache" / store.name
-    shutil.copytree(store, copy)
+def stored(source, cache):
+    """(the folder of a store, function that prepares its corpus and compares it)"""
+    expected = prepare(source, cache)
+    texts = texts_of(expected.train), texts_of(expected.validation)
 
     def check():
-        again = prepare(source, copy.parent, **HALF)
+        again = prepare(source, cache)
         assert again.content_hash == expected.content_hash
-        for split in ("train", "validation"):
-            ours, theirs = getattr(again, split), getattr(expected, split)
-            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-            np.testing.assert_array_equal(ours.document_starts, theirs.document_starts)
+        assert (texts_of(again.train), texts_of(again.validation)) == texts
 
-    return copy, check
+    (store,) = stores(cache)
+    return store, check
 
 
 @pytest.mark.parametrize(
@@ -272,12 +256,10 @@ def copy_of_store(tmp_path, whole_store):
         ("validation.starts", "the validation split was changed"),
     ],
 )
-def test_a_corrupt_store_is_named_and_the_text_tokenized_again(
-    copy_of_store, caplog, name, problem
-):
+def test_a_corrupt_store_is_named_and_the_text_tokenized_again(stored, caplog, name, problem):
     """`scripts/stress.py stores` damages them in more ways."""
-    copy, check = copy_of_store
-    flip_bit(copy / name)
+    store, check = stored
+    flip_bit(store / name)
     check()
     (warning,) = [record.message for record in caplog.records if record.levelno > 20]
     assert re.search(f"{problem} .*re-tokenized", warning)
@@ -290,28 +272,29 @@ def test_a_corrupt_store_is_named_and_the_text_tokenized_again(
     ("old", "new"),
     [('"<u2"', '"|O"'), ('"store": "', '"store": "0'), ('"num_bytes": ', '"bytes": ')],
 )
-def test_a_record_of_something_else_is_not_used(copy_of_store, caplog, old, new):
-    copy, check = copy_of_store
-    path = copy / "meta.json"
+def test_a_record_of_something_else_is_not_used(stored, caplog, old, new):
+    store, check = stored
+    path = store / "meta.json"
     write_sealed(path, read_sealed(path).replace(old, new))
     check()
     assert "meta.json: not the record" in caplog.text
 
 
-def test_an_error_of_the_machine_is_not_corruption(whole_store, monkeypatch, caplog):
+def test_an_error_of_the_machine_is_not_corruption(source, cache, monkeypatch, caplog):
     def fail(path, **options):
         if os.path.basename(path) == "train.tokens":
             raise OSError(errno.EACCES, "Permission denied")
         return open_file(path, **options)
 
-    source, store, corpus = whole_store
+    corpus = prepare(source, cache)
     for module in ("files", "data.store_files"):
         monkeypatch.setattr(f"simplernn_jax.{module}.open_file", fail)
     with pytest.raises(UserError, match="Permission denied"):
-        prepare(source, store.parent, **HALF)
+        prepare(source, cache)
     with pytest.raises(UserError, match="Permission denied; make it readable"):
-        find_corpus(str(store.parent), corpus.content_hash, corpus.tokenizer)
+        find_corpus(str(cache), corpus.content_hash, corpus.tokenizer)
     assert "corrupted" not in caplog.text
+    (store,) = stores(cache)
     assert (store / "train.tokens").exists()
 
 

@@ -125,36 +125,6 @@ def cell_inputs():
     return jax.random.normal(jax.random.key(0), (BATCH, LENGTH, SIZES["hidden_dim"]))
 
 
-def one_token_by_hand(cell, x, state):
-    """The equations of the PyTorch cell for one row, in numpy float64."""
-
-    def linear(layer):
-        return np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.asarray(
-            layer.bias[...], np.float64
-        )
-
-    def sigmoid(y):
-        return 1 / (1 + np.exp(-y))
-
-    gate, key = sigmoid(linear(cell.gate_proj)), sigmoid(linear(cell.key_proj))
-    state = gate[:, None] * state + key[:, None] * linear(cell.value_proj)[None]
-    y = state.T @ linear(cell.query_proj)
-    out = y @ np.asarray(cell.out_proj.kernel[...], np.float64)
-    return out + np.asarray(cell.out_proj.bias[...], np.float64), state
-
-
-def test_one_head_is_the_cell_of_the_equations():
-    layer = SimpleRNN(**SIZES, rngs=nnx.Rngs(0))
-    x = cell_inputs()
-    y, final = layer(x)
-    for row in range(BATCH):
-        state = np.zeros((SIZES["key_dim"], SIZES["value_dim"]))
-        for t in range(LENGTH):
-            expected, state = one_token_by_hand(layer.cell, x[row, t], state)
-            chex.assert_trees_all_close(y[row, t], expected, rtol=1e-4, atol=1e-6)
-        chex.assert_trees_all_close(final[row, 0], state, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_heads": 2, "query_scale": 0.5, "output_norm": True, "output_gate": True}],
