@@ -53,8 +53,10 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def prepare(source: Path, cache: Path, seed: int = 3, **settings) -> TokenizedCorpus:
-    return prepare_corpus(DataConfig(source=str(source), **settings), seed, str(cache))
+def prepare(source, cache: Path, seed: int = 3, known=None, **settings) -> TokenizedCorpus:
+    config = DataConfig(**settings)
+    config.source = str(source) if isinstance(source, Path) else source
+    return prepare_corpus(config, seed, str(cache), tokenizer=known)
 
 
 def texts_of(split: TokenSplit) -> list[str]:
@@ -116,9 +118,9 @@ def test_position_split_counts_bytes_of_a_vocabulary_that_loses_text(tmp_path, c
     word_level("alpha", "beta").save(str(tmp_path / "tokenizer.json"))
     text = "alpha   beta\n" * 100
     (tmp_path / "a.txt").write_text(text)
-    config = DataConfig(source=str(tmp_path / "a.txt"), split="position", validation_fraction=0.5)
     known = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    corpus = prepare_corpus(config, 3, str(cache), tokenizer=known)
+    settings = {"split": "position", "validation_fraction": 0.5}
+    corpus = prepare(tmp_path / "a.txt", cache, known=known, **settings)
     assert corpus.train.tokens.dtype == np.uint8
     assert corpus.train.num_bytes + corpus.validation.num_bytes == len(text)
     assert 0.3 < corpus.train.num_bytes / len(text) < 0.7
@@ -168,7 +170,7 @@ def test_a_source_without_text_or_that_changes_is_rejected(tmp_path, source, cac
             return super().encode(text)
 
     with pytest.raises(UserError, match="changed while it was being read; run again"):
-        prepare_corpus(DataConfig(source=str(source)), 3, str(cache), tokenizer=Meddler())
+        prepare(source, cache, known=Meddler())
     assert not stores(cache)
 
 
@@ -193,9 +195,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, 
 def test_second_preparation_reads_the_store(monkeypatch, source, cache):
     first = prepare(source, cache)
     monkeypatch.setattr("simplernn_jax.data.token_store.tokenize", None)
-    config = DataConfig(source=str(source))
     for tokenizer in (None, first.tokenizer):
-        again = prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
+        again = prepare(source, cache, known=tokenizer)
         assert again.content_hash == first.content_hash
         np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
 
@@ -364,12 +365,6 @@ def tokenizer():
     return pretrained(byte_level())
 
 
-def prepare_with(source, cache, tokenizer, **settings):
-    config = DataConfig(validation_fraction=0.2, **settings)
-    config.source = source if callable(source) or isinstance(source, list) else str(source)
-    return prepare_corpus(config, 3, str(cache), tokenizer=tokenizer)
-
-
 def lines_of(jsonl):
     return [json.loads(line)["text"] for line in jsonl.read_text("utf-8").splitlines()]
 
@@ -378,7 +373,7 @@ def lines_of(jsonl):
 def test_tokens_depend_neither_on_the_format_nor_on_the_number_of_processes(
     jsonl, tokenizer, tmp_path, monkeypatch, cores, name
 ):
-    expected = prepare_with(jsonl, tmp_path / "file", tokenizer, max_malformed_records=1)
+    expected = prepare(jsonl, tmp_path / "file", known=tokenizer, max_malformed_records=1)
     use_cores(monkeypatch, cores)
     with open(tmp_path / name, "w", encoding="utf-16") as file:
         if name == "a.jsonl":
@@ -390,17 +385,17 @@ def test_tokens_depend_neither_on_the_format_nor_on_the_number_of_processes(
     with monkeypatch.context() as patch:
         if cores > 1:
             patch.setattr(tokenizer, "encode", None)  # not in this process
-        found = prepare_with(
-            tmp_path / name, tmp_path / "cache", tokenizer, max_malformed_records=1
+        found = prepare(
+            tmp_path / name, tmp_path / "cache", known=tokenizer, max_malformed_records=1
         )
     assert found.content_hash == expected.content_hash
 
 
 def test_texts_from_python_give_the_tokens_of_the_same_records(jsonl, tokenizer, tmp_path):
-    expected = prepare_with(jsonl, tmp_path / "file", tokenizer)
+    expected = prepare(jsonl, tmp_path / "file", known=tokenizer)
     texts, cache = lines_of(jsonl), tmp_path / "cache"
     for again, count in ((texts, 1), (lambda: iter(texts), 1), ([*texts[:-1], "other"], 2)):
-        corpus = prepare_with(again, cache, tokenizer)
+        corpus = prepare(again, cache, known=tokenizer)
         assert (corpus.content_hash == expected.content_hash) == (count == 1)
         assert len(stores(cache)) == count
     assert find_corpus(str(cache), expected.content_hash, tokenizer).summary == expected.summary
@@ -420,21 +415,21 @@ calls = itertools.count()
 )
 def test_texts_from_python_that_cannot_be_used_are_one_line(tokenizer, tmp_path, texts, problem):
     with pytest.raises(UserError, match=problem):
-        prepare_with(texts, tmp_path / "cache", tokenizer)
+        prepare(texts, tmp_path / "cache", known=tokenizer)
     with pytest.raises(UserError, match="come as JSONL"):
-        prepare_with(texts, tmp_path / "cache", tokenizer, template="roles")
+        prepare(texts, tmp_path / "cache", known=tokenizer, template="roles")
 
 
 def test_errors_of_other_processes_are_named(jsonl, tokenizer, tmp_path, monkeypatch):
     use_cores(monkeypatch, 2)
     without_unknown = pretrained(word_level("Text", unknown="[NONE]"))
     with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
-        prepare_with(jsonl, tmp_path / "cache", without_unknown)
+        prepare(jsonl, tmp_path / "cache", known=without_unknown)
     lines = jsonl.read_text("utf-8").splitlines()
     lines = ["[]" if number in (2, 15, 28) else line for number, line in enumerate(lines)]
     jsonl.write_text("\n".join(lines), "utf-8")
     with pytest.raises(UserError, match=r"in\.jsonl:29: of type list.*record 3, 2 allowed"):
-        prepare_with(jsonl, tmp_path / "cache", tokenizer, max_malformed_records=2)
+        prepare(jsonl, tmp_path / "cache", known=tokenizer, max_malformed_records=2)
     assert not stores(tmp_path / "cache")
 
 
@@ -447,7 +442,7 @@ def test_conversations_are_rendered_by_other_processes(tmp_path, jsonl, tokenize
     settings = {"template": "roles", "loss_mask": "assistant"}
     for cores in (1, 2):
         use_cores(monkeypatch, cores)
-        prepare_with(jsonl, tmp_path / str(cores), tokenizer, **settings)
+        prepare(jsonl, tmp_path / str(cores), known=tokenizer, **settings)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert "train.targets" in contents(tmp_path / "1")
 
@@ -464,7 +459,7 @@ def test_processes_end_together(jsonl, tokenizer, tmp_path, monkeypatch):
 
     use_cores(monkeypatch, 3)
     with pytest.raises(UserError, match="a process that tokenizes died"):
-        prepare_with(texts, tmp_path / "cache", tokenizer)
+        prepare(texts, tmp_path / "cache", known=tokenizer)
     assert workers
     assert not any(worker.is_alive() for worker in workers)
     assert not stores(tmp_path / "cache")
