@@ -4,8 +4,7 @@ NAME/train.tokens   token ids, unsigned
 NAME/train.starts   positions of the first token of each document, int64
 NAME/train.targets  whether each token is a target of the loss, bool; only if some are not
 NAME/validation.*   the same, unless everything trains
-NAME/meta.json      manifest: dtype, and SHA-256 of every `BLOCK_BYTES` of these files, sealed
-                    (`files`)
+NAME/meta.json      manifest: dtype, and a SHA-256 over the files of each split, sealed (`files`)
 
 Documents are stored in a seeded random order, which is known when all of them are counted. So the
 tokens are first written to a temporary file in source order (`tokenization`), then to the store.
@@ -15,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +29,6 @@ from simplernn_jax.files import check_damage, open_file, read_sealed, sync, writ
 
 META_FILE = "meta.json"
 """Manifest of a store."""
-BLOCK_BYTES = 1 << 24
-"""Bytes that are hashed together; each core hashes 1 to 2 GB a second."""
-_READ_BYTES = 1 << 18
 
 
 class CorruptStore(UserError):
@@ -110,8 +105,7 @@ def write_store(
       OSError: the disk is full or not writable.
     """
     unfinished.mkdir()
-    with ThreadPoolExecutor() as threads:
-        splits = {plan.name: _write_split(unfinished, plan, tokens, threads) for plan in plans}
+    splits = {plan.name: _write_split(unfinished, plan, tokens) for plan in plans}
     meta = {"store": folder.name, "dtype": tokens.dtype.str, "splits": splits}
     write_sealed(unfinished / META_FILE, json.dumps(meta, indent=2) + "\n")
     for path in [*unfinished.iterdir(), unfinished]:
@@ -120,9 +114,7 @@ def write_store(
     sync(folder.parent)
 
 
-def _write_split(
-    folder: Path, plan: SplitPlan, tokens: SourceTokens, threads: ThreadPoolExecutor
-) -> dict[str, Any]:
+def _write_split(folder: Path, plan: SplitPlan, tokens: SourceTokens) -> dict[str, Any]:
     lengths = plan.ranges[:, 1] - plan.ranges[:, 0]
     starts = (np.cumsum(lengths) - lengths).astype("<i8")
     arrays: dict[str, Iterable[np.ndarray]] = {
@@ -137,22 +129,7 @@ def _write_split(
             for block in blocks:
                 whole.update(block.data)
                 file.write(block.data)
-    files = {suffix: _digests(folder / f"{plan.name}.{suffix}", threads) for suffix in arrays}
-    return {"num_bytes": plan.num_bytes, "content_hash": whole.hexdigest(), "sha256": files}
-
-
-def _digests(path: Path, threads: ThreadPoolExecutor) -> list[str]:
-    """Return the SHA-256 of every `BLOCK_BYTES` of a regular file."""
-    with open_file(path) as file:
-
-        def digest(start: int) -> str:
-            found = hashlib.sha256()
-            for at in range(start, start + BLOCK_BYTES, _READ_BYTES):
-                found.update(os.pread(file.fileno(), _READ_BYTES, at))
-            return found.hexdigest()
-
-        size = os.fstat(file.fileno()).st_size
-        return list(threads.map(digest, range(0, size, BLOCK_BYTES)))
+    return {"num_bytes": plan.num_bytes, "content_hash": whole.hexdigest()}
 
 
 def open_store(folder: Path) -> list[TokenSplit]:
@@ -170,27 +147,31 @@ def open_store(folder: Path) -> list[TokenSplit]:
         meta = json.loads(body)
         if meta["store"] != folder.name or np.dtype(meta["dtype"]).kind != "u":
             raise ValueError("another store")
-        with ThreadPoolExecutor() as threads:
-            return [_open_split(folder, name, meta, threads) for name in meta["splits"]]
+        return [_open_split(folder, name, meta) for name in meta["splits"]]
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise CorruptStore(f"{path}: not the record of this store") from error
 
 
-def _open_split(
-    folder: Path, name: str, meta: dict[str, Any], threads: ThreadPoolExecutor
-) -> TokenSplit:
-    split, arrays = meta["splits"][name], {}
-    dtypes = {"tokens": meta["dtype"], "starts": "<i8", "targets": "|b1"}
-    for suffix, digests in split["sha256"].items():
-        path = folder / f"{name}.{suffix}"
-        try:
-            if _digests(path, threads) != digests:
-                raise CorruptStore(f"{path}: was changed")
-            # Indexing the memmap class costs more than a plain array over the same memory.
-            arrays[suffix] = np.asarray(np.memmap(path, dtypes[suffix], "r"))
-        except OSError as error:
-            check_damage(error)
-            raise CorruptStore(f"{path}: {error.strerror}") from error
+def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
+    split, whole = meta["splits"][name], hashlib.sha256()
+    paths = {suffix: folder / f"{name}.{suffix}" for suffix in ("tokens", "starts", "targets")}
+    if not os.path.lexists(paths["targets"]):
+        del paths["targets"]
+    try:
+        for path in paths.values():
+            with open_file(path) as file:
+                hashlib.file_digest(file, lambda: whole)
+        if whole.hexdigest() != split["content_hash"]:
+            raise CorruptStore(f"{folder}: the {name} split was changed")
+        dtypes = {"tokens": meta["dtype"], "starts": "<i8", "targets": "|b1"}
+        # Indexing the memmap class costs more than a plain array over the same memory.
+        arrays = {
+            suffix: np.asarray(np.memmap(path, dtypes[suffix], "r"))
+            for suffix, path in paths.items()
+        }
+    except OSError as error:
+        check_damage(error)
+        raise CorruptStore(f"{path}: {error.strerror}") from error
     return TokenSplit(
         name,
         arrays["tokens"],

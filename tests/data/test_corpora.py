@@ -296,20 +296,11 @@ def test_a_malformed_record_is_named_or_skipped(tmp_path, caplog, line, problem)
     with pytest.raises(UserError, match=rf"{name}:3: .*{problem}.*max_malformed_rec") as raised:
         read_all(path)
     assert "\n" not in str(raised.value)
-    assert [*read_all(path, max_malformed_records=1).values()] == ["a", "b"]
-    assert "1 malformed record skipped, the first: " in caplog.text
-
-
-def test_malformed_records_are_counted_and_warned_of_once(tmp_path, caplog):
-    path = write(tmp_path / "a.jsonl", "no\n" + records({"text": "a"}) + "no\n")
-    corpus = open_corpus(DataConfig(source=str(path), max_malformed_records=2))
+    corpus = open_corpus(DataConfig(source=str(path), max_malformed_records=1))
     for _ in range(2):
-        assert len(list(corpus.pieces())) == 1
+        assert [piece.text for _, piece in corpus.pieces()] == ["a", "b"]
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "2 malformed records skipped, the first:" in warning.message
-    assert "a.jsonl:1" in warning.message
-    with pytest.raises(UserError, match=r"a\.jsonl:3: .*malformed record 2, 1 allowed"):
-        read_all(path, max_malformed_records=1)
+    assert f"1 malformed record skipped, the first: {path}:3: " in warning.message
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -478,6 +469,8 @@ def test_rows_come_in_order_from_any_column_of_text(tmp_path, column):
     assert read_all(path, field="book") == {
         f"a.PARQUET: row {n}": text for n, text in enumerate(TEXTS) if text
     }
+    with pytest.raises(UserError, match=r"a\.PARQUET: no field 'text'; it has id, book: name"):
+        read_all(path)
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.string()], ids=str)
@@ -490,27 +483,6 @@ def test_rows_without_text_are_malformed_records(tmp_path, kind):
         read_all(path, max_malformed_records=1)
     texts = read_all(path, max_malformed_records=1, encoding_errors="replace")
     assert [*texts.values()] == ["a", "\ufffd", "b"]
-
-
-@pytest.mark.parametrize(
-    ("columns", "problem"),
-    [
-        ({"txt": ["a"], "id": [1]}, r"no field 'text'; it has txt, id: name"),
-        ({"text": [1]}, "row 0: field 'text' is of type int, not text"),
-        ({"messages": [[{"role": "user"}]]}, "no field 'text'; it has messages; conversations"),
-    ],
-)
-def test_a_column_without_text_is_rejected(tmp_path, columns, problem):
-    with pytest.raises(UserError, match=rf"a\.parquet: {problem}"):
-        read_all(write_table(tmp_path / "a.parquet", columns))
-
-
-def test_a_file_that_is_cut_off_is_rejected_in_one_line(tmp_path):
-    """`scripts/stress.py fuzz` damages it in more ways."""
-    path = write_table(tmp_path / "a.parquet", {"text": TEXTS}, compression="zstd")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file \("):
-        read_all(path)
 
 
 def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):

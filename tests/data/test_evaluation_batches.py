@@ -80,15 +80,6 @@ def test_sequences_and_length_divide_among_devices(make, args, divisible_by):
     assert contexts(batches) == contexts(make(*args))
 
 
-def test_evaluation_of_one_document_is_one_sequence():
-    split = make_split((1009,))
-    batches = carried(256, 16, split=split)
-    assert [batch.tokens.shape for batch in batches] == [(1, 256)] * 4
-    assert [bool(batch.reset[0]) for batch in batches] == [True, False, False, False]
-    targets = np.concatenate([batch.targets[batch.loss_mask] for batch in batches])
-    np.testing.assert_array_equal(targets, split.tokens[1:])
-
-
 def test_a_long_document_does_not_leave_sequences_idle():
     batches = carried(64, 16, split=make_split((997, *(7 for _ in range(50)))))
     assert len(scored(batches)) > 0.7 * sum(batch.tokens.size for batch in batches)

@@ -26,7 +26,7 @@ from simplernn_jax.training.preparation import open_saved_corpus
 VARIANTS = [
     {"mode": "window"},
     {"mode": "window", "stride": 7},
-    {"mode": "stream"},
+    {"mode": "stream", "reset_probability": 0.3},
     {"mode": "document"},
 ]
 
@@ -215,9 +215,10 @@ def test_other_modes_divide_the_sequences_and_pass_through_each_source(fields):
         chex.assert_trees_all_equal(list(source[index]), expected)
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (0.4, 0.2, 0.4)])
 @pytest.mark.parametrize("fields", VARIANTS)
-def test_each_process_makes_its_own_sequences(fields):
-    split = mixed((0.4, 0.2, 0.4))
+def test_each_process_makes_its_own_sequences(fields, weights):
+    split = mixed(weights)
     config = config_of(8, **fields)
     whole = BatchSource(split, config, 0, PAD)
     parts = [BatchSource(split, config, 0, PAD, part) for part in (slice(0, 3), slice(3, 8))]

@@ -80,18 +80,6 @@ def test_names_are_checked_and_nothing_is_overwritten(jsonl, data_dir, tmp_path)
         build(source, "first", str(tmp_path / "in" / "sets"))
 
 
-def test_bad_source_is_rejected_and_can_be_fixed(jsonl, data_dir):
-    path = Path(jsonl.source)
-    good = path.read_text(encoding="utf-8")
-    path.write_text(good + "no record\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"in\.jsonl:5: not JSON"):
-        build(jsonl, "my_books", data_dir)
-    with pytest.raises(UserError, match="not prepared"):
-        texts_of("tfds:my_books")
-    path.write_text(good, encoding="utf-8")
-    build(jsonl, "my_books", data_dir)
-
-
 def test_truncated_files_are_one_line(jsonl, data_dir):
     folder = build(jsonl, "my_books", data_dir)
     for name in ("my_books-train.array_record-00000-of-00001", "dataset_info.json"):

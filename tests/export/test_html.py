@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run_scripts
 from small_data import byte_level, pretrained, records, talk, word_level, write
-from small_runs import MODELS, TOKENIZERS, small_config, trained, write_corpus
+from small_runs import MODELS, TOKENIZERS, small_config, trained
 
 from benchmarks.stress.fuzz import TEXT, byte_level_json
 from simplernn_jax import load_model
@@ -113,16 +113,11 @@ def test_samples_follow_the_probabilities(pair):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A trained model and its page."""
-    folder = tmp_path_factory.mktemp("run")
-    source = write_corpus(folder / "texts", documents=19)
-    config = small_config("residual", source=source, validation_fraction=0.3, num_heads=2)
-    train(config, str(folder / "run"))
-    model, tokenizer, config = load_model(str(folder / "run"))
-    out = str(folder / "a <b> page")
-    tokens = np.arange(70, dtype=np.int32)
-    export("html", model, tokenizer, config, out, workdir=str(folder / "run"), tokens=tokens)
-    return model, tokenizer, folder / "a <b> page" / FILE
+    """A model with random parameters and its page."""
+    original = trained(MODELS["residual"], workdir="a <b> run")
+    folder = tmp_path_factory.mktemp("page")
+    find_format("html").write(original, folder)
+    return original.model, original.tokenizer, folder / FILE
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +163,7 @@ def test_greedy_text_is_that_of_the_model(page, exported):
     text = written(page, prompt)
     assert text == generate_text(model, tokenizer, prompt, max_new_tokens=200)[0]
     assert "tokens/s" in page.locator("#speed").text_content()
-    assert page.title() == "run"
+    assert page.title() == "a <b> run"
     page.locator("#text .token").nth(3).hover()
     assert page.locator("#alternatives tr").count() == 6
     assert page.locator("#alternatives .chosen").count() == 1

@@ -10,7 +10,7 @@ from references import run_in_pieces, without_oldest
 
 from simplernn_jax.models import Attention
 from simplernn_jax.ops import attention as operator
-from simplernn_jax.ops.attention import apply_rope, sliding_attention
+from simplernn_jax.ops.attention import apply_rope
 
 BATCH, LENGTH = 2, 29
 WIDE_KEYS = {"hidden_dim": 5, "key_dim": 18, "value_dim": 12, "output_dim": 7, "num_heads": 3}
@@ -135,34 +135,6 @@ def test_equals_the_definition(sizes, context, options, dtype, limit):
         expected = definition(inputs(dtype=jnp.float64), visible(segments, context))
         found = ours(inputs(dtype=dtype), segments)
         chex.assert_trees_all_close(found, expected, rtol=limit, atol=limit)
-
-
-@pytest.mark.oldest_python
-@pytest.mark.usefixtures("small_blocks")
-def test_blocks_equal_full_attention():
-    """With earlier keys, and any reach per query."""
-    length, past, context = 28, 6, 7
-    draw = np.random.default_rng(0)
-    shapes = [(BATCH, length, 3, 4), (BATCH, past + length, 3, 4), (BATCH, past + length, 3, 5)]
-    arrays = [draw.normal(size=shape).astype(np.float32) for shape in shapes]
-    most = np.minimum(context, past + 1 + np.arange(length))
-    reach = jnp.asarray(draw.integers(1, most + 1, (BATCH, length)), jnp.int32)
-    weights = draw.normal(size=(BATCH, length, 3, 5)).astype(np.float32)
-
-    def full_attention(q, k, v):
-        back = past + np.arange(length)[:, None] - np.arange(past + length)[None]
-        mask = (back >= 0)[None] & (back[None] < reach[..., None])
-        return operator.attend(q, k, v, mask)
-
-    def results(function):
-        def total(*arrays):
-            y = function(*arrays)
-            return jnp.sum(y * weights), y
-
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
-
-    found = results(lambda q, k, v: sliding_attention(q, k, v, reach, context))
-    chex.assert_trees_all_close(found, results(full_attention), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.oldest_python

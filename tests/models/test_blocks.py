@@ -1,4 +1,4 @@
-"""The residual block against its equations, and its parts: cell, short convolution and dropout."""
+"""The residual block against its equations, and its parts: cell and dropout."""
 
 import chex
 import jax
@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from processes import run_python
-from references import convolve_by_loops, run_in_pieces
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import SimpleRNN, SimpleRNNCell
 from simplernn_jax.models.blocks import ResidualBlock
-from simplernn_jax.models.layers import ShortConvolution, dropout
+from simplernn_jax.models.layers import dropout
 from simplernn_jax.ops import gated_linear_recurrence
-from simplernn_jax.ops.rms_norm import rms_norm
-from simplernn_jax.ops.segments import segment_starts
 
 BATCH, LENGTH, WIDTH, HEADS = 2, 11, 14, 2
 
@@ -90,46 +87,6 @@ def test_value_and_gradients(precision, limit):
         assert jnp.linalg.norm(result - exact) <= limit * jnp.linalg.norm(exact)
 
 
-FEATURES, TAPS = 5, 4
-
-
-def convolution() -> ShortConvolution:
-    layer = ShortConvolution(TAPS, FEATURES, rngs=nnx.Rngs(0), normalize=True)
-    layer.weights.set_value(jax.random.normal(jax.random.key(1), (TAPS, FEATURES)))
-    return layer
-
-
-def inputs() -> jax.Array:
-    return jax.random.normal(jax.random.key(2), (BATCH, LENGTH, FEATURES))
-
-
-def test_a_convolution_is_initialized_as_the_norm():
-    layer = ShortConvolution(TAPS, FEATURES, rngs=nnx.Rngs(0), normalize=True)
-    y, _ = layer(inputs(), layer.initial_state(BATCH), None)
-    chex.assert_trees_all_close(y, rms_norm(inputs()), rtol=1e-6)
-
-
-def test_a_convolution_equals_the_definition():
-    layer = convolution()
-    # The id 7 occurs again after one token, as another segment.
-    ids = [[7, 7, 8, 7, 7, 7, 7, 7, 9, 9, 9], [0, 0, 0, 0, 0, 1, 2, 3, 3, 3, 3]]
-    segment_ids = jnp.asarray(ids, jnp.int32)
-    state = layer.initial_state(BATCH)
-    y, _ = layer(inputs(), state, segment_ids)
-    arrays = map(np.asarray, (inputs(), layer.weights[...], state, segment_starts(segment_ids)))
-    chex.assert_trees_all_close(y, convolve_by_loops(*arrays)[0], rtol=1e-5, atol=1e-6)
-
-
-def test_a_convolution_in_pieces_equals_the_whole_sequence():
-    layer, lengths = convolution(), (0, 2, 1, 5, 3, 0)
-    # Boundaries inside the state's tokens, too.
-    segment_ids = jnp.asarray([[0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 3], [0] * 10 + [1]])
-    whole, end = layer(inputs(), layer.initial_state(BATCH), segment_ids)
-    y, state = run_in_pieces(ShortConvolution.__call__, layer, inputs(), segment_ids, lengths)
-    chex.assert_trees_all_close(y, whole, rtol=1e-6)
-    chex.assert_trees_all_equal(state, end)
-
-
 @pytest.mark.parametrize("rate", [0.03, 0.5, 0.97])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_keeps_the_right_share_and_scales_it(rate, dtype):
@@ -166,36 +123,6 @@ SIZES = {"hidden_dim": 13, "key_dim": 6, "value_dim": 10, "output_dim": 7}
 
 def cell_inputs():
     return jax.random.normal(jax.random.key(0), (BATCH, LENGTH, SIZES["hidden_dim"]))
-
-
-def one_token_by_hand(cell, x, state):
-    """The equations of the PyTorch cell for one row, in numpy float64."""
-
-    def linear(layer):
-        return np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.asarray(
-            layer.bias[...], np.float64
-        )
-
-    def sigmoid(y):
-        return 1 / (1 + np.exp(-y))
-
-    gate, key = sigmoid(linear(cell.gate_proj)), sigmoid(linear(cell.key_proj))
-    state = gate[:, None] * state + key[:, None] * linear(cell.value_proj)[None]
-    y = state.T @ linear(cell.query_proj)
-    out = y @ np.asarray(cell.out_proj.kernel[...], np.float64)
-    return out + np.asarray(cell.out_proj.bias[...], np.float64), state
-
-
-def test_one_head_is_the_cell_of_the_equations():
-    layer = SimpleRNN(**SIZES, rngs=nnx.Rngs(0))
-    x = cell_inputs()
-    y, final = layer(x)
-    for row in range(BATCH):
-        state = np.zeros((SIZES["key_dim"], SIZES["value_dim"]))
-        for t in range(LENGTH):
-            expected, state = one_token_by_hand(layer.cell, x[row, t], state)
-            chex.assert_trees_all_close(y[row, t], expected, rtol=1e-4, atol=1e-6)
-        chex.assert_trees_all_close(final[row, 0], state, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -90,35 +90,6 @@ def test_the_state_continues_and_segments_reset_it(folder_of):
     )
 
 
-def test_gradients_equal_those_of_the_definition():
-    """float64, every parameter: the fast recurrence against `scan`, away from initial values."""
-    with jax.enable_x64(True):
-        # One layer has every kind of parameter.
-        config = dataclasses.replace(CONFIG, precision="float64", num_layers=1)
-        config.mixer_options["min_log_gate"] = -0.05
-        tokens = jnp.asarray(draw_tokens(3, 13) % 29)
-        ids = jnp.cumsum(tokens % 5 == 0, axis=1)
-
-        def gradients(method):
-            config.mixer_options["method"] = method
-            model = LanguageModel(config, rngs=nnx.Rngs(0))
-            graph, params = nnx.split(model, nnx.Param)
-            random = np.random.default_rng(2)
-            params = jax.tree.map(
-                lambda leaf: np.asarray(leaf) + 0.3 * random.normal(size=leaf.shape), params
-            )
-
-            def loss(params):
-                logits, state = nnx.merge(graph, params)(tokens, None, ids)
-                return jnp.sum(jnp.sin(logits)) + sum(map(jnp.sum, jax.tree.leaves(state)))
-
-            return jax.jit(jax.grad(loss))(params)
-
-        expected = gradients("scan")
-        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
-        chex.assert_trees_all_close(gradients("chunkwise"), expected, rtol=1e-9, atol=1e-9)
-
-
 def test_initial_values():
     """Those of flash-linear-attention; but convolutions pass the current token alone."""
     config = dataclasses.replace(CONFIG, vocab_size=500, hidden_dim=128, key_dim=64)

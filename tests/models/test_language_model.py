@@ -134,6 +134,7 @@ def test_wrong_calls_are_named(config):
         model(tokens().astype(jnp.float32))
 
 
+@pytest.mark.parametrize("config", ["hybrid", "gla"], indirect=True)
 def test_initialized_parameters_are_those_of_the_constructor_traced_once(config, monkeypatch):
     traced = []
 

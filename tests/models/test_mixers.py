@@ -53,7 +53,7 @@ SIZES = {
     "mixer_options": {"short_convolution": 4, "min_log_gate": -0.06},
     "norm_epsilon": 1e-5,
 }
-MESHES = ("fsdp 2, sequence 2, tensor 2", "sequence 4", "pipeline 2, tensor 2")
+MESHES = ("fsdp 2, sequence 2, tensor 2", "pipeline 2, tensor 2")
 DECAY = {
     "mixer": "decay",
     "mixer_options": {"half_life": 3.0},

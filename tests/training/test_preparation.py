@@ -180,7 +180,7 @@ def test_deleted_tokens_are_not_recomputed_from_another_text(tmp_path, config, w
 def test_corrupt_tokens_are_recomputed_or_named(tmp_path, config, workdir):
     (tokens,) = (tmp_path / "run" / "tokens").glob("*/validation.tokens")
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    problem = r"text is corrupted: .*/validation\.tokens: was changed; .* or --corpus_source"
+    problem = r"text is corrupted: .*: the validation split was changed; .* or --corpus_source"
     with pytest.raises(UserError, match=problem):
         open_saved_corpus(workdir)
     assert tokens.exists()

@@ -82,12 +82,10 @@ class Attention(MultiHeadLayer, TokenMixer):
           **options: ``kernel_init``, ``output_norm`` and ``output_gate`` of the base class.
 
         Raises:
-          ValueError: num_heads does not divide key_dim and value_dim, or K is odd.
+          ValueError: num_heads does not divide key_dim and value_dim.
         """
         sizes = (hidden_dim, key_dim, value_dim, output_dim, num_heads)
         super().__init__(*sizes, rngs=rngs, forget_gate=False, dtype=dtype, **options)
-        if key_dim // num_heads % 2:
-            raise ValueError(f"{key_dim=} / {num_heads=} must be even: RoPE rotates pairs")
         self.context = context
         self.dtype = dtype
 

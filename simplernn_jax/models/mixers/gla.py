@@ -113,7 +113,7 @@ class GatedLinearAttention(MultiHeadLayer, TokenMixer):
     def initial_state(self, batch_size: int) -> GLAState:
         """Return zeros: ``[B, H, K, V]``, and the inputs of convolutions."""
         return self._state(
-            self.recurrent_state(batch_size),
+            super().initial_state(batch_size),
             lambda convolution: convolution.initial_state(batch_size),
         )
 

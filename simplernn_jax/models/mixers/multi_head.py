@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simplernn_jax.array_types import RecurrentState
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.layers import Dense, fused_dense, kernel_init
 from simplernn_jax.ops.rms_norm import rms_norm
@@ -145,8 +144,8 @@ class MultiHeadLayer(nnx.Module):
             y = _apply_output_gate(y, output_gate)
         return self.out_proj(y)
 
-    def recurrent_state(self, batch_size: int) -> RecurrentState:
-        """Return zeros ``[B, H, K, V]``, float32 (float64 under x64)."""
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the recurrent state, zeros ``[B, H, K, V]``, float32 (float64 under x64)."""
         heads = self.num_heads
         return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
 

@@ -63,10 +63,6 @@ class SimpleRNNCell(MultiHeadLayer, nnx.RNNCellBase):
         super().__init__(*sizes, rngs=rngs, forget_gate=True, **options)
         self.query_scale = query_scale
 
-    def initial_state(self, batch_size: int) -> RecurrentState:
-        """Return zeros ``[B, H, K, V]``."""
-        return self.recurrent_state(batch_size)
-
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project ``[..., hidden_dim]`` to the inputs of the recurrence and of `project_outputs`.
 
