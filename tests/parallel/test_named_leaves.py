@@ -13,7 +13,6 @@ from small_runs import small_config
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.layer_stack import LayerStack
 from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves, tuple_with_names
-from simplernn_jax.training.optimizer import make_optimizer
 
 LAYERS = 3
 
@@ -66,23 +65,3 @@ def test_a_leaf_is_stacked_over_the_layers_and_keeps_its_name():
     assert names == set(single)
     chex.assert_trees_all_equal(in_layout_of(params, stacked), params)
     chex.assert_trees_all_equal(in_layout_of(stacked, params), stacked)
-
-
-def test_muon_updates_stacked_layers_as_single_ones():
-    """It holds Adam too, for the rest."""
-    config = small_config(name="muon", warmup_steps=0, clip_norm=0.5, weight_decay=0.3).optimizer
-    optimizer = make_optimizer(config, 7)
-    params = params_of()
-    random = np.random.default_rng(0)
-
-    def noise(x):
-        return jnp.asarray(random.normal(size=x.shape), x.dtype)
-
-    stacked, update = params_of(stacked=True), jax.jit(optimizer.update)
-    state, stacked_state = jax.jit(lambda: (optimizer.init(params), optimizer.init(stacked)))()
-    for _ in range(2):
-        gradient = jax.tree.map(noise, params)
-        updates, state = update(gradient, state, params)
-        same, stacked_state = update(in_layout_of(stacked, gradient), stacked_state, stacked)
-        chex.assert_trees_all_close(in_layout_of(updates, same), updates, rtol=2e-5, atol=1e-7)
-    chex.assert_trees_all_close(in_layout_of(state, stacked_state), state, rtol=2e-5, atol=1e-7)
