@@ -19,6 +19,7 @@ from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.inference.state import model_fingerprint
 from simplernn_jax.training import loop
 from simplernn_jax.training.loop import deferred_signals, train
 from simplernn_jax.training.metrics import read_metrics
@@ -222,8 +223,8 @@ def test_the_step_is_compiled_once_and_signals_act_as_before_once_all_is_saved(
         handlers.append(signal.getsignal(signal.SIGTERM))
         assert newest_checkpoint(tmp_path / "run")["number of steps"] == 5
 
-    def make_train_step(*args):
-        steps.append(make_step(*args))
+    def make_train_step(*args, **options):
+        steps.append(make_step(*args, **options))
         return steps[-1]
 
     handlers, steps, make_step = [], [], loop.make_train_step
@@ -368,6 +369,9 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(evaluated, capsys):
         step: scored[step] for step in (8, 10)
     }
     assert f"all held-out text  {result.evaluation}" in capsys.readouterr().out
+    best, other = sorted((8, 10), key=scored.get)
+    loaded = {x: model_fingerprint(load_model(workdir, x)[0]) for x in ("best", best, other)}
+    assert loaded["best"] == loaded[best] != loaded[other]
 
 
 @pytest.mark.oldest_python
