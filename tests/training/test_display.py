@@ -69,8 +69,6 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch):
 def test_speed_excludes_the_first_step_and_pauses(wait):
     timer = StepTimer(seconds_before=500)
     assert (timer.tokens_per_second, timer.seconds_per_step) == (0, 0)
-    wait(50)
-    timer.start()
     wait(30)  # compilation
     timer.tick(tokens=1000)
     assert (timer.first, timer.tokens_per_second) == (30, 0)
