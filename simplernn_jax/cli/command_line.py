@@ -99,11 +99,6 @@ class ModelFlags:
             "Checkpoint to load: best (lowest validation loss, or newest if none was evaluated), "
             "newest, or a step number.",
         )
-        flags.register_validator(
-            self._checkpoint,
-            lambda value: value in ("best", "newest") or (value.isascii() and value.isdecimal()),
-            "must be best, newest or a step",
-        )
         self._adapter = flags.DEFINE_string(
             "adapter", None, "File of low-rank updates (train.tune=lora) to merge into the model."
         )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplernn_jax.array_types import LogicalAxes
-from simplernn_jax.errors import UserError
+from simplernn_jax.errors import UserError, library_errors
 from simplernn_jax.files import write_file
 from simplernn_jax.inference.state import (
     decode_arrays,
@@ -94,7 +94,13 @@ def load_adapter(path: str, model: LanguageModel) -> LanguageModel:
     )
     graph, params = nnx.split(model)
     kernels, _ = split_kernels(params)
-    a, b = (
-        [jnp.asarray(arrays[f"{part}/{name}"]) for name in named_leaves(kernels)] for part in "ab"
-    )
-    return nnx.merge(graph, add_low_rank(params, kernels, a, b))
+    with library_errors(f"{path}: its arrays do not fit this model", f"make the {_KIND} again"):
+        a, b = (
+            [jnp.asarray(arrays[f"{part}/{name}"], PARAM_DTYPE) for name in named_leaves(kernels)]
+            for part in "ab"
+        )
+        updated = add_low_rank(params, kernels, a, b)
+        found, wanted = ([x.shape for x in jax.tree.leaves(each)] for each in (updated, params))
+        if found != wanted:
+            raise ValueError("a kernel would have another shape")
+    return nnx.merge(graph, updated)

@@ -133,8 +133,8 @@ class LayerStack(nnx.Module):
           This stage's time shard, ``[B, T / stages, D]``, and the state after the last token.
 
         Raises:
-          ValueError: a state of another batch size, a number of stages that does not divide T, or a
-            call outside `jax.shard_map` with an axis ``pipeline``.
+          ValueError: a state of another batch size, or a call outside `jax.shard_map` with an axis
+            ``pipeline``.
         """
         if state is not None:
             check_batch("state", state, x.shape[0])

@@ -41,13 +41,8 @@ def choose_num_chunks(length: int, stages: int) -> int:
     """Choose the number of chunks of `length` tokens.
 
     The largest multiple of `stages`, up to `MAX_CHUNKS_PER_STAGE` of them, that divides `length`:
-    each stage then gets an equal share of the output.
-
-    Raises:
-      ValueError: `stages` does not divide `length`.
+    each stage then gets an equal share of the output. `stages` divides `length` (`check_fits`).
     """
-    if length % stages:
-        raise ValueError(f"{length=} must be divisible by {stages=}")
     return max(
         stages * times
         for times in range(1, MAX_CHUNKS_PER_STAGE + 1)

@@ -116,7 +116,7 @@ def sharded_convolution(
     """Compute `rms_norm_convolution` of sequences that may be sharded, within segments.
 
     Args:
-      x: ``[B, T / sequence, D]``.
+      x: ``[B, T / sequence, D]``; a shard has at least W - 1 tokens (`min_shard_tokens`).
       weights: ``[W, D]``.
       state: inputs of the convolution before the sequence's first token, ``[B, W - 1, D]``.
       segment_ids: as `shard_segment_ids` returns them; None if all is one segment.
@@ -124,17 +124,11 @@ def sharded_convolution(
 
     Returns:
       The output of this device's shard, and the state after the sequence's last token, zero where
-      it is not of the last token's segment. Raises what `rms_norm_convolution` does, and ValueError
-      for a shard with fewer than W - 1 tokens.
+      it is not of the last token's segment. Raises what `rms_norm_convolution` does.
     """
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if axis_size(AXIS) > 1:
-        past, length = state.shape[1], x.shape[1]
-        if length < past:
-            raise ValueError(
-                f"x: sequence shards of {length} tokens; the convolution needs at least {past}"
-            )
-        own = x[:, length - past :].astype(state.dtype)
+        own = x[:, x.shape[1] - state.shape[1] :].astype(state.dtype)
         own = rms_norm(own) if normalize else own
         state = halo(mask_to_last_segment(own, starts), state, segment_ids)
     y, recent = rms_norm_convolution(x, weights, state, starts, normalize=normalize)

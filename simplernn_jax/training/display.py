@@ -82,7 +82,7 @@ class StepTimer:
     """Training time without evaluations, samples and saves; speed without the first step."""
 
     def __init__(self, seconds_before: float = 0.0) -> None:
-        """Start at 0; `seconds_before` is the training time before the run was resumed."""
+        """Start now at 0; `seconds_before` is the training time before the run was resumed."""
         self.seconds = 0.0
         self.first = 0.0
         """Seconds of the first step, compilation included."""
@@ -97,10 +97,6 @@ class StepTimer:
         before = time.monotonic()
         yield
         self._since += time.monotonic() - before
-
-    def start(self) -> None:
-        """Count the time from now on."""
-        self._since = time.monotonic()
 
     def tick(self, tokens: int) -> None:
         """Count a finished step."""

@@ -180,18 +180,14 @@ class Evaluator:
         self, params: nnx.State, split: TokenSplit, *args: Any, **options: Any
     ) -> Evaluation:
         """Return the mean over the targets of `scores`, whose arguments and errors these are."""
-        nats: list[float] = []
+        nats: list[Any] = []
         predictions = 0
-        newest: jax.Array | None = None
         for scores in self.scores(params, split, *args, **options):
             # At most two batches in flight: with dozens, XLA's CPU backend can run out of threads
             # while all of them wait for another process.
-            if newest is not None:
-                nats.append(float(newest))
-            newest = scores.total
+            nats[-1:] = map(float, nats[-1:])
+            nats.append(scores.total)
             predictions += int(np.sum(scores.batch.loss_mask))
-        if newest is not None:
-            nats.append(float(newest))
         # Summed in float64 on the host, so that results do not depend on batch size.
         total_nats = float(np.sum(np.asarray(nats, np.float64)))
         nats_per_token = total_nats / predictions if predictions else math.nan

@@ -165,7 +165,6 @@ class Trainer:
         batch: Any = run.next_batch()  # None only after the last step
         schedule = run.schedule
         pending: StepMetrics | None = None
-        self._timer.start()
         while not run.has_ended and not poll_signal(run.step):
             self._start_or_stop(profile)
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):

@@ -30,8 +30,6 @@ FLUSH_SECONDS = 30.0
 
 Row = dict[str, Any]
 
-_MAX_LINE = 1 << 20
-
 _BEGINNING, _HEADROOM = 0.1, 0.35
 """Fraction of initial steps whose losses may be clipped by the y-axis; space above the others, as a
 fraction of their range."""
@@ -110,8 +108,7 @@ def read_metrics(workdir: str) -> list[Row]:
     """
     try:
         with open_file(os.path.join(workdir, FILE_NAME)) as file:
-            lines = iter(lambda: file.readline(_MAX_LINE), b"")
-            return [row for line in lines if (row := _decode(line)) is not None]
+            return [row for line in file if (row := _decode(line)) is not None]
     except FileNotFoundError:
         return []
 
@@ -130,15 +127,8 @@ def _decode(line: bytes) -> Row | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        return None
-    numbers = {name: value for name, value in row.items() if name not in ("kind", "text")}
-    is_valid = type(row.get("step")) is int and all(map(_is_number, numbers.values()))
-    return row if is_valid else None
-
-
-def _is_number(value: object) -> bool:
-    return value is None or (type(value) in (int, float) and abs(value) < 2**63)  # type: ignore[arg-type]
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row
+    return row if is_row else None
 
 
 def _key(row: Row) -> tuple[int, str, Any]:

@@ -63,7 +63,7 @@ def write_report(
         **facts,
         "memory": f"at most {format_bytes(memory.get('peak_bytes_in_use') or resident)}",
     }
-    samples: list[list[str]] = []
+    samples = []
     if gathered is not None:
         facts["SHA-256 of the parameters"] = model_fingerprint(gathered[0])
         for seed in range(config.train.seed, config.train.seed + SAMPLES):
@@ -106,12 +106,8 @@ def sample(run: Run, gathered: tuple[LanguageModel, ModelState | None], seed: in
 
     If the tokenizer cannot encode the prompt, the continuation says so.
     """
-    model, initial = gathered
-    train, prompt, tokenizer = (
-        run.config.train,
-        run.config.train.sample_prompt,
-        run.corpus.tokenizer,
-    )
+    (model, initial), train, tokenizer = gathered, run.config.train, run.corpus.tokenizer
+    prompt = train.sample_prompt
     try:
         if run.config.data.template:
             chat = [{"role": "user", "content": prompt}]
@@ -149,14 +145,10 @@ def held_out_table(corpus: TokenizedCorpus, evaluation: Evaluation) -> list[tupl
     held_out, train, tokenizer = corpus.validation, corpus.train, corpus.tokenizer
     assert held_out is not None
     part = f"{evaluation.predictions / max(held_out.num_predictions, 1):.0%}"
+    scored = f"{part} of {held_out.num_bytes:,}"
     rows: list[tuple[str, ...]] = [
         ("", "bits per byte", "of bytes", "after bytes of training text"),
-        (
-            "this model",
-            f"{evaluation.bits_per_byte:.4f}",
-            f"{part} of {held_out.num_bytes:,}",
-            "all",
-        ),
+        ("this model", f"{evaluation.bits_per_byte:.4f}", scored, "all"),
     ]
     if held_out.targets is not None:
         return rows

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import gc
 import os
-import re
 import shutil
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from corrupt_files import cut_off, flip_bit
+from corrupt_files import flip_bit
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -154,10 +153,6 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7", "lock"]
 
 
-def add_file(file: Path) -> None:
-    file.with_name("more").write_bytes(b"")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Steps 1 and 2."""
@@ -172,30 +167,18 @@ def two_steps(saved, tmp_path):
     return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
-DAMAGES = [flip_bit, os.remove]
-MANIFEST, ARRAYS, QUALITY = "manifest.sha256", "state/manifest.ocdbt", "quality/metadata"
-
-
-@pytest.mark.parametrize(
-    ("damage", "name"),
-    [
-        *((damage, MANIFEST) for damage in DAMAGES),
-        *((damage, ARRAYS) for damage in (cut_off, add_file)),
-        (flip_bit, QUALITY),
-    ],
-)
-def test_a_corrupt_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplog, damage, name):
-    damage(two_steps / "checkpoints" / "2" / name)
+@pytest.mark.parametrize("name", ["manifest.sha256", "state/manifest.ocdbt", "quality/metadata"])
+def test_a_corrupt_checkpoint_is_moved_aside_for_the_one_before(two_steps, caplog, name):
+    flip_bit(two_steps / "checkpoints" / "2" / name)
     assert_restores(two_steps, 1)
     assert steps_in(two_steps / "checkpoints") == [1]
     assert steps_in(two_steps / "checkpoints_damaged") == [2]
-    named = "more" if damage is add_file else name
-    assert re.search(rf"checkpoints/2 is corrupted: (\S*/)?{re.escape(named)} ", caplog.text)
+    assert f"checkpoints/2 is corrupted: {name} " in caplog.text
 
 
 def test_does_not_start_over_when_no_checkpoint_is_intact(two_steps):
     for step in "12":
-        flip_bit(two_steps / "checkpoints" / step / MANIFEST)
+        flip_bit(two_steps / "checkpoints" / step / "manifest.sha256")
     for _ in range(2):
         with pytest.raises(UserError, match=r"no intact checkpoint is left .* restore an intact"):
             restore(two_steps)

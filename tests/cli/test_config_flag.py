@@ -21,8 +21,6 @@ def main() -> None:
     print(config.train.steps, config.data.source, config.model.tie_embeddings)
     if config.model.is_given("mixer_options"):
         print(config.model.mixer_options, "is given")
-    if set(config.model.mixers) != {"simple_rnn"}:
-        print(config.model.mixers)
 
 
 if __name__ == "__main__":
@@ -93,23 +91,6 @@ def test_none_leaves_a_choice_to_the_program(folder):
         ),
         cwd=folder,
     )
-
-
-def test_mixers_from_a_list_in_a_file_and_from_the_command_line(folder):
-    of_a_list = CONFIG.replace(
-        "return", "config.model.mixer = ['simple_rnn', 'attention'] * 2; return"
-    )
-    (folder / "hybrid.py").write_text(of_a_list)
-    outputs = show(
-        folder,
-        ["--config=hybrid.py"],
-        ["--config=hybrid.py", "--config.model.mixer=attention"],
-        ["--config=seven.py", "--config.model.mixer=attention,simple_rnn,simple_rnn,attention"],
-    )
-    mixers = ("simple_rnn", "attention")
-    assert [output.splitlines()[1] for output in outputs] == [
-        str(expected) for expected in (mixers * 2, ("attention",) * 4, mixers[::-1] + mixers)
-    ]
 
 
 def test_a_configuration_imports_from_its_folder(folder):

@@ -11,10 +11,6 @@ def flip_bit(path):
     path.write_bytes(content)
 
 
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def empty(path):
     path.write_bytes(b"")
 

@@ -20,13 +20,7 @@ from references import (
 from small_runs import mesh_of
 
 from simplernn_jax.models import Attention, KVCache
-from simplernn_jax.parallel.sequence import (
-    halo,
-    segment_offset,
-    shard_segment_ids,
-    sharded_convolution,
-    sharded_recurrence,
-)
+from simplernn_jax.parallel.sequence import shard_segment_ids, sharded_recurrence
 
 TIME = P(None, "sequence")
 
@@ -66,37 +60,6 @@ def test_recurrence_equals_one_device(devices, has_segments):
         ids = draw_shard_boundaries(length, 5) if has_segments else None
         expected = on_one_device(inputs, ids, cotangents)
         assert_accurate(on_devices(devices, inputs, ids, cotangents), expected, {"all": 1e-12})
-
-
-def test_shards_number_their_segments_and_count_tokens_before():
-    ids = jnp.asarray([[7, 7, 7, 7, 8, 8, 9, 9, 9], [1, 1, 2, 3, 3, 3, 3, 3, 1]], jnp.int8)
-
-    def run(ids, first):
-        ids = shard_segment_ids(ids)
-        return ids, segment_offset(3, first, ids)[:, None]
-
-    numbered, offsets = on_shards(run, 3, (TIME, P()), TIME)(ids, jnp.asarray([10, 20], jnp.int32))
-    expected = [[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0, 1]]
-    np.testing.assert_array_equal(numbered, expected)
-    np.testing.assert_array_equal(offsets, [[10, 13, 0], [20, 0, 3]])
-
-
-def test_halo_is_zero_where_a_segment_begins():
-    own = jnp.arange(8, dtype=jnp.float32).reshape(2, 4) + 1
-    first = jnp.asarray([[-1.0], [-2.0]])
-    ids = jnp.asarray([[0, 0, 1, 0], [0, 1, 0, 0]], jnp.int32)  # one token per shard
-    run = on_shards(halo, 4, (TIME, P(), TIME), TIME)
-    np.testing.assert_array_equal(run(own, first, ids), [[-1, 1, 0, 3], [-2, 0, 6, 7]])
-
-
-def test_shards_shorter_than_the_convolution_are_rejected():
-    def convolve(x):
-        return sharded_convolution(x, jnp.ones((4, 5)), jnp.zeros((3, 3, 5)), None)[0]
-
-    run = on_shards(convolve, 4, TIME, TIME)
-    assert run(np.ones((3, 12, 5))).shape == (3, 12, 5)
-    with pytest.raises(ValueError, match="sequence shards of 2 tokens; the convolution needs at l"):
-        run(np.ones((3, 8, 5)))
 
 
 DEVICES, SHARD, BATCH, WIDTH = 4, 5, 10, 7

@@ -70,7 +70,7 @@ def test_bad_flags_are_one_line_and_exit_code_2():
         ([], "no --workdir"),
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "x", "--split", "test"], "split"),
-        (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: must be best, newest or"),
+        (["--workdir", "x", "--checkpoint", "last"], "--checkpoint=last: specify best, newest or"),
         (["--workdir", "x", "--stride", "3"], "--stride=3 needs --window: pass it too"),
         (["--workdir", "x", "--window", "3", "--stride", "4"], "the stride must be at least 1"),
     )

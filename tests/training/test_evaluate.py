@@ -16,7 +16,7 @@ from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.evaluation_batches import Contexts
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.parallel.mesh import named_shardings, variable_specs
-from simplernn_jax.training import evaluate, losses
+from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluator
 
 CONFIG = small_config(
@@ -133,19 +133,3 @@ def test_overlapping_contexts_equal_the_model_on_each_from_a_zero_state():
             scored = first + len(inputs)
     assert len(nats) == result.predictions
     assert result.nats_per_token == pytest.approx(np.mean(nats), rel=1e-6)
-
-
-def test_logits_of_a_large_vocabulary_are_computed_in_parts(monkeypatch):
-    monkeypatch.setattr(losses, "MAX_LOGITS", 2000)
-    sizes, whole = [], LanguageModel.logits
-
-    def logits(self, hidden):
-        result = whole(self, hidden)
-        sizes.append(result.size)
-        return result
-
-    monkeypatch.setattr(LanguageModel, "logits", logits)
-    in_parts = Evaluator(CONFIG, PAD)(params(), SPLIT)
-    assert min(sizes) < 4000 < max(sizes)  # the latter for the shape alone
-    assert in_parts.predictions == evaluation().predictions
-    assert in_parts.nats_per_token == pytest.approx(evaluation().nats_per_token, rel=1e-6)

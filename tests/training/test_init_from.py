@@ -16,17 +16,31 @@ from simplernn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Tr
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import new_folder
 from simplernn_jax.export.formats import TrainedModel, find_format
-from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.gla_checkpoint import to_fla_config
 from simplernn_jax.models.pytorch_weights import named_weights
+from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training.loop import train
 from simplernn_jax.training.preparation import prepare
 from simplernn_jax.training.run import Run
 
 
-@pytest.fixture(scope="module")
-def initial(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("initial"), seed=3)
+def make_start(kind, folder, **fields):
+    """A model with random parameters: its path, itself, its tokenizer and its configuration."""
+    run = untrained_run(folder, **fields)
+    model, tokenizer, config = load_model(run)
+    path = run if kind == "run" else folder / kind
+    if kind == "export":
+        with new_folder(str(path)) as out:
+            trained = TrainedModel(model, tokenizer, config, "x")
+            find_format("safetensors").write(trained, out)
+    elif kind != "run":
+        path.mkdir()
+        safetensors.numpy.save_file(named_weights(model), str(path / "model.safetensors"))
+        if kind == "gla":
+            (path / "config.json").write_text(json.dumps(to_fla_config(config.model)))
+        else:
+            path /= "model.safetensors"
+    return path, model, tokenizer, config
 
 
 def fine_tuned(initial, tmp_path, **fields):
@@ -34,23 +48,9 @@ def fine_tuned(initial, tmp_path, **fields):
     return small_config(**{"source": source, "init_from": str(initial)} | fields)
 
 
-def assert_starts_with(model, config, tmp_path):
-    with Run(config, str(tmp_path / "run")) as run:
-        assert run.step == 0
-        chex.assert_trees_all_equal(
-            jax.tree.leaves(run.state.params), jax.tree.leaves(nnx.state(model, nnx.Param))
-        )
-        assert not any(leaf.any() for leaf in jax.tree.leaves(run.state.opt_state) if leaf.ndim)
-
-
 def assert_rejected(config, tmp_path, problem):
     with pytest.raises(UserError, match=problem):
         train(config, str(tmp_path / "rejected"))
-
-
-def export(out, model, tokenizer, config):
-    with new_folder(str(out)) as folder:
-        find_format("safetensors").write(TrainedModel(model, tokenizer, config, "x"), folder)
 
 
 def defaults(initial, tmp_path):
@@ -64,13 +64,7 @@ def defaults(initial, tmp_path):
 @pytest.mark.parametrize("kind", ["run", "export", "weights"])
 def test_the_model_and_tokenizer_are_those_of_the_other_run_unless_given(tmp_path, kind):
     fields = {"vocab_size": 17, "num_layers": 2, "key_dim": 6, "tokenizer": "char"}
-    initial = untrained_run(tmp_path, precision="bfloat16", **fields)
-    model, tokenizer, saved = load_model(str(initial))
-    path = {"run": initial, "weights": tmp_path / "model.safetensors"}.get(kind, tmp_path / kind)
-    if kind == "export":
-        export(path, model, tokenizer, saved)
-    elif kind == "weights":
-        safetensors.numpy.save_file(named_weights(model), str(path))
+    path, _, tokenizer, saved = make_start(kind, tmp_path, precision="bfloat16", **fields)
     config = defaults(path, tmp_path)
     if kind == "weights":  # which have no tokenizer
         config.data.tokenizer = "char"
@@ -100,54 +94,30 @@ def test_values_that_are_assigned_are_given_even_if_they_are_the_defaults(tmp_pa
             prepare(config, str(tmp_path / "run"))
 
 
-def test_on_a_mesh(tmp_path):
-    layers, mesh = {"num_layers": 2, "sequence_length": 8}, {"pipeline": 2}
-    run = untrained_run(tmp_path, seed=3, **layers)
-    model, _, _ = load_model(str(run))
-    config = fine_tuned(run, tmp_path, **layers, **mesh)
-    with Run(config, str(tmp_path / "run")) as run:
-        run.save(wait=True)
-    trained, _, _ = load_model(str(tmp_path / "run"))
-    chex.assert_trees_all_equal(
-        jax.tree.leaves(nnx.state(trained)), jax.tree.leaves(nnx.state(model))
-    )
-
-
-def test_a_folder_without_a_model_is_rejected(initial, tmp_path):
-    config = fine_tuned(initial, tmp_path, init_from="/nonexistent")
+def test_a_folder_without_a_model_is_rejected(tmp_path):
+    config = fine_tuned("/nonexistent", tmp_path)
     assert_rejected(config, tmp_path, "init_from: no checkpoint in /nonexistent")
 
 
 PLAIN = {"block": "plain", "num_layers": 2, "key_dim": 5, "value_dim": 7}
+STAGES = {"sequence_length": 8, "pipeline": 2}
 GLA = {"block": "swiglu", "mixer": "gla", "num_layers": 2, "norm_epsilon": 1e-5}
 
 
 @pytest.mark.oldest_python
 @pytest.mark.parametrize(
-    ("kind", "fields", "wrong", "problem"),
+    ("kind", "fields", "mesh", "wrong", "problem"),
     [
-        ("run", {}, {"hidden_dim": 16}, "config.model.hidden_dim is 16, checkpoint has 8"),
-        ("export", {"fsdp": 2}, {"hidden_dim": 16}, "config.model.hidden_dim is 16"),
-        ("gla", GLA, {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
-        ("weights", PLAIN, {"vocab_size": 301}, "use the same config.model.vocab_size"),
+        ("run", {}, {}, {"hidden_dim": 16}, "config.model.hidden_dim is 16, checkpoint has 8"),
+        ("export", {}, {"fsdp": 2}, {"hidden_dim": 16}, "config.model.hidden_dim is 16"),
+        ("gla", GLA, {}, {"num_layers": 1}, "num_layers is 1, checkpoint has 2"),
+        ("weights", PLAIN, STAGES, {"vocab_size": 301}, "use the same config.model.vocab_size"),
     ],
 )
-def test_each_kind_of_model_is_a_start(initial, tmp_path, kind, fields, wrong, problem):
-    path = initial
-    if kind in ("run", "export"):
-        model, tokenizer, config = load_model(str(initial))
-    else:
-        config = small_config(source=write_corpus(tmp_path / "texts"), seed=3, **fields)
-        model = LanguageModel(config.model, rngs=nnx.Rngs(3))
-        path = tmp_path / "gla"
-        path.mkdir()
-        safetensors.numpy.save_file(named_weights(model), str(path / "model.safetensors"))
-    if kind == "export":
-        path = tmp_path / "export"
-        export(path, model, tokenizer, config)
-    elif kind == "gla":
-        (path / "config.json").write_text(json.dumps(to_fla_config(config.model)))
-    elif kind == "weights":
-        path /= "model.safetensors"
-    assert_starts_with(model, fine_tuned(path, tmp_path, **fields), tmp_path)
+def test_each_kind_of_model_is_a_start(tmp_path, kind, fields, mesh, wrong, problem):
+    path, model, *_ = make_start(kind, tmp_path, seed=3, **fields)
+    with Run(fine_tuned(path, tmp_path, **fields, **mesh), str(tmp_path / "run")) as run:
+        expected = in_layout_of(run.state.params, nnx.state(model, nnx.Param))
+        chex.assert_trees_all_equal(*map(jax.tree.leaves, (run.state.params, expected)))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(run.state.opt_state))
     assert_rejected(fine_tuned(path, tmp_path, **fields | wrong), tmp_path, problem)

@@ -19,6 +19,7 @@ from simplernn_jax.config import MeshConfig
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text
+from simplernn_jax.inference.state import model_fingerprint
 from simplernn_jax.training import loop
 from simplernn_jax.training.loop import deferred_signals, train
 from simplernn_jax.training.metrics import read_metrics
@@ -368,6 +369,9 @@ def test_the_last_checkpoint_is_evaluated_as_those_before_it(evaluated, capsys):
         step: scored[step] for step in (8, 10)
     }
     assert f"all held-out text  {result.evaluation}" in capsys.readouterr().out
+    best, other = sorted((8, 10), key=scored.get)
+    loaded = {x: model_fingerprint(load_model(workdir, x)[0]) for x in ("best", best, other)}
+    assert loaded["best"] == loaded[best] != loaded[other]
 
 
 @pytest.mark.oldest_python
@@ -394,21 +398,15 @@ def usual_handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_a_request(usual_handlers, number):
+def test_the_first_signal_is_a_request_and_the_second_acts_as_before(usual_handlers, number):
     before = signal.getsignal(number)
     with deferred_signals() as poll_signal:
         assert poll_signal(3) is None
         signal.raise_signal(number)
-        assert poll_signal(3) == signal.Signals(number).name
-    assert signal.getsignal(number) == before
-
-
-def test_the_second_signal_acts_as_before(usual_handlers):
-    with deferred_signals() as poll_signal:
-        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert poll_signal(3) == "SIGTERM"
+        assert poll_signal(3) == signal.Signals(number).name
+    assert signal.getsignal(number) == before
 
 
 def test_the_held_out_text_is_scored_once_if_the_last_evaluation_covers_it(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from small_runs import (
 from simplernn_jax import load_model
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate_text, load_state
+from simplernn_jax.inference.adapter import save_adapter
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.pytorch_weights import decode_safetensors
 from simplernn_jax.parallel.named_leaves import in_layout_of, named_leaves
@@ -203,3 +204,6 @@ def test_what_does_not_fit_the_model_is_rejected(base, tmp_path):
             load_model(model, adapter=path)
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    save_adapter(str(path), load_model(base)[0], {"a": nnx.State({"x": np.ones(3)})})
+    with pytest.raises(UserError, match=r"its arrays do not fit this model .*; make the low-rank"):
+        load_model(base, adapter=path)
