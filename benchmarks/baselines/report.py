@@ -19,7 +19,7 @@ from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.errors import UserError
 
-from ..measure import call_isolated, describe_machine
+from ..measure import call_isolated
 from ..tables import Curves, Row, Table
 from .trainers import LABELS, NANOGPT, OURS, default_programs, train_timed
 
@@ -31,8 +31,6 @@ TARGETS = {
     "hour": ("stdlib", 1.45),
 }
 """Text and loss, in its unit, by configuration; the first two losses are nanoGPT's."""
-_CONDITIONS = ("device", "processor", "cores", "python", "jax", "torch", "settings")
-"""What results of a configuration have in common, by `describe_machine`."""
 
 
 class Request(NamedTuple):
@@ -92,13 +90,17 @@ def make_requests(
 def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Table]:
     """Train all programs; the table of their configuration so far, after each program.
 
+    Results of other programs in `kept` stay.
+
     Raises:
-      UserError: there are results of these configurations under other conditions; or, after all
-        others, programs have failed.
+      UserError: programs have failed, after all others have run.
     """
-    machine, failed = describe_machine(), []
-    started = [start_results(request, kept, machine) for request in requests]
-    for request, data in zip(requests, started, strict=True):
+    failed = []
+    for request in requests:
+        title, config = f"{TITLE}{request.name}", request.config.data
+        unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
+        data: Row = {"source": config.source, "unit": unit}
+        data["runs"] = kept[title].data["runs"] if title in kept else []
         seconds = f"{request.seconds:g} s each." if request.seconds else "Steps of its settings."
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             for program in request.programs:
@@ -109,37 +111,11 @@ def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Tabl
                     failed.append(f"{program} of {request.name}")
                     continue
                 data["runs"] = [row for row in data["runs"] if row["program"] != program] + runs
-                yield Table(
-                    f"{TITLE}{request.name}",
-                    summarize(request.name, data),
-                    panels_of(data),
-                    "seconds",
-                    f"baselines_{request.name}",
-                    text=seconds,
-                    data=data,
-                )
+                rows, panels = summarize(request.name, data), panels_of(data)
+                picture = f"baselines_{request.name}"
+                yield Table(title, rows, panels, "seconds", picture, seconds, dict(data))
     if failed:
         raise UserError(f"failed, with the output above: {', '.join(failed)}")
-
-
-def start_results(request: Request, kept: Mapping[str, Table], machine: Row) -> Row:
-    """Earlier results of a configuration, or none.
-
-    Raises:
-      UserError: those are of other seconds, another text or another machine.
-    """
-    config = request.config.data
-    unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
-    conditions: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
-    conditions |= {key: machine[key] for key in _CONDITIONS}
-    if (before := kept.get(f"{TITLE}{request.name}")) is None:
-        return {"conditions": conditions, "runs": []}
-    old = before.data["conditions"]
-    if others := [key for key in old if old[key] != conditions[key]]:
-        raise UserError(
-            f"--out: its results of {request.name} have other {', '.join(others)}; name another"
-        )
-    return dict(before.data)
 
 
 def train(program: str, request: Request, folder: str, seed: int) -> Row:
@@ -168,12 +144,12 @@ def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float 
 def target_of(name: str, data: Row) -> float | None:
     """Loss that a configuration is to reach on its own text."""
     text, target = TARGETS.get(name, ("", None))
-    return target if Path(data["conditions"]["source"]).name == text else None
+    return target if Path(data["source"]).name == text else None
 
 
 def summarize(name: str, data: Row) -> list[Row]:
     """Rows of a configuration's table, medians over seeds."""
-    unit, target = data["conditions"]["unit"], target_of(name, data)
+    unit, target = data["unit"], target_of(name, data)
     rows: list[Row] = []
     for program in dict.fromkeys(run["program"] for run in data["runs"]):
         runs = [run for run in data["runs"] if run["program"] == program]
@@ -204,4 +180,4 @@ def panels_of(data: Row) -> dict[str, Curves]:
         points = [2**n for n in range(16) if seconds[0] <= 2**n <= seconds[-1]]
         curve = {str(x): float(np.interp(x, seconds, losses)) for x in points}
         curves.setdefault(LABELS[run["program"]], curve)
-    return {data["conditions"]["unit"]: curves} if any(curves.values()) else {}
+    return {data["unit"]: curves} if any(curves.values()) else {}
