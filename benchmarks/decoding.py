@@ -1,8 +1,8 @@
-"""Generation with the `base` model: time per token, compared with two baselines.
+"""Generation with the `base` model: time per token, compared with a pass over the whole prefix.
 
-They are the matrix-vector products of one token alone, and one parallel forward pass over the whole
-prefix, which the PyTorch project recomputes in a loop over time. Then the same with quantized
-weights at several sizes, compared with the rate at which the machine reads that many bytes.
+That pass is parallel; the PyTorch project recomputes the prefix in a loop over time. Then the same
+with quantized weights at several sizes, compared with the rate at which the machine reads that many
+bytes.
 """
 
 import functools
@@ -63,7 +63,6 @@ def compare(config: ModelConfig, effort: Effort) -> list[Row]:
         for name, length in CONTEXTS.items()
     } | {
         "recompute": (f"prefix of {middle:,}", recompute_call(model, prefix), 1),
-        "products": ("", products_call(model, NEW_TOKENS), NEW_TOKENS),
         "streams": (f"{STREAMS} sequences", many, STREAMS * NEW_TOKENS),
         "prefill": (f"{PREFILL:,} tokens", lambda: state_after(model, prompt), PREFILL),
         "streaming": (f"context {short:,}", streamed, NEW_TOKENS),
@@ -141,32 +140,6 @@ def decode_call(
     state = state_after(model, random_tokens(model.config, streams, context))
     options: Any = {"max_new_tokens": new_tokens, "on_tokens": on_tokens}
     return lambda: generate(model, state=state, **options).state
-
-
-def products_call(model: LanguageModel, num_tokens: int) -> Call:
-    """Every matrix of the model times a vector, one after another, `num_tokens` times.
-
-    Each product takes the newest vector of its width, so that none can be removed, hoisted or
-    fused with another; the tied embedding counts as the head. Returns that vector, ``[D]``.
-    """
-    width = model.config.hidden_dim
-    linears = [part for _, part in nnx.iter_graph(model) if isinstance(part, nnx.Linear)]
-    matrices = [linear.kernel[...] for linear in linears if linear is not model.head]
-    head = model.embedding.embedding[...].T if model.head is None else model.head.kernel[...]
-
-    @jax.jit
-    def all_products(matrices: list[jax.Array], head: jax.Array, start: jax.Array) -> jax.Array:
-        def one_token(_: jax.Array, x: jax.Array) -> jax.Array:
-            newest = {width: x}
-            for matrix in matrices:
-                newest[matrix.shape[1]] = newest[matrix.shape[0]] @ matrix
-            x = newest[width]
-            x = x + jnp.max(x @ head)
-            return x * jax.lax.rsqrt(jnp.mean(x**2))  # denormal numbers would slow it down
-
-        return jax.lax.fori_loop(0, num_tokens, one_token, start)
-
-    return lambda: all_products(matrices, head, jnp.ones(width))
 
 
 def reading(num_bytes: int) -> Call:

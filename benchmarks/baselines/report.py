@@ -21,7 +21,7 @@ from simplernn_jax.errors import UserError
 
 from ..measure import call_isolated
 from ..tables import Curves, Row, Table
-from .trainers import LABELS, NANOGPT, OURS, default_programs, train_timed
+from .trainers import LABELS, OURS, default_programs, train_timed
 
 TITLE = "baselines: "
 TARGETS = {
@@ -164,11 +164,6 @@ def summarize(name: str, data: Row) -> list[Row]:
             complete = len(times) == len(reached)
             row[f"seconds to {target}"] = statistics.median(times) if complete else None
         rows.append(row)
-    nanogpt = next((row for row in rows if row["program"] == NANOGPT), None)
-    if nanogpt is not None and target is not None:
-        for row in rows:
-            mine = row[f"seconds to {target}"]
-            row["of nanoGPT's run"] = mine and mine / nanogpt["seconds"]
     return rows
 
 
