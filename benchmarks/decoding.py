@@ -105,7 +105,6 @@ def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
                 "weights": quantize,
                 "MB": num_bytes / 1e6,
                 "tokens/s": 1 / seconds,
-                "read GB/s": num_bytes / median(times["read"]) / 1e9,
                 "share of limit": num_tokens / block_ratio(times["decode"], times["read"]),
             }
         )
@@ -151,7 +150,7 @@ def reading(num_bytes: int) -> Call:
 
 
 def run_lookup(
-    effort: Effort, workdir: str | None, open_corpus: Callable[[str], TokenizedCorpus]
+    effort: Effort, workdir: str, open_corpus: Callable[[str], TokenizedCorpus]
 ) -> Iterator[Table]:
     """Decoding with drafts from the text so far, compared with decoding token by token.
 
@@ -159,8 +158,6 @@ def run_lookup(
     original begins again (edits); one that ends with three lines that begin alike (code); and a
     page of the documentation (prose). The model decides what follows. Prefill is not counted.
     """
-    if workdir is None:
-        raise UserError("lookup: name a trained model: --workdir=DIR")
     model, tokenizer, _ = load_model(workdir)
     split = open_corpus(workdir).validation
     if split is None:

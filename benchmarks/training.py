@@ -164,10 +164,8 @@ def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list
     return [
         {
             "precision": name,
-            "ms/step": 1e3 * median(times[name]),
             "tokens/s": tokens / median(times[name]),
             "over float32": block_ratio(times["float32"], times[name]),
-            "GFLOP/s": flops / median(times[name]) / 1e9,
             f"float32 {size}^3 GFLOP/s": of_matmul / median(times["matmul"]) / 1e9,
             "share": flops / of_matmul / block_ratio(times[name], times["matmul"]),
         }

@@ -3,6 +3,7 @@
 Every training runs in its own process. A program that runs again replaces its results.
 """
 
+import itertools
 import math
 import os
 import statistics
@@ -49,7 +50,7 @@ class Request(NamedTuple):
 def make_requests(
     names: Sequence[str],
     source: str | None,
-    seconds: Sequence[str],
+    seconds: Sequence[float],
     seeds: int,
     programs: Sequence[str],
     rate: float | None,
@@ -60,17 +61,10 @@ def make_requests(
       UserError: seconds are neither one number of at least 0 nor one for each configuration; or a
         configuration has no text, holds out none of it, or has no number of steps.
     """
-    try:
-        limits = [float(value) for value in seconds]
-    except ValueError as error:
-        raise UserError(f"--seconds={','.join(seconds)}: {error}; list numbers") from error
-    if len(limits) not in (1, len(names)) or not all(0 <= limit < math.inf for limit in limits):
-        raise UserError(
-            f"--seconds={','.join(seconds)}: give one number of 0 or more, or one for each "
-            "configuration"
-        )
+    if len(seconds) not in (1, len(names)) or not all(0 <= limit < math.inf for limit in seconds):
+        raise UserError("--seconds: give one number of 0 or more, or one for each configuration")
     requests = []
-    for name, limit in zip(names, limits * len(names), strict=False):
+    for name, limit in zip(names, itertools.cycle(seconds), strict=False):
         config = config_files.load_config(name)
         config.mesh.data = 1
         config.data.source = os.path.expanduser(source or config.data.source)

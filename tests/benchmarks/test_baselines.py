@@ -140,14 +140,10 @@ def test_bad_requests_are_one_line(small, monkeypatch):
     def request(seconds, source=source):
         return report.make_requests(("base", "tiny"), source, seconds, 1, (OURS,), None)
 
-    found = request(("1", "0"))
+    found = request((1.0, 0.0))
     assert [(each.name, each.seconds) for each in found] == [("base", 1.0), ("tiny", 0.0)]
-    for seconds, message in (
-        (("1", "2", "3"), "--seconds=1,2,3: give one number of 0 or more, or one for"),
-        (("soon",), "could not convert string to float: 'soon'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            request(seconds)
+    with pytest.raises(UserError, match="--seconds: give one number of 0 or more, or one for"):
+        request((1.0, 2.0, 3.0))
     monkeypatch.setattr(report.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
-        request(("1",))
+        request((1.0,))

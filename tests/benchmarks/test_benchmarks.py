@@ -88,7 +88,7 @@ def test_each_size_is_trained_once_for_each_time(tmp_path, monkeypatch):
     trained, results = [], Results(tmp_path / "out")
     text = str(small_runs.write_corpus(tmp_path / "text"))
     monkeypatch.setattr(minutes, "call_isolated", lambda function, **given: train(**given))
-    for times in (["1"], ["1", "5"]):
+    for times in ([1.0], [1.0, 5.0]):
         for table in minutes.run(times, text, results.tables):
             results.add(table)
     assert trained == [(time, size.width) for time in (1, 5) for size in minutes.SIZES]
