@@ -1,14 +1,8 @@
 """Measure speed and memory, compared with baselines and the machine's peak throughput.
 
-    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes]
-    python scripts/benchmark.py attention --out FOLDER [--quick]
-    python scripts/benchmark.py lookup --workdir DIR
-    python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
-        [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
-    python scripts/benchmark.py completion --workdirs DIRS
-    python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
-    python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
-    python scripts/benchmark.py scoring --workdirs DIRS
+    python scripts/benchmark.py ops train --out FOLDER
+
+docs/benchmarks.md has a command for each:
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model

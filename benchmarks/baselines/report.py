@@ -124,15 +124,11 @@ def train(program: str, request: Request, folder: str, seed: int) -> Row:
 
 def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     """Seconds when the loss first reaches `target`, interpolated; None if it never does."""
-    before = None
-    for seconds, loss in curve:
-        if loss <= target:
-            if before is None:
-                return seconds
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (seconds - before[0])
-        before = seconds, loss
-    return None
+    reached = next((at for at, (_, loss) in enumerate(curve) if loss <= target), None)
+    if reached is None:
+        return None
+    seconds, losses = zip(*reversed(curve[max(reached - 1, 0) : reached + 1]), strict=True)
+    return float(np.interp(target, losses, seconds))
 
 
 def target_of(name: str, data: Row) -> float | None:
