@@ -8,8 +8,8 @@ anew, and as soon as the suggestion is right, one key accepts it; the keys that 
 share of all characters. The n-gram model suggests what followed the longest known context most
 often.
 
-``keystroke``: clients type other lines, and each character is a request. ``jump``: the first
-request at a place.
+``keystroke``: clients type other lines, and each character is a request; the first request at a
+place is left out.
 """
 
 import asyncio
@@ -98,10 +98,8 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
             for clients, places in zip(CLIENTS, timed, strict=True):
                 found = ask(url, clients, KEYSTROKE_TOKENS, True, places)
                 row = {"model": workdir, "clients": clients}
-                for name, is_first in (("keystroke", False), ("jump", True)):
-                    times = [1e3 * x.seconds for x in found if (x.cursor.at == 0) == is_first]
-                    row |= percentiles(f"{name}, ms", times)
-                latency.append(row)
+                times = [1e3 * x.seconds for x in found if x.cursor.at]
+                latency.append(row | percentiles("keystroke, ms", times))
     ngrams = NGrams(corpus.train.tokens)
     by_ngrams = ([finish_line(ngrams, x) for x in itertools.chain(*p)] for p in (somewhere, typed))
     quality.append({"model": f"{ORDER}-gram", "suffix": "no"} | compare(*by_ngrams))

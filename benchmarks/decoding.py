@@ -1,8 +1,8 @@
-"""Generation with the `base` model: time per token, compared with two baselines.
+"""Generation with the `base` model: time per token, compared with a pass over the whole prefix.
 
-They are the matrix-vector products of one token alone, and one parallel forward pass over the whole
-prefix, which the PyTorch project recomputes in a loop over time. Then the same with quantized
-weights at several sizes, compared with the rate at which the machine reads that many bytes.
+That pass is parallel; the PyTorch project recomputes the prefix in a loop over time. Then the same
+with quantized weights at several sizes, compared with the rate at which the machine reads that many
+bytes.
 """
 
 import functools
@@ -63,7 +63,6 @@ def compare(config: ModelConfig, effort: Effort) -> list[Row]:
         for name, length in CONTEXTS.items()
     } | {
         "recompute": (f"prefix of {middle:,}", recompute_call(model, prefix), 1),
-        "products": ("", products_call(model, NEW_TOKENS), NEW_TOKENS),
         "streams": (f"{STREAMS} sequences", many, STREAMS * NEW_TOKENS),
         "prefill": (f"{PREFILL:,} tokens", lambda: state_after(model, prompt), PREFILL),
         "streaming": (f"context {short:,}", streamed, NEW_TOKENS),
@@ -106,7 +105,6 @@ def compare_formats(config: ModelConfig, effort: Effort) -> list[Row]:
                 "weights": quantize,
                 "MB": num_bytes / 1e6,
                 "tokens/s": 1 / seconds,
-                "read GB/s": num_bytes / median(times["read"]) / 1e9,
                 "share of limit": num_tokens / block_ratio(times["decode"], times["read"]),
             }
         )
@@ -143,32 +141,6 @@ def decode_call(
     return lambda: generate(model, state=state, **options).state
 
 
-def products_call(model: LanguageModel, num_tokens: int) -> Call:
-    """Every matrix of the model times a vector, one after another, `num_tokens` times.
-
-    Each product takes the newest vector of its width, so that none can be removed, hoisted or
-    fused with another; the tied embedding counts as the head. Returns that vector, ``[D]``.
-    """
-    width = model.config.hidden_dim
-    linears = [part for _, part in nnx.iter_graph(model) if isinstance(part, nnx.Linear)]
-    matrices = [linear.kernel[...] for linear in linears if linear is not model.head]
-    head = model.embedding.embedding[...].T if model.head is None else model.head.kernel[...]
-
-    @jax.jit
-    def all_products(matrices: list[jax.Array], head: jax.Array, start: jax.Array) -> jax.Array:
-        def one_token(_: jax.Array, x: jax.Array) -> jax.Array:
-            newest = {width: x}
-            for matrix in matrices:
-                newest[matrix.shape[1]] = newest[matrix.shape[0]] @ matrix
-            x = newest[width]
-            x = x + jnp.max(x @ head)
-            return x * jax.lax.rsqrt(jnp.mean(x**2))  # denormal numbers would slow it down
-
-        return jax.lax.fori_loop(0, num_tokens, one_token, start)
-
-    return lambda: all_products(matrices, head, jnp.ones(width))
-
-
 def reading(num_bytes: int) -> Call:
     """Read `num_bytes` of memory once, by as many threads as there are cores."""
     count = os.cpu_count() or 1
@@ -178,7 +150,7 @@ def reading(num_bytes: int) -> Call:
 
 
 def run_lookup(
-    effort: Effort, workdir: str | None, open_corpus: Callable[[str], TokenizedCorpus]
+    effort: Effort, workdir: str, open_corpus: Callable[[str], TokenizedCorpus]
 ) -> Iterator[Table]:
     """Decoding with drafts from the text so far, compared with decoding token by token.
 
@@ -186,8 +158,6 @@ def run_lookup(
     original begins again (edits); one that ends with three lines that begin alike (code); and a
     page of the documentation (prose). The model decides what follows. Prefill is not counted.
     """
-    if workdir is None:
-        raise UserError("lookup: name a trained model: --workdir=DIR")
     model, tokenizer, _ = load_model(workdir)
     split = open_corpus(workdir).validation
     if split is None:

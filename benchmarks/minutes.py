@@ -17,21 +17,14 @@ from .train_steps import count_parameters
 TITLE = "minutes: held-out bits/byte by size"
 
 
-def run(minutes: Sequence[str], source: str | None, kept: Mapping[str, Table]) -> Iterator[Table]:
+def run(minutes: Sequence[float], source: str | None, kept: Mapping[str, Table]) -> Iterator[Table]:
     """Train each of `SIZES` on `source` for each of `minutes`, unless it is in the results.
 
     Sizes that are too slow for the minutes are left out.
-
-    Raises:
-      UserError: `minutes` are not numbers, or as for `train`.
     """
-    try:
-        limits = [float(limit) for limit in minutes]
-    except ValueError as error:
-        raise UserError(f"--minutes: {error}; list numbers, such as --minutes=1,5") from error
     path = os.path.expanduser(source or "stdlib")
     rows = list(kept[TITLE].rows) if TITLE in kept else []
-    for limit, size in itertools.product(limits, SIZES):
+    for limit, size in itertools.product(minutes, SIZES):
         case: Row = {"text": os.path.basename(path), "minutes": limit}
         case |= {"layers": size.num_layers, "width": size.width}
         if any(case.items() <= row.items() for row in rows):

@@ -179,10 +179,9 @@ def text_of_loops(text: str) -> str:
 
 
 LENGTHS = (1024, 4096, 16384, 65536)
-SCAN = "plain, by scan"
 MEMORY_TECHNIQUES: dict[str, dict[str, Any]] = {
     "plain": {},
-    SCAN: {},
+    "plain, by scan": {"mixer_options": {"method": "scan"}},
     "sequence parallelism, 8 devices, each": {"sequence": 8},
     "rematerialized blocks": {"remat": "block"},
     "exact, windows of 1,024": {"bptt_window": 1024, "bptt": "full"},
@@ -207,8 +206,5 @@ def run_memory() -> Iterator[Table]:
 
 def measure_memory(technique: str, lengths: tuple[int, ...]) -> dict[str, float]:
     """MB on one device by length; for `on_simulated_devices`."""
-    method = "scan" if technique == SCAN else "auto"
-    configs = {n: load_config("base", 1, n, **MEMORY_TECHNIQUES[technique]) for n in lengths}
-    return {
-        str(n): megabytes(compile_quickly(with_method(each, method))) for n, each in configs.items()
-    }
+    configs = {str(n): load_config("base", 1, n, **MEMORY_TECHNIQUES[technique]) for n in lengths}
+    return {n: megabytes(compile_quickly(config)) for n, config in configs.items()}

@@ -21,7 +21,6 @@ import importlib.util
 import statistics
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -164,10 +163,8 @@ def compare_precisions(config: Config, effort: Effort, size: int = 2048) -> list
     return [
         {
             "precision": name,
-            "ms/step": 1e3 * median(times[name]),
             "tokens/s": tokens / median(times[name]),
             "over float32": block_ratio(times["float32"], times[name]),
-            "GFLOP/s": flops / median(times[name]) / 1e9,
             f"float32 {size}^3 GFLOP/s": of_matmul / median(times["matmul"]) / 1e9,
             "share": flops / of_matmul / block_ratio(times[name], times["matmul"]),
         }
@@ -220,8 +217,6 @@ def run_startup(effort: Effort) -> Iterator[Table]:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             environment = {"JAX_COMPILATION_CACHE_DIR": folder}
             pairs.append([call_isolated(seconds_of_first_step, environment) for _ in range(2)])
-            if not any(Path(folder).iterdir()):
-                raise RuntimeError("nothing was written to the compilation cache")
     cold, warm = zip(*pairs, strict=True)
     columns = {"cold": cold, "warm": warm, "warm / cold": [b / a for a, b in pairs]}
     rows = [{"cache": name, "seconds": statistics.median(x)} for name, x in columns.items()]

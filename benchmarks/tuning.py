@@ -21,7 +21,6 @@ import numpy as np
 from simplernn_jax import load_model
 from simplernn_jax.config import Config
 from simplernn_jax.data.evaluation_batches import Contexts
-from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.minutes import measure
@@ -43,12 +42,9 @@ SOURCES = {
 """Texts that every Python has: descriptions of packages, and C."""
 
 
-def run(base: str, author: str | None, seconds: Iterable[str]) -> Iterator[Table]:
+def run(base: str, author: str | None, seconds: Iterable[float]) -> Iterator[Table]:
     """Table by text, and one of the personas; `base` is a workdir, `author` another text."""
-    try:
-        limits = [limit for limit in map(float, seconds) if 0 < limit < 1e6] or SECONDS
-    except ValueError as error:
-        raise UserError(f"--seconds={','.join(seconds)}: {error}; list numbers") from error
+    limits = [limit for limit in seconds if 0 < limit < 1e6] or SECONDS
     with tempfile.TemporaryDirectory() as folder:
         for name, source in (SOURCES | ({"author": author} if author else {})).items():
             rows: list[Row] = []

@@ -1,14 +1,8 @@
 """Measure speed and memory, compared with baselines and the machine's peak throughput.
 
-    python scripts/benchmark.py ops [train decode serve startup memory scaling sizes]
-    python scripts/benchmark.py attention --out FOLDER [--quick]
-    python scripts/benchmark.py lookup --workdir DIR
-    python scripts/benchmark.py baselines --configs NAMES --out FOLDER [--seconds S[,S...]]
-        [--programs NAMES] [--rate RATE] [--seeds N] [--source TEXT]
-    python scripts/benchmark.py completion --workdirs DIRS
-    python scripts/benchmark.py minutes --out FOLDER [--minutes 1,5,30] [--source TEXT]
-    python scripts/benchmark.py tune --workdir RUN [--source TEXT] [--seconds S[,S...]]
-    python scripts/benchmark.py scoring --workdirs DIRS
+    python scripts/benchmark.py ops train --out FOLDER
+
+docs/benchmarks.md has a command for each:
 
     ops        the recurrence, forward and backward, compared with scan
     train      train steps, compared with other implementations of the model
@@ -65,25 +59,23 @@ _QUICK = flags.DEFINE_bool("quick", False, "attention: use small sizes.")
 _ONLY = flags.DEFINE_list(
     "only", list(MEASUREMENTS), f"attention: measurements, any of {', '.join(MEASUREMENTS)}."
 )
-_OF_BASELINES: tuple[flags.FlagHolder, ...] = (
-    flags.DEFINE_list("configs", ["base"], "baselines: configurations, such as tiny,shakespeare."),
-    flags.DEFINE_string(
-        "source", None, "baselines, minutes: text of all; tune: text of the author."
-    ),
-    flags.DEFINE_list(
-        "seconds", ["0"], "baselines, tune: seconds each; 0: the steps of settings, or defaults."
-    ),
-    flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1),
-    flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}."),
-    flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9),
+_CONFIGS = flags.DEFINE_list("configs", ["base"], "baselines: such as tiny,shakespeare.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "baselines, minutes: text of all; tune: text of the author."
 )
+_SECONDS = flags.DEFINE_list(
+    "seconds", ["0"], "baselines, tune: seconds each; 0: the steps of settings, or defaults."
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1)
+_PROGRAMS = flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}.")
+_RATE = flags.DEFINE_float("rate", None, "baselines: their peak learning rate.", lower_bound=1e-9)
 _WORKDIRS = flags.DEFINE_list("workdirs", [], "completion, scoring: workdirs of trained models.")
 _MINUTES = flags.DEFINE_list("minutes", ["1", "5", "30"], "minutes: minutes of training.")
 BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "ops": lambda effort, _: training.run_ops(effort),
     "train": lambda effort, _: training.run_steps(effort),
     "decode": lambda effort, _: decoding.run(effort),
-    "lookup": lambda effort, _: decoding.run_lookup(effort, _WORKDIR.value, _CORPUS.open),
+    "lookup": lambda effort, _: decoding.run_lookup(effort, _workdir(), _CORPUS.open),
     "serve": lambda effort, _: serving.run(effort),
     "startup": lambda effort, _: training.run_startup(effort),
     "memory": lambda *_: scaling.run_memory(),
@@ -92,14 +84,10 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "attention": lambda _, results: aspects.run(
         MEASUREMENTS, _ONLY.value, _QUICK.value, results.tables
     ),
-    "baselines": lambda _, results: report.run(
-        report.make_requests(*(flag.value for flag in _OF_BASELINES)), results.tables
-    ),
+    "baselines": lambda _, results: report.run(_requests(), results.tables),
     "completion": lambda *_: completion.run(_WORKDIRS.value),
-    "minutes": lambda _, results: minutes.run(
-        _MINUTES.value, flags.FLAGS["source"].value, results.tables
-    ),
-    "tune": lambda *_: tuning.run(_base(), *(_OF_BASELINES[n].value for n in (1, 2))),
+    "minutes": lambda _, results: minutes.run(_numbers(_MINUTES), _SOURCE.value, results.tables),
+    "tune": lambda *_: tuning.run(_workdir(), _SOURCE.value, _numbers(_SECONDS)),
     "scoring": lambda effort, _: scoring.run(_WORKDIRS.value, effort),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))
@@ -113,9 +101,8 @@ def main() -> int:
         raise UserError(f"name a benchmark: python scripts/benchmark.py {'|'.join(BENCHMARKS)}")
     check_names(names, BENCHMARKS, "benchmark")
     check_names(_ONLY.value, MEASUREMENTS, "measurement")
-    given = {flag.name: flag.value for flag in _OF_BASELINES}
-    check_names(given["configs"], config_files.config_names(), "configuration")
-    check_names(given["programs"], LABELS, "program")
+    check_names(_CONFIGS.value, config_files.config_names(), "configuration")
+    check_names(_PROGRAMS.value, LABELS, "program")
     results = Results(Path(command_line.expand_path(_OUT.value, "out")) if _OUT.value else None)
     check_devices()
     for name in dict.fromkeys(names):
@@ -124,10 +111,22 @@ def main() -> int:
     return 0
 
 
-def _base() -> str:
+def _workdir() -> str:
     if not _WORKDIR.value:
-        raise UserError("no --workdir: specify the run to tune, such as runs/base")
+        raise UserError("no --workdir: specify a trained model, such as runs/base")
     return command_line.expand_path(_WORKDIR.value, "workdir")
+
+
+def _numbers(flag: flags.FlagHolder[list[str]]) -> list[float]:
+    try:
+        return [float(value) for value in flag.value]
+    except ValueError as error:
+        raise UserError(f"--{flag.name}: {error}; list numbers, such as 1,5") from error
+
+
+def _requests() -> list[report.Request]:
+    programs = _SEEDS.value, _PROGRAMS.value, _RATE.value
+    return report.make_requests(_CONFIGS.value, _SOURCE.value, _numbers(_SECONDS), *programs)
 
 
 def check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:

@@ -206,9 +206,8 @@ def evaluate(
         }
         best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
         print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
-        losses = [round(trained.loss, 3) for trained in trials.values()]
-        row = {"model": name, "parameters": count_parameters(trials[best].config)}
-        rows.append(row | {"best rate": best, "training loss by rate": losses})
+        parameters = count_parameters(trials[best].config)
+        rows.append({"model": name, "parameters": parameters, "best rate": best})
         for title, by_x in tests.items():
             scores = {str(x): accuracy(trials[best], task, sequences) for x, task in by_x.items()}
             curves[title][name] = scores
@@ -251,16 +250,14 @@ def measure_distance(quick: bool) -> Measured:
     states = ["64 x 64"] if quick else ["16 x 16", "64 x 64"]
     names = [*(f"{RECURRENCE} {state}" for state in states), ATTENTION]
     rates = [("muon", 3e-2), *(() if quick else [("muon", 1e-2)])]
-    rows: list[Row] = []
     lines: list[Row] = []
     curves: dict[str, Curves] = {}
     for title, (task, by_x) in distance_tasks().items():
         models, found = evaluate(names, [(task, steps, BATCH)], {title: by_x}, rates, sequences)
-        rows += [{"task": title} | row for row in models]
         curves |= found
         longest = max(by_x)
         lines += [matched(models, found, title, x, "tokens") for x in (longest // LONGER, longest)]
-    return Measured(lines, curves, "tokens", rows)
+    return Measured(lines, curves, "tokens")
 
 
 def distance_tasks() -> dict[str, tuple[Task, dict[int, Task]]]:

@@ -3,6 +3,7 @@
 Every training runs in its own process. A program that runs again replaces its results.
 """
 
+import itertools
 import math
 import os
 import statistics
@@ -19,9 +20,9 @@ from simplernn_jax.config import Config, validate
 from simplernn_jax.data.corpora import open_corpus
 from simplernn_jax.errors import UserError
 
-from ..measure import call_isolated, describe_machine
+from ..measure import call_isolated
 from ..tables import Curves, Row, Table
-from .trainers import LABELS, NANOGPT, OURS, default_programs, train_timed
+from .trainers import LABELS, OURS, default_programs, train_timed
 
 TITLE = "baselines: "
 TARGETS = {
@@ -31,8 +32,6 @@ TARGETS = {
     "hour": ("stdlib", 1.45),
 }
 """Text and loss, in its unit, by configuration; the first two losses are nanoGPT's."""
-_CONDITIONS = ("device", "processor", "cores", "python", "jax", "torch", "settings")
-"""What results of a configuration have in common, by `describe_machine`."""
 
 
 class Request(NamedTuple):
@@ -51,7 +50,7 @@ class Request(NamedTuple):
 def make_requests(
     names: Sequence[str],
     source: str | None,
-    seconds: Sequence[str],
+    seconds: Sequence[float],
     seeds: int,
     programs: Sequence[str],
     rate: float | None,
@@ -62,17 +61,10 @@ def make_requests(
       UserError: seconds are neither one number of at least 0 nor one for each configuration; or a
         configuration has no text, holds out none of it, or has no number of steps.
     """
-    try:
-        limits = [float(value) for value in seconds]
-    except ValueError as error:
-        raise UserError(f"--seconds={','.join(seconds)}: {error}; list numbers") from error
-    if len(limits) not in (1, len(names)) or not all(0 <= limit < math.inf for limit in limits):
-        raise UserError(
-            f"--seconds={','.join(seconds)}: give one number of 0 or more, or one for each "
-            "configuration"
-        )
+    if len(seconds) not in (1, len(names)) or not all(0 <= limit < math.inf for limit in seconds):
+        raise UserError("--seconds: give one number of 0 or more, or one for each configuration")
     requests = []
-    for name, limit in zip(names, limits * len(names), strict=False):
+    for name, limit in zip(names, itertools.cycle(seconds), strict=False):
         config = config_files.load_config(name)
         config.mesh.data = 1
         config.data.source = os.path.expanduser(source or config.data.source)
@@ -92,13 +84,17 @@ def make_requests(
 def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Table]:
     """Train all programs; the table of their configuration so far, after each program.
 
+    Results of other programs in `kept` stay.
+
     Raises:
-      UserError: there are results of these configurations under other conditions; or, after all
-        others, programs have failed.
+      UserError: programs have failed, after all others have run.
     """
-    machine, failed = describe_machine(), []
-    started = [start_results(request, kept, machine) for request in requests]
-    for request, data in zip(requests, started, strict=True):
+    failed = []
+    for request in requests:
+        title, config = f"{TITLE}{request.name}", request.config.data
+        unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
+        data: Row = {"source": config.source, "unit": unit}
+        data["runs"] = kept[title].data["runs"] if title in kept else []
         seconds = f"{request.seconds:g} s each." if request.seconds else "Steps of its settings."
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             for program in request.programs:
@@ -109,37 +105,11 @@ def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Tabl
                     failed.append(f"{program} of {request.name}")
                     continue
                 data["runs"] = [row for row in data["runs"] if row["program"] != program] + runs
-                yield Table(
-                    f"{TITLE}{request.name}",
-                    summarize(request.name, data),
-                    panels_of(data),
-                    "seconds",
-                    f"baselines_{request.name}",
-                    text=seconds,
-                    data=data,
-                )
+                rows, panels = summarize(request.name, data), panels_of(data)
+                picture = f"baselines_{request.name}"
+                yield Table(title, rows, panels, "seconds", picture, seconds, dict(data))
     if failed:
         raise UserError(f"failed, with the output above: {', '.join(failed)}")
-
-
-def start_results(request: Request, kept: Mapping[str, Table], machine: Row) -> Row:
-    """Earlier results of a configuration, or none.
-
-    Raises:
-      UserError: those are of other seconds, another text or another machine.
-    """
-    config = request.config.data
-    unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
-    conditions: Row = {"seconds": request.seconds, "source": config.source, "unit": unit}
-    conditions |= {key: machine[key] for key in _CONDITIONS}
-    if (before := kept.get(f"{TITLE}{request.name}")) is None:
-        return {"conditions": conditions, "runs": []}
-    old = before.data["conditions"]
-    if others := [key for key in old if old[key] != conditions[key]]:
-        raise UserError(
-            f"--out: its results of {request.name} have other {', '.join(others)}; name another"
-        )
-    return dict(before.data)
 
 
 def train(program: str, request: Request, folder: str, seed: int) -> Row:
@@ -154,26 +124,22 @@ def train(program: str, request: Request, folder: str, seed: int) -> Row:
 
 def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     """Seconds when the loss first reaches `target`, interpolated; None if it never does."""
-    before = None
-    for seconds, loss in curve:
-        if loss <= target:
-            if before is None:
-                return seconds
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (seconds - before[0])
-        before = seconds, loss
-    return None
+    reached = next((at for at, (_, loss) in enumerate(curve) if loss <= target), None)
+    if reached is None:
+        return None
+    seconds, losses = zip(*reversed(curve[max(reached - 1, 0) : reached + 1]), strict=True)
+    return float(np.interp(target, losses, seconds))
 
 
 def target_of(name: str, data: Row) -> float | None:
     """Loss that a configuration is to reach on its own text."""
     text, target = TARGETS.get(name, ("", None))
-    return target if Path(data["conditions"]["source"]).name == text else None
+    return target if Path(data["source"]).name == text else None
 
 
 def summarize(name: str, data: Row) -> list[Row]:
     """Rows of a configuration's table, medians over seeds."""
-    unit, target = data["conditions"]["unit"], target_of(name, data)
+    unit, target = data["unit"], target_of(name, data)
     rows: list[Row] = []
     for program in dict.fromkeys(run["program"] for run in data["runs"]):
         runs = [run for run in data["runs"] if run["program"] == program]
@@ -188,11 +154,6 @@ def summarize(name: str, data: Row) -> list[Row]:
             complete = len(times) == len(reached)
             row[f"seconds to {target}"] = statistics.median(times) if complete else None
         rows.append(row)
-    nanogpt = next((row for row in rows if row["program"] == NANOGPT), None)
-    if nanogpt is not None and target is not None:
-        for row in rows:
-            mine = row[f"seconds to {target}"]
-            row["of nanoGPT's run"] = mine and mine / nanogpt["seconds"]
     return rows
 
 
@@ -204,4 +165,4 @@ def panels_of(data: Row) -> dict[str, Curves]:
         points = [2**n for n in range(16) if seconds[0] <= 2**n <= seconds[-1]]
         curve = {str(x): float(np.interp(x, seconds, losses)) for x in points}
         curves.setdefault(LABELS[run["program"]], curve)
-    return {data["conditions"]["unit"]: curves} if any(curves.values()) else {}
+    return {data["unit"]: curves} if any(curves.values()) else {}

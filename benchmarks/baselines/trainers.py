@@ -26,7 +26,6 @@ from ..train_steps import count_parameters
 
 OURS = "ours"
 NANOGPT = "gpt_cpu"
-"""Baseline whose training time is the unit of the others'."""
 _LAYERS = 2
 """Layers of an LSTM or a GRU."""
 _WIDTH_MULTIPLE = 16

@@ -1,5 +1,6 @@
 """An experiment draws cases from a seed, runs them, and checks one promise."""
 
+import faulthandler
 import random
 import time
 import traceback
@@ -12,6 +13,9 @@ from typing import NamedTuple
 from simplernn_jax.errors import counted
 
 from ..tables import Row
+
+HANGS_AFTER = 300.0
+"""Seconds of a case."""
 
 
 class Case(NamedTuple):
@@ -38,13 +42,22 @@ class Experiment(NamedTuple):
 def run_cases(
     run: Callable[[int, random.Random], Case], count: int, seed: int, workers: int = 1
 ) -> Iterator[Case]:
-    """Run `count` cases, each with its number and its own random numbers."""
+    """Run `count` cases, each with its number and its own random numbers.
+
+    Of one worker, a case that hangs ends the process with its stacks.
+    """
     draws = (random.Random(f"{seed} {number}") for number in range(count))
-    if workers == 1:
-        yield from map(run, range(count), draws)
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(run, range(count), draws)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(run, range(count), draws)
+    for number, draw in enumerate(draws):
+        faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+        try:
+            case = run(number, draw)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        yield case
 
 
 def run_experiment(name: str, experiment: Experiment, folder: Path, count: int, seed: int) -> Row:

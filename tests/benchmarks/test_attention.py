@@ -1,44 +1,13 @@
 """``benchmark.py attention`` at tiny sizes: counts, tasks, learning and the table of aspects."""
 
-import functools
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.attention import resources, synthetic
 from benchmarks.attention.aspects import ATTENTION, RECURRENCE, VARIANTS, config_of, line
-from benchmarks.attention.resources import count_flops
 from benchmarks.train_steps import count_parameters
-from simplernn_jax.ops import gated_linear_recurrence
-
-M, N, P = 3, 5, 7
-X, Y = jnp.ones((M, N)), jnp.ones((N, P))
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments", "flops"),
-    [
-        (lambda x, y: jnp.tanh(x @ y) + 1, (X, Y), 2 * M * N * P + 2 * M * P),
-        # The branch with more operations counts.
-        (lambda x: jax.lax.cond(x[0, 0] > 0, jnp.sin, jax.nn.silu, x), (X,), 2 * M * N),
-        (lambda x: jax.lax.map(lambda row: jnp.exp(jnp.sin(row)), x), (X,), 2 * M * N),
-    ],
-)
-def test_operations_are_counted(function, arguments, flops):
-    assert count_flops(function, *arguments) == flops
-
-
-def test_our_operations_count_as_their_default_form_and_unknown_ones_are_rejected():
-    """In chunks, the recurrence takes at least the matmuls of its definition."""
-    arrays = [jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)] * 4
-    for method in ("auto", "chunkwise"):
-        recurrence = functools.partial(gated_linear_recurrence, method=method)
-        assert count_flops(recurrence, *arrays) > 2 * 2 * 64 * 2 * 8 * 8
-    with pytest.raises(ValueError, match="the work of while cannot be counted"):
-        count_flops(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, jnp.sin, x), X)
 
 
 def test_variants_have_the_same_parameters_and_the_flops_of_theory():

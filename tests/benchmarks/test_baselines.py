@@ -7,7 +7,7 @@ import pytest
 from small_runs import small_config
 
 from benchmarks.baselines import report, trainers
-from benchmarks.baselines.trainers import OURS, Baseline, find_baseline, make_trainer
+from benchmarks.baselines.trainers import OURS, find_baseline, make_trainer
 from benchmarks.tables import Results
 from simplernn_jax.data.token_store import prepare_corpus
 from simplernn_jax.errors import UserError
@@ -60,23 +60,12 @@ def test_a_recurrent_baseline_carries_its_state_over_a_document_only(name, small
 
 
 @NEEDS_TORCH
-def test_nanogpts_architecture_has_its_published_size_and_is_causal():
-    import torch
-
+def test_nanogpts_architecture_has_its_published_size():
+    """Its README says 0.80M, without the positions."""
     from benchmarks.baselines.torch_trainers import GPT
 
-    sizes = {
-        name: sum(p.numel() for p in GPT(find_baseline(name, small_config()), 65).parameters())
-        for name in ("gpt_cpu", "gpt_gpu")
-    }
-    # Its README says 0.80M and 10.65M, without the positions.
-    assert sizes == {"gpt_cpu": 804_096, "gpt_gpu": 10_745_088}
-    model = GPT(Baseline("gpt", 2, 8, 2, 7, 1, 1, 1e-3), 5)
-    tokens = torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
-    changed = tokens.clone()
-    changed[0, 4] = 2
-    differs = (model(tokens)[0] != model(changed)[0]).any(-1)[0]
-    assert differs.tolist() == [False] * 4 + [True] * 3
+    gpt = GPT(find_baseline("gpt_cpu", small_config()), 65)
+    assert sum(p.numel() for p in gpt.parameters()) == 804_096
 
 
 class Falling:
@@ -121,10 +110,6 @@ def test_programs_are_measured_into_one_folder(small, falling, tmp_path):
         seconds, losses = zip(*each["curve"], strict=True)
         assert list(seconds) == sorted(seconds)
         assert losses[-1] == pytest.approx(each["loss"])
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(UserError, match="results of first have other seconds; name another"):
-        run([request._replace(name="new"), request._replace(seconds=1.0)], tmp_path)
-    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
@@ -138,18 +123,15 @@ def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
 
     slow = [(10.0, 2.874), (20.0, 1.874), (40.0, 1.8)]
     runs = [run(OURS, 0, [(2.0, 1.874), (9.0, 1.5)]), run(OURS, 1, [(4.0, 1.874), (9.0, 1.6)])]
-    conditions = {"unit": "nats/char", "source": "/texts/tinyshakespeare.txt"}
-    data = {"conditions": conditions, "runs": [*runs, run("gpt_cpu", 0, slow)]}
+    data = {"unit": "nats/char", "source": "/texts/tinyshakespeare.txt"}
+    data["runs"] = [*runs, run("gpt_cpu", 0, slow)]
     ours, nanogpt = report.summarize("shakespeare", data)
     assert (ours["nats/char"], ours["range"]) == (pytest.approx(1.55), pytest.approx(0.1))
-    assert [ours[name] for name in ("seconds to 1.874", "of nanoGPT's run")] == [3, 3 / 40]
-    assert nanogpt["of nanoGPT's run"] == 0.5
+    assert [row["seconds to 1.874"] for row in (ours, nanogpt)] == [3, 20]
     (curves,) = report.panels_of(data).values()
     assert curves["SimpleRNN (ours)"] == pytest.approx(
         {"2": 1.874, "4": 1.767, "8": 1.553}, abs=1e-3
     )
-    conditions["source"] = "/texts/other.txt"
-    assert "seconds to 1.874" not in report.summarize("shakespeare", data)[0]
 
 
 def test_bad_requests_are_one_line(small, monkeypatch):
@@ -158,14 +140,10 @@ def test_bad_requests_are_one_line(small, monkeypatch):
     def request(seconds, source=source):
         return report.make_requests(("base", "tiny"), source, seconds, 1, (OURS,), None)
 
-    found = request(("1", "0"))
+    found = request((1.0, 0.0))
     assert [(each.name, each.seconds) for each in found] == [("base", 1.0), ("tiny", 0.0)]
-    for seconds, message in (
-        (("1", "2", "3"), "--seconds=1,2,3: give one number of 0 or more, or one for"),
-        (("soon",), "could not convert string to float: 'soon'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            request(seconds)
+    with pytest.raises(UserError, match="--seconds: give one number of 0 or more, or one for"):
+        request((1.0, 2.0, 3.0))
     monkeypatch.setattr(report.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
-        request(("1",))
+        request((1.0,))
