@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool", "complex64
 SIZES = {"B": 2, "T": 3, "H": 2, "K": 4, "V": 5, "S": 7, "D": 6, "W": 3, "P": 2}
 
 
-def decode_signature(dtype, values_per_word=1, kept="1"):
+def decode_signature(dtype, values_per_word=1):
     """Signature for two layers, M = 64 and a vocabulary of S."""
 
     def matrix(leading, inputs):
@@ -33,12 +33,12 @@ def decode_signature(dtype, values_per_word=1, kept="1"):
     weights = [
         *(matrix("", size) + matrix("2", size) + matrix("2", 2 * SIZES["V"])),
         *(matrix("2", size) + matrix("2", 64) + matrix("", size)),
-        *("2 4 D", "2 64", "D", "S", "B int32"),
+        *("2 4 D", "2 64", "D", "S"),
     ]
-    states = [f"B {kept} H K V", f"B {kept} 3 D"] * 2
-    logits = f"B {kept} S"
-    arguments = ["B T int32", "B int32", logits, *weights, *states]
-    return arguments, [logits, "B T D", f"B {153 * SIZES['T']}", *states]
+    states = ["P H K V", "P 3 D"] * 2
+    slots = f"B {SIZES['T'] + 1} int32"
+    arguments = ["B T int32", "B int32", "P S", *weights, slots, *states]
+    return arguments, ["P S", "B T D", f"B {154 * SIZES['T']}", *states]
 
 
 QKV = ["B T H K", "B T H K", "B T H V", "B T H K", "B H K V"]
@@ -57,7 +57,6 @@ NATIVE = {
     "simplernn_norm_backward": (["B T D", "B T", "B T D"], ["B T D"]),
     "simplernn_newton_schulz": (["B T D", "H K", "W D"], ["B T D", "H K", "W D"]),
     "simplernn_decode": decode_signature("float32"),
-    "simplernn_decode ahead": decode_signature("float32", kept="T"),
     "simplernn_decode of bfloat16": decode_signature("bfloat16"),
     "simplernn_decode of int8": decode_signature("int32", 4),
     "simplernn_decode of int4": decode_signature("uint32", 8),
