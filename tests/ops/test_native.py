@@ -1,7 +1,6 @@
 """Compilation of the C functions, their cache, failing compilers; and calls that are wrong."""
 
 import functools
-import json
 import os
 
 import jax
@@ -145,6 +144,4 @@ def test_a_wrong_call_of_a_c_function_is_an_exception():
     number = 500 * times
     code, text, errors = run_python("tests/helpers/wrong_calls.py", number, timeout=600 * times)
     assert code == 0, errors[-5000:]
-    counts = json.loads(text)
-    assert counts["calls"] >= number
-    assert number / 4 < counts["rejected"] < number
+    assert number / 4 < int(text) < number
