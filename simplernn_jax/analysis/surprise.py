@@ -264,5 +264,6 @@ def render_page(
     rows: Iterable[tuple[str, Unit, str | None]],
 ) -> str:
     """Return an HTML page of `colored` texts; `rows` are the units to list, with expected texts."""
-    template = page_template("simplernn_jax.analysis", "surprise.html")
-    return template.render(name=name, model=model, levels=LEVELS, texts=texts, rows=list(rows))
+    template = page_template("analysis/surprise.html")
+    fields = {"name": name, "model": model, "levels": LEVELS, "texts": texts, "rows": rows}
+    return template.render(title=f"What surprised the model in {name}", **fields)
