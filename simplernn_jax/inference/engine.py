@@ -8,6 +8,7 @@ function computes the model: see `decoder_weights`.
 
 import functools
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ class Engine:
         self.programs = programs_for(architecture)
         self.weights: Any = self.parameters
         if self.is_native:
-            self.weights = _packed_weights(architecture, self.parameters)
+            self.weights = _packed_weights(model, architecture, self.parameters)
 
     def chunk_length(self, num_left: int, lengths: Sequence[int]) -> int:
         """Choose the length of the next chunk of a prompt that has `num_left` tokens left, over 0.
@@ -186,20 +187,18 @@ def split_model(model: LanguageModel) -> tuple[Architecture, list[Array]]:
     return Architecture(graphdef, treedef, decodes_natively(model)), parameters
 
 
-_packed: list[tuple[Architecture, list[weakref.ref[Array]], DecoderWeights]] = []
-"""The newest packed weights, as long as their parameters exist."""
+_packed: weakref.WeakKeyDictionary[LanguageModel, tuple[list[Array], DecoderWeights]]
+_packed = weakref.WeakKeyDictionary()
+"""Parameters of each model when its weights were packed, and these weights."""
 
 
-def _packed_weights(architecture: Architecture, parameters: list[Array]) -> DecoderWeights:
-    """Return the weights of the C function, from an earlier call if it had the same arrays."""
-    for kept, references, weights in list(_packed):
-        is_same = all(ref() is x for ref, x in zip(references, parameters, strict=False))
-        if is_same and kept == architecture:
-            return weights
-    weights = programs_for(architecture).pack(parameters)
-    references = [weakref.ref(x, lambda _: _packed.clear()) for x in parameters]
-    _packed[:] = [(architecture, references, weights)]
-    return weights
+def _packed_weights(
+    model: LanguageModel, architecture: Architecture, parameters: list[Array]
+) -> DecoderWeights:
+    """Return the weights of the C function, packed anew if a parameter of the model changed."""
+    if model not in _packed or not all(map(operator.is_, _packed[model][0], parameters)):
+        _packed[model] = parameters, programs_for(architecture).pack(parameters)
+    return _packed[model][1]
 
 
 class _Programs(NamedTuple):
