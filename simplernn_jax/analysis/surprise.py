@@ -27,7 +27,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import page_template
 from simplernn_jax.inference.arguments import check_logits
 from simplernn_jax.inference.decode import CHUNK_LENGTHS, generate
-from simplernn_jax.inference.engine import Architecture, Engine, PrefixState, split_model
+from simplernn_jax.inference.engine import Engine, PrefixState, Programs
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.models import LanguageModel
 
@@ -89,8 +89,8 @@ def score(
       UserError: parameters of 16 bits, the tokenizer cannot encode a text, its tokens are not
         pieces of the text, or the model's logits are not finite.
     """
-    engine, (architecture, parameters) = Engine(model), split_model(model)
-    program = _program(architecture)
+    engine = Engine(model)
+    program = _program(engine.programs)
     num_bytes = functools.cache(lambda token: len(tokenizer.decode_bytes([token])))
     empty, bos = empty_state(model, 1), np.array([tokenizer.bos_id], np.int32)
     state = PrefixState(empty.layers, empty.logits)
@@ -110,7 +110,9 @@ def score(
             left, logits = ids[position:], state.logits
             length = engine.chunk_length(len(left), CHUNK_LENGTHS)
             (((state, hidden),), (count,)) = engine.prefill([state], [left], length)
-            scores.append(program(parameters, logits, hidden, np.resize(left[:count], length)))
+            scores.append(
+                program(engine.parameters, logits, hidden, np.resize(left[:count], length))
+            )
             position += int(count)
         check_logits(state.logits)
         # Only the last chunk may have fewer tokens than its length.
@@ -119,14 +121,14 @@ def score(
 
 
 def _score(
-    architecture: Architecture,
+    programs: Programs,
     parameters: list[Array],
     logits: Float[Array, "1 vocab"],
     hidden: Float[Array, "1 T D"],
     targets: Int[Array, "T"],
 ) -> Float[Array, "2 T"]:
     """Compute the bits and the excess of a chunk, from the logits before it."""
-    model = architecture.merge(parameters)
+    model = programs.merge(parameters)
 
     def score_one(row: tuple[jax.Array, ...]) -> Float[Array, "2"]:
         is_first, inputs, target = row
@@ -141,8 +143,8 @@ def _score(
 
 
 @functools.lru_cache(maxsize=4)
-def _program(architecture: Architecture) -> Callable[..., Float[Array, "2 T"]]:
-    return jax.jit(functools.partial(_score, architecture))
+def _program(programs: Programs) -> Callable[..., Float[Array, "2 T"]]:
+    return jax.jit(functools.partial(_score, programs))
 
 
 def expected_text(model: LanguageModel, tokenizer: Tokenizer, place: Place) -> str:
