@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -90,7 +90,6 @@ def score(
         pieces of the text, or the model's logits are not finite.
     """
     engine = Engine(model)
-    program = _program(engine.programs)
     num_bytes = functools.cache(lambda token: len(tokenizer.decode_bytes([token])))
     empty, bos = empty_state(model, 1), np.array([tokenizer.bos_id], np.int32)
     state = PrefixState(empty.layers, empty.logits)
@@ -110,9 +109,8 @@ def score(
             left, logits = ids[position:], state.logits
             length = engine.chunk_length(len(left), CHUNK_LENGTHS)
             (((state, hidden),), (count,)) = engine.prefill([state], [left], length)
-            scores.append(
-                program(engine.parameters, logits, hidden, np.resize(left[:count], length))
-            )
+            targets = np.resize(left[:count], length)
+            scores.append(_score(engine.programs, engine.parameters, logits, hidden, targets))
             position += int(count)
         check_logits(state.logits)
         # Only the last chunk may have fewer tokens than its length.
@@ -120,6 +118,7 @@ def score(
         yield ScoredBlock(data, ids, np.cumsum(lengths) - lengths, bits, excess, chunks)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _score(
     programs: Programs,
     parameters: list[Array],
@@ -140,11 +139,6 @@ def _score(
     # The head at a token predicts the next one.
     rows = jnp.arange(len(targets)) == 0, jnp.roll(hidden[0], 1, axis=0), targets
     return lax.map(score_one, rows, batch_size=_ROWS).T
-
-
-@functools.lru_cache(maxsize=4)
-def _program(programs: Programs) -> Callable[..., Float[Array, "2 T"]]:
-    return jax.jit(functools.partial(_score, programs))
 
 
 def expected_text(model: LanguageModel, tokenizer: Tokenizer, place: Place) -> str:

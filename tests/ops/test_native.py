@@ -1,7 +1,6 @@
 """Compilation of the C functions, their cache, failing compilers; and calls that are wrong."""
 
 import functools
-import os
 
 import jax
 import pytest
@@ -132,9 +131,6 @@ def test_bfloat16_is_fast_with_amx_and_on_amd_with_avx512(monkeypatch, lines, is
 @pytest.mark.slow
 @pytest.mark.oldest_python
 def test_a_wrong_call_of_a_c_function_is_an_exception():
-    """Hundreds of calls; ten times as many with `WRONG_CALLS=10`."""
-    times = int(os.environ.get("WRONG_CALLS", "1"))
-    number = 500 * times
-    code, text, errors = run_python("tests/helpers/wrong_calls.py", number, timeout=600 * times)
+    code, text, errors = run_python("tests/helpers/wrong_calls.py", 500, timeout=600)
     assert code == 0, errors[-5000:]
-    assert number / 4 < int(text) < number
+    assert 125 < int(text) < 500
