@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from simplernn_jax.array_types import ModelState
 from simplernn_jax.inference.engine import (
     MAX_BLOCK,
     Block,
@@ -107,11 +106,10 @@ class _Carry(NamedTuple):
     """WINDOW longer, since a window is put as a whole."""
     now: Sequences
     """Without `state`."""
-    logits: Float[Array, "b*WINDOW vocab"]
-    layers: ModelState
-    """After each token of the last window of each sequence."""
+    state: PrefixState
+    """After each token of the last window of each sequence: of b WINDOW slots."""
     slot: Int[Array, "b"]
-    """Of logits and layers after the last accepted token."""
+    """Of the state after the last accepted token."""
     table: Int[Array, "b RECENT"]
     limit: Int[Array, "b"]
     """Length of the next draft, at most: it doubles while drafts are accepted."""
@@ -133,7 +131,7 @@ def _decode(
     draft: Any = jax.vmap(functools.partial(_draft, order))
     record: Any = jax.vmap(functools.partial(_record, order))
 
-    # Of logits and layers after each token of a window.
+    # Of the states after each token of a window.
     slots = jnp.arange(batch * WINDOW, dtype=jnp.int32).reshape(batch, WINDOW)
 
     def put(all: Array, some: Array, place: Array) -> Array:
@@ -169,7 +167,7 @@ def _decode(
 
     def decode_window(c: _Carry) -> _Carry:
         is_decoded, now, block = is_unfinished(c), c.now, c.block
-        before = c.logits[c.slot]
+        before = c.state.logits[c.slot]
         token = next_token(before, settings, now.penalties, with_penalties, keys, now.position)
         is_last = is_stop(token[:, None])[:, 0]
         drafts, is_found = draft(history.text, block.tokens, c.table, block.counts, token)
@@ -179,8 +177,9 @@ def _decode(
         window = jnp.concatenate([token[:, None], drafts], axis=1)
         num_read = jnp.where(is_read, 1 + num_drafts, 0)
         read = jnp.concatenate([c.slot[:, None], slots], axis=1)
-        all_logits, _, layers = decode_tokens(weights, window, num_read, c.logits, c.layers, read)
-        logits = all_logits.reshape(batch, WINDOW, vocab_size)
+        layers, logits = c.state
+        logits, _, layers = decode_tokens(weights, window, num_read, logits, layers, read)
+        state, logits = PrefixState(layers, logits), logits.reshape(batch, WINDOW, vocab_size)
         accepted = lax.cond(
             jnp.any(num_drafts > 0),
             accept,
@@ -212,15 +211,15 @@ def _decode(
         table = record(history.text, block.tokens, c.table, c.block.counts, new)
         slot = jnp.where(is_read, slots[:, 0] + accepted, c.slot)
         limit = jnp.minimum(2 * accepted, WINDOW - 2) + 1
-        return _Carry(block, now, all_logits, layers, slot, table, limit)
+        return _Carry(block, now, state, slot, table, limit)
 
-    layers, logits = jax.tree.map(lambda x: jnp.repeat(x, WINDOW, axis=0), start.state)
+    state = jax.tree.map(lambda x: jnp.repeat(x, WINDOW, axis=0), start.state)
     block, no_state = empty_block(start, MAX_BLOCK + WINDOW), cast(Any, None)
     end = lax.while_loop(
         lambda c: jnp.any(is_unfinished(c)),
         decode_window,
         _Carry(
-            *(block, start._replace(state=no_state), logits, layers),
+            *(block, start._replace(state=no_state), state),
             *(slots[:, 0], history.table, block.counts + 1),
         ),
     )
@@ -230,9 +229,8 @@ def _decode(
     history = History(jnp.stack(recent), end.table - block.counts[:, None])
     tokens, logprobs = jax.tree.map(lambda x: x[:, :MAX_BLOCK], (block.tokens, block.logprobs))
     has_ended = ~jnp.any(is_active & (now.remaining > 0))
-    state = jax.tree.map(lambda x: x[end.slot], PrefixState(end.layers, end.logits))
     block = block._replace(tokens=tokens, logprobs=logprobs, has_ended=has_ended)
-    now = now._replace(state=state)
+    now = now._replace(state=jax.tree.map(lambda x: x[end.slot], end.state))
     replaced = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), sequences, now)
     return block, replaced, history
 
