@@ -3,9 +3,8 @@
     python scripts/compare.py runs/base runs/mine --out compared
 
 Prints the fields in which the configurations differ and a table of metrics, and draws the curves
-into compare.png in --out. Reads config.json and metrics.jsonl of each workdir, and a checkpoint
-only where config.json is missing. Tokens/s are comparable on the same machine, losses with the
-same tokenizer and text, bits/byte on the same text.
+into compare.png in --out. Reads config.json and metrics.jsonl of each workdir. Tokens/s are
+comparable on the same machine, losses with the same tokenizer and text, bits/byte on the same text.
 """
 
 import bootstrap

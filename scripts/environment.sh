@@ -63,7 +63,7 @@ take_python() {
 # use_environment EXTRA [PYTHON]: activate .venv with the first suitable interpreter, or .venv-3.13
 # etc. with PYTHON. EXTRA is empty or an extra of pyproject.toml.
 use_environment() {
-  local extra="$1" python="${2:-}" venv="$root/.venv" wanted stamp complete=()
+  local extra="$1" python="${2:-}" venv="$root/.venv" wanted
   if [ -n "$python" ]; then
     is_suitable "$python" || fail "--python $python: not a Python 3.11 to 3.13 with its venv module"
     venv="$root/.venv-$(version_of "$python")"
@@ -77,15 +77,11 @@ use_environment() {
   wanted="$("$venv/bin/python" -VV; echo "$root"; cat "$root/pyproject.toml")"
   if [ "$wanted" != "$(cat "$venv/installed-$extra" 2>/dev/null)" ]; then
     echo "Installing simplernn_jax into $venv (minutes the first time, seconds from then on)." >&2
-    for stamp in "$venv"/installed-*; do # those of other extras stay valid
-      [ "$wanted" != "$(cat "$stamp" 2>/dev/null)" ] || complete+=("$stamp")
-    done
-    rm -f "$venv"/installed-*
+    # Those of other extras stay valid, unless the dependencies changed.
+    [ "$wanted" = "$(cat "$venv/installed-" 2>/dev/null)" ] || rm -f "$venv"/installed-*
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       -e "$root${extra:+[$extra]}" >&2
-    for stamp in "$venv/installed-" "$venv/installed-$extra" ${complete[@]+"${complete[@]}"}; do
-      printf '%s\n' "$wanted" >"$stamp"
-    done
+    printf '%s\n' "$wanted" | tee "$venv/installed-" >"$venv/installed-$extra"
   fi
   export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
 }

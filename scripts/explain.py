@@ -51,11 +51,8 @@ def main() -> int:
         raise UserError("no --text: pass a text, or a file with --text_file")
     text = command_line.read_text(_TEXT.value, _TEXT_FILE.value, name="text")
     out = Path(command_line.expand_path(_OUT.value, "out"))
-    try:  # before the computation
-        out.mkdir(parents=True, exist_ok=True)
-        check_writable(out / "explain.html")
-    except OSError as error:
-        raise UserError(f"--out={_OUT.value}: {error.strerror}; use another folder") from error
+    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "explain.html")  # before the computation
     from simplernn_jax.analysis import explain
     from simplernn_jax.analysis.decomposition import MAX_ERROR, is_exact
     from simplernn_jax.analysis.page import draw_plots, make_page, to_numbers

@@ -21,7 +21,7 @@ from absl import flags
 
 from simplernn_jax.cli import command_line
 from simplernn_jax.errors import UserError, counted, format_bytes
-from simplernn_jax.files import write_file
+from simplernn_jax.files import check_writable, write_file
 from simplernn_jax.project import name_commands
 
 _ARGUMENTS = command_line.Arguments("FILE")
@@ -57,6 +57,8 @@ def main() -> None:
     """Write the conversations."""
     if len(_ARGUMENTS.value) != 1:
         raise UserError(f"name one file to write, such as {_DEFAULT_PATH}")
+    (path,) = _ARGUMENTS.value
+    check_writable(path)
     draw = random.Random(_SEED.value)
     lines = []
     for _ in range(_CONVERSATIONS.value):
@@ -67,12 +69,8 @@ def main() -> None:
                 {"role": "assistant", "content": answer},
             ]
         lines.append(json.dumps({"messages": messages}) + "\n")
-    (path,) = _ARGUMENTS.value
     content = "".join(lines).encode()
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another file") from error
+    write_file(path, content)
     source = "" if path == _DEFAULT_PATH else f" {shlex.quote(f'--config.data.source={path}')}"
     command = f"python scripts/train.py --config configs/chat.py --workdir runs/chat{source}"
     print(

@@ -257,15 +257,17 @@ def _describe(error: BaseException, path: Path) -> str:
     return f"{where}{type(error).__name__}: {error}"
 
 
-def page_template(package: str, name: str, filters: Mapping[str, Any] | None = None) -> Any:
-    """Load the template of a page that is in a package.
+def page_template(name: str, filters: Mapping[str, Any] | None = None) -> Any:
+    """Load the template of a page, by its path in the package; it begins from ``page.html``.
 
     It escapes all values, and raises for a missing one.
     """
     import jinja2  # here, since to import it takes a tenth of a second of every start
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(package, ""), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("simplernn_jax", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(filters or {})
     return environment.get_template(name)

@@ -1,6 +1,5 @@
 """Comparison of training runs by what their workdirs hold: configurations, metrics and curves."""
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +8,6 @@ from typing import NamedTuple
 import jax
 
 from simplernn_jax.analysis.plots import add_legend, new_figure, png
-from simplernn_jax.checkpoint.folder import read_config
 from simplernn_jax.config import Config, by_field, from_json
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import read_file
@@ -54,7 +52,8 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     """Read the runs.
 
     Raises:
-      UserError: a workdir is not a folder, or has no configuration that can be read.
+      UserError: a workdir is not a folder, or its config.json is invalid.
+      OSError: it has no config.json.
     """
     paths = [os.path.abspath(workdir) for workdir in workdirs]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -64,15 +63,9 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
         if not os.path.isdir(path):
             raise UserError(f"{path}: no such folder; name the workdirs of training runs")
         rows = [row for row in read_metrics(path) if row["kind"] in _KINDS]
-        runs.append(RunRecord(name, _read_config(path), rows))
+        config = read_file(os.path.join(path, "config.json")).decode("utf-8", "replace")
+        runs.append(RunRecord(name, from_json(config), rows))
     return runs
-
-
-def _read_config(workdir: str) -> Config:
-    """Read config.json, which a run without a checkpoint has too, or else the newest checkpoint."""
-    with contextlib.suppress(OSError, UnicodeDecodeError, UserError):
-        return from_json(read_file(os.path.join(workdir, "config.json")).decode("utf-8"))
-    return read_config(workdir)[0]
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:

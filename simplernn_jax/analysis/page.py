@@ -1,4 +1,4 @@
-"""An `Explanation` as a self-contained HTML page (see page.html), and as numbers for programs."""
+"""An `Explanation` as a self-contained HTML page, and as numbers for programs."""
 
 import base64
 import dataclasses
@@ -40,8 +40,8 @@ def make_page(
     gradient = plots.sum_by_unit(chosen.units, chosen.from_all.tokens)
     lives = [layer.ravel() for layer in explanation.half_lives if layer is not None]
     filters = {"shown": _shown, "visible": plots.visible, "zip": zip}
-    return page_template("simplernn_jax.analysis", "page.html", filters).render(
-        name=name,
+    return page_template("analysis/explanation.html", filters).render(
+        title=f"Explanation of {name}",
         explanation=explanation,
         chosen=chosen,
         mixers=explanation.mixers,

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.files import page_template
 from simplernn_jax.inference.arguments import check_logits
 from simplernn_jax.inference.decode import CHUNK_LENGTHS, generate
-from simplernn_jax.inference.engine import Architecture, Engine, PrefixState, split_model
+from simplernn_jax.inference.engine import Engine, PrefixState, Programs
 from simplernn_jax.inference.state import empty_state
 from simplernn_jax.models import LanguageModel
 
@@ -89,8 +89,7 @@ def score(
       UserError: parameters of 16 bits, the tokenizer cannot encode a text, its tokens are not
         pieces of the text, or the model's logits are not finite.
     """
-    engine, (architecture, parameters) = Engine(model), split_model(model)
-    program = _program(architecture)
+    engine = Engine(model)
     num_bytes = functools.cache(lambda token: len(tokenizer.decode_bytes([token])))
     empty, bos = empty_state(model, 1), np.array([tokenizer.bos_id], np.int32)
     state = PrefixState(empty.layers, empty.logits)
@@ -110,7 +109,8 @@ def score(
             left, logits = ids[position:], state.logits
             length = engine.chunk_length(len(left), CHUNK_LENGTHS)
             (((state, hidden),), (count,)) = engine.prefill([state], [left], length)
-            scores.append(program(parameters, logits, hidden, np.resize(left[:count], length)))
+            targets = np.resize(left[:count], length)
+            scores.append(_score(engine.programs, engine.parameters, logits, hidden, targets))
             position += int(count)
         check_logits(state.logits)
         # Only the last chunk may have fewer tokens than its length.
@@ -118,15 +118,16 @@ def score(
         yield ScoredBlock(data, ids, np.cumsum(lengths) - lengths, bits, excess, chunks)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _score(
-    architecture: Architecture,
+    programs: Programs,
     parameters: list[Array],
     logits: Float[Array, "1 vocab"],
     hidden: Float[Array, "1 T D"],
     targets: Int[Array, "T"],
 ) -> Float[Array, "2 T"]:
     """Compute the bits and the excess of a chunk, from the logits before it."""
-    model = architecture.merge(parameters)
+    model = programs.merge(parameters)
 
     def score_one(row: tuple[jax.Array, ...]) -> Float[Array, "2"]:
         is_first, inputs, target = row
@@ -138,11 +139,6 @@ def _score(
     # The head at a token predicts the next one.
     rows = jnp.arange(len(targets)) == 0, jnp.roll(hidden[0], 1, axis=0), targets
     return lax.map(score_one, rows, batch_size=_ROWS).T
-
-
-@functools.lru_cache(maxsize=4)
-def _program(architecture: Architecture) -> Callable[..., Float[Array, "2 T"]]:
-    return jax.jit(functools.partial(_score, architecture))
 
 
 def expected_text(model: LanguageModel, tokenizer: Tokenizer, place: Place) -> str:
@@ -264,5 +260,6 @@ def render_page(
     rows: Iterable[tuple[str, Unit, str | None]],
 ) -> str:
     """Return an HTML page of `colored` texts; `rows` are the units to list, with expected texts."""
-    template = page_template("simplernn_jax.analysis", "surprise.html")
-    return template.render(name=name, model=model, levels=LEVELS, texts=texts, rows=list(rows))
+    template = page_template("analysis/surprise.html")
+    fields = {"name": name, "model": model, "levels": LEVELS, "texts": texts, "rows": rows}
+    return template.render(title=f"What surprised the model in {name}", **fields)

@@ -8,8 +8,9 @@ function computes the model: see `decoder_weights`.
 
 import functools
 import itertools
+import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,13 +82,12 @@ class Engine:
     """The compiled programs of a model, with its weights; `UserError` for parameters of 16 bits."""
 
     def __init__(self, model: LanguageModel) -> None:
-        architecture, self.parameters = split_model(model)
-        self.is_native = architecture.decodes_natively
+        self.programs, self.parameters = split_model(model)
+        self.is_native = self.programs.is_native
         """True if a C function decodes the model."""
-        self.programs = programs_for(architecture)
         self.weights: Any = self.parameters
         if self.is_native:
-            self.weights = _packed_weights(architecture, self.parameters)
+            self.weights = _packed_weights(model, self.programs, self.parameters)
 
     def chunk_length(self, num_left: int, lengths: Sequence[int]) -> int:
         """Choose the length of the next chunk of a prompt that has `num_left` tokens left, over 0.
@@ -163,169 +163,148 @@ def insert_sequences(
     return jax.tree.map(lambda all, some: all.at[index].set(some, mode="drop"), sequences, new)
 
 
-class Architecture(NamedTuple):
-    """A model without its arrays; hashable."""
+class Programs:
+    """The compiled programs of an architecture, which is a model without its arrays."""
 
-    graphdef: Any
-    treedef: Any
-    decodes_natively: bool
-    """True if a C function decodes it."""
+    def __init__(self, graphdef: Any, treedef: Any, is_native: bool) -> None:
+        self._graphdef, self._treedef = graphdef, treedef
+        self.is_native = is_native
+        """True if a C function decodes the model."""
+        self.pack = jax.jit(self._pack)
+        self.prefill = jax.jit(self._prefill)
+        self.score = jax.jit(self._score)
+        self.decode = jax.jit(self._decode, donate_argnums=1)
 
     def merge(self, parameters: list[Array]) -> LanguageModel:
         """Make a model with these arrays."""
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, parameters))
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, parameters))
 
-
-def split_model(model: LanguageModel) -> tuple[Architecture, list[Array]]:
-    """Split a model into its architecture and its arrays; `UserError` if they have 16 bits."""
-    graphdef, arrays = nnx.split(model)
-    parameters, treedef = jax.tree.flatten(arrays)
-    for x in parameters:
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
-            raise UserError(f"model: has {x.dtype} parameters; convert them to float32")
-    return Architecture(graphdef, treedef, decodes_natively(model)), parameters
-
-
-_packed: list[tuple[Architecture, list[weakref.ref[Array]], DecoderWeights]] = []
-"""The newest packed weights, as long as their parameters exist."""
-
-
-def _packed_weights(architecture: Architecture, parameters: list[Array]) -> DecoderWeights:
-    """Return the weights of the C function, from an earlier call if it had the same arrays."""
-    for kept, references, weights in list(_packed):
-        is_same = all(ref() is x for ref, x in zip(references, parameters, strict=False))
-        if is_same and kept == architecture:
-            return weights
-    weights = programs_for(architecture).pack(parameters)
-    references = [weakref.ref(x, lambda _: _packed.clear()) for x in parameters]
-    _packed[:] = [(architecture, references, weights)]
-    return weights
-
-
-class _Programs(NamedTuple):
-    """Jitted functions of one architecture, for `Engine`."""
-
-    pack: Callable[[list[Array]], DecoderWeights]
-    """Makes the weights of the C function."""
-    prefill: Callable[..., tuple[tuple[PrefixState, jax.Array], ...]]
-    score: Callable[..., TokenLogprobs]
-    decode: Callable[..., tuple[Block, Sequences]]
-
-
-@functools.lru_cache(maxsize=16)
-def programs_for(architecture: Architecture) -> _Programs:
-    """Make the programs of an architecture.
-
-    Cached here, because hashing a graph at every dispatch takes as long as a token.
-    """
-
-    def pack(parameters: list[Array]) -> DecoderWeights:
-        model = architecture.merge(parameters)
+    def _pack(self, parameters: list[Array]) -> DecoderWeights:
+        """Make the weights of the C function."""
+        model = self.merge(parameters)
         return decoder_weights(model, weight_format(model))
 
-    def prefill(
+    def _prefill(
+        self,
         weights: Any,
         states: tuple[PrefixState, ...],
         tokens: Int[Array, "B T"],
         num_tokens: Int[Array, "B"],
     ) -> tuple[tuple[PrefixState, Float[Array, "b T D"]], ...]:
         state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
-        state, hidden = _advance(
-            architecture, weights, tokens, num_tokens, state, copies_caches=True
-        )
+        state, hidden = self._advance(weights, tokens, num_tokens, state, copies_caches=True)
         bounds = itertools.accumulate((len(part.logits) for part in states), initial=0)
         return tuple(
             jax.tree.map(lambda x, i=start, j=end: x[i:j], (state, hidden))
             for start, end in itertools.pairwise(bounds)
         )
 
-    def score(
-        parameters: list[Array], hidden: Float[Array, "1 T D"], targets: Int[Array, "T"]
+    def _score(
+        self, parameters: list[Array], hidden: Float[Array, "1 T D"], targets: Int[Array, "T"]
     ) -> TokenLogprobs:
-        return token_logprobs(architecture.merge(parameters).logits(hidden)[0], targets)
+        return token_logprobs(self.merge(parameters).logits(hidden)[0], targets)
 
-    decode = functools.partial(_decode, architecture)
-    return _Programs(
-        jax.jit(pack), jax.jit(prefill), jax.jit(score), jax.jit(decode, donate_argnums=1)
-    )
+    def _advance(
+        self,
+        weights: Any,
+        tokens: Int[Array, "B T"],
+        num_tokens: Int[Array, "B"],
+        state: PrefixState,
+        *,
+        copies_caches: bool,
+    ) -> tuple[PrefixState, Float[Array, "B T D"]]:
+        """Compute states after `num_tokens` tokens, and inputs of the head; see `Engine.prefill`.
 
-
-def _advance(
-    architecture: Architecture,
-    weights: Any,
-    tokens: Int[Array, "B T"],
-    num_tokens: Int[Array, "B"],
-    state: PrefixState,
-    *,
-    copies_caches: bool,
-) -> tuple[PrefixState, Float[Array, "B T D"]]:
-    """Compute states after `num_tokens` tokens, and the inputs of the head; see `Engine.prefill`.
-
-    `num_tokens` is 0 or T, or any number between where a C function decodes the model.
-    Unless `copies_caches`, which takes as long as a token, a KV cache that gets no token loses the
-    oldest one, which no later token attends to.
-    """
-    layers, logits = state
-    if architecture.decodes_natively:
-        logits, hidden, layers = decode_tokens(weights, tokens, num_tokens, logits, layers)
+        `num_tokens` is 0 or T, or any number between where a C function decodes the model. Unless
+        `copies_caches`, which takes as long as a token, a KV cache that gets no token loses the
+        oldest one, which no later token attends to.
+        """
+        layers, logits = state
+        if self.is_native:
+            logits, hidden, layers = decode_tokens(weights, tokens, num_tokens, logits, layers)
+            return PrefixState(layers, logits), hidden
+        model = self.merge(weights)
+        select = functools.partial(select_sequences, num_tokens > 0)
+        hidden, new_layers = model.hidden_states(tokens, layers)
+        logits = select(model.logits(hidden[:, -1:])[:, 0], logits)
+        if copies_caches:
+            layers = jax.tree.map(select, new_layers, layers)
+        else:
+            layers = model.select_states(num_tokens == 0, layers, new_layers)
         return PrefixState(layers, logits), hidden
-    model = architecture.merge(weights)
-    select = functools.partial(select_sequences, num_tokens > 0)
-    hidden, new_layers = model.hidden_states(tokens, layers)
-    logits = select(model.logits(hidden[:, -1:])[:, 0], logits)
-    if copies_caches:
-        layers = jax.tree.map(select, new_layers, layers)
-    else:
-        layers = model.select_states(num_tokens == 0, layers, new_layers)
-    return PrefixState(layers, logits), hidden
+
+    def _decode(
+        self,
+        weights: Any,
+        start: Sequences,
+        is_active: Bool[Array, "B"],
+        num_tokens: Int[Array, ""],
+    ) -> tuple[Block, Sequences]:
+        settings = start.settings
+        with_penalties, with_logprobs, keys = options_of(start, is_active)
+
+        def is_unfinished(carry: tuple[Any, Block, Sequences]) -> Bool[Array, ""]:
+            step, _, now = carry
+            return (step < num_tokens) & jnp.any(is_active & (now.remaining > 0))
+
+        def decode_one(carry: tuple[Any, Block, Sequences]) -> tuple[Any, Block, Sequences]:
+            step, block, now = carry
+            logits = now.state.logits
+            token = next_token(logits, settings, now.penalties, with_penalties, keys, now.position)
+            tokens, is_decoded = token[:, None], is_active & (now.remaining > 0)
+            new = is_decoded.astype(jnp.int32)
+            is_stop = jnp.take_along_axis(settings.is_stop, tokens, axis=1)[:, 0]
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
+            logprobs = None
+            if block.logprobs is not None:
+                logprobs = lax.cond(with_logprobs, token_logprobs, no_logprobs, logits, token)
+            block = block._replace(
+                tokens=put(block.tokens, token),
+                counts=block.counts + new,
+                logprobs=jax.tree.map(put, block.logprobs, logprobs),
+            )
+            now = count_tokens(now, with_penalties, tokens, new)
+            # A stop id is not part of the state, so that its sequence can be continued.
+            is_read = (is_decoded & ~is_stop).astype(jnp.int32)
+            state, _ = self._advance(weights, tokens, is_read, now.state, copies_caches=False)
+            now = now._replace(
+                state=state,
+                position=now.position + new,
+                remaining=jnp.where(is_decoded & is_stop, 0, now.remaining - new),
+            )
+            return step + 1, block, now
+
+        block = empty_block(start, MAX_BLOCK)
+        _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))
+        return block._replace(has_ended=~jnp.any(is_active & (end.remaining > 0))), end
 
 
-def _decode(
-    architecture: Architecture,
-    weights: Any,
-    start: Sequences,
-    is_active: Bool[Array, "B"],
-    num_tokens: Int[Array, ""],
-) -> tuple[Block, Sequences]:
-    settings = start.settings
-    with_penalties, with_logprobs, keys = options_of(start, is_active)
+_programs_for = functools.lru_cache(maxsize=16)(Programs)
+"""Cached here, because hashing a graph at every dispatch takes as long as a token."""
 
-    def is_unfinished(carry: tuple[Any, Block, Sequences]) -> Bool[Array, ""]:
-        step, _, now = carry
-        return (step < num_tokens) & jnp.any(is_active & (now.remaining > 0))
 
-    def decode_one(carry: tuple[Any, Block, Sequences]) -> tuple[Any, Block, Sequences]:
-        step, block, now = carry
-        logits = now.state.logits
-        token = next_token(logits, settings, now.penalties, with_penalties, keys, now.position)
-        is_decoded = is_active & (now.remaining > 0)
-        new = is_decoded.astype(jnp.int32)
-        is_stop = jnp.take_along_axis(settings.is_stop, token[:, None], axis=1)[:, 0]
-        put = functools.partial(lax.dynamic_update_index_in_dim, index=step, axis=1)
-        logprobs = None
-        if block.logprobs is not None:
-            logprobs = lax.cond(with_logprobs, token_logprobs, no_logprobs, logits, token)
-        block = block._replace(
-            tokens=put(block.tokens, token),
-            counts=block.counts + new,
-            logprobs=jax.tree.map(put, block.logprobs, logprobs),
-        )
-        now = count_tokens(now, with_penalties, token[:, None], new)
-        # A stop id is not part of the state, so that its sequence can be continued.
-        is_read = (is_decoded & ~is_stop).astype(jnp.int32)
-        state, _ = _advance(
-            architecture, weights, token[:, None], is_read, now.state, copies_caches=False
-        )
-        now = now._replace(
-            state=state,
-            position=now.position + new,
-            remaining=jnp.where(is_decoded & is_stop, 0, now.remaining - new),
-        )
-        return step + 1, block, now
+def split_model(model: LanguageModel) -> tuple[Programs, list[Array]]:
+    """Split a model into programs and its arrays; `UserError` if they have 16 bits."""
+    graphdef, arrays = nnx.split(model)
+    parameters, treedef = jax.tree.flatten(arrays)
+    for x in parameters:
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
+            raise UserError(f"model: has {x.dtype} parameters; convert them to float32")
+    return _programs_for(graphdef, treedef, decodes_natively(model)), parameters
 
-    block = empty_block(start, MAX_BLOCK)
-    _, block, end = lax.while_loop(is_unfinished, decode_one, (jnp.int32(0), block, start))
-    return block._replace(has_ended=~jnp.any(is_active & (end.remaining > 0))), end
+
+_packed: weakref.WeakKeyDictionary[LanguageModel, tuple[list[Array], DecoderWeights]]
+_packed = weakref.WeakKeyDictionary()
+"""Parameters of each model when its weights were packed, and these weights."""
+
+
+def _packed_weights(
+    model: LanguageModel, programs: Programs, parameters: list[Array]
+) -> DecoderWeights:
+    """Return the weights of the C function, packed anew if a parameter of the model changed."""
+    if model not in _packed or not all(map(operator.is_, _packed[model][0], parameters)):
+        _packed[model] = parameters, programs.pack(parameters)
+    return _packed[model][1]
 
 
 def options_of(

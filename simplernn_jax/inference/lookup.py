@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from simplernn_jax.array_types import ModelState
 from simplernn_jax.inference.engine import (
     MAX_BLOCK,
     Block,
@@ -107,11 +106,10 @@ class _Carry(NamedTuple):
     """WINDOW longer, since a window is put as a whole."""
     now: Sequences
     """Without `state`."""
-    logits: Float[Array, "b WINDOW vocab"]
-    layers: ModelState
-    """After each token of the last window: an axis WINDOW follows b."""
-    place: Int[Array, "b"]
-    """Of logits and layers after the last accepted token in this axis."""
+    state: PrefixState
+    """After each token of the last window of each sequence: of b WINDOW slots."""
+    slot: Int[Array, "b"]
+    """Of the state after the last accepted token."""
     table: Int[Array, "b RECENT"]
     limit: Int[Array, "b"]
     """Length of the next draft, at most: it doubles while drafts are accepted."""
@@ -133,8 +131,8 @@ def _decode(
     draft: Any = jax.vmap(functools.partial(_draft, order))
     record: Any = jax.vmap(functools.partial(_record, order))
 
-    def at_place(x: Array, place: Array) -> Array:
-        return jnp.stack([x[n, place[n]] for n in range(batch)])
+    # Of the states after each token of a window.
+    slots = jnp.arange(batch * WINDOW, dtype=jnp.int32).reshape(batch, WINDOW)
 
     def put(all: Array, some: Array, place: Array) -> Array:
         for n in range(batch):
@@ -152,34 +150,24 @@ def _decode(
         """Return how many drafts equal the tokens that are drawn after those before them."""
         length = WINDOW - 1
         repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, length, axis=0))
-        penalties = now.penalties
-        if penalties is not None:
-            # Drafts before a token count as accepted: it is used only if they are.
-            def count(counts: Array = penalties.counts) -> Array:
-                is_id = jax.nn.one_hot(window[:, :-1], vocab_size, dtype=jnp.int32)
-                return counts[:, None] + jnp.cumsum(is_id, axis=1)
-
-            shape = batch, length, vocab_size
-            counts: Array = lax.cond(with_penalties, count, lambda: jnp.zeros(shape, jnp.int32))
-            penalties = repeat(penalties)._replace(counts=counts.reshape(-1, vocab_size))
-        place = jnp.arange(length)[None]
+        place = jnp.arange(length)
+        new = jnp.tile(1 + place, batch)
+        # Drafts before a token count as accepted: it is used only if they are.
+        each = count_tokens(repeat(now), with_penalties, repeat(window), new)
         drawn = next_token(
             logits[:, :-1].reshape(-1, vocab_size),
-            repeat(settings),
-            penalties,
-            with_penalties,
-            repeat(keys),
-            (now.position[:, None] + 1 + place).reshape(-1),
+            *(each.settings, each.penalties, with_penalties),
+            *(repeat(keys), each.position + new),
         )
         drafts = window[:, 1:]
         # A stop id is never accepted: it is the first token of a window, which may end a sequence.
         is_right = (drawn.reshape(batch, length) == drafts) & ~is_stop(drafts)
-        is_right &= place < num_drafts[:, None]
+        is_right &= place[None] < num_drafts[:, None]
         return jnp.sum(jnp.cumprod(is_right.astype(jnp.int32), axis=1), axis=1)
 
     def decode_window(c: _Carry) -> _Carry:
         is_decoded, now, block = is_unfinished(c), c.now, c.block
-        before = at_place(c.logits, c.place)
+        before = c.state.logits[c.slot]
         token = next_token(before, settings, now.penalties, with_penalties, keys, now.position)
         is_last = is_stop(token[:, None])[:, 0]
         drafts, is_found = draft(history.text, block.tokens, c.table, block.counts, token)
@@ -188,7 +176,10 @@ def _decode(
         num_drafts = jnp.where(is_read & is_found, jnp.minimum(c.limit, most), 0)
         window = jnp.concatenate([token[:, None], drafts], axis=1)
         num_read = jnp.where(is_read, 1 + num_drafts, 0)
-        logits, _, layers = decode_tokens(weights, window, num_read, c.logits, c.layers, c.place)
+        read = jnp.concatenate([c.slot[:, None], slots], axis=1)
+        layers, logits = c.state
+        logits, _, layers = decode_tokens(weights, window, num_read, logits, layers, read)
+        state, logits = PrefixState(layers, logits), logits.reshape(batch, WINDOW, vocab_size)
         accepted = lax.cond(
             jnp.any(num_drafts > 0),
             accept,
@@ -218,20 +209,18 @@ def _decode(
             remaining=jnp.where(is_decoded & is_last, 0, now.remaining - new),
         )
         table = record(history.text, block.tokens, c.table, c.block.counts, new)
-        place = jnp.where(is_read, accepted, c.place)
+        slot = jnp.where(is_read, slots[:, 0] + accepted, c.slot)
         limit = jnp.minimum(2 * accepted, WINDOW - 2) + 1
-        return _Carry(block, now, logits, layers, place, table, limit)
+        return _Carry(block, now, state, slot, table, limit)
 
-    layers, logits = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[:, None], (batch, WINDOW, *x.shape[1:])), start.state
-    )
+    state = jax.tree.map(lambda x: jnp.repeat(x, WINDOW, axis=0), start.state)
     block, no_state = empty_block(start, MAX_BLOCK + WINDOW), cast(Any, None)
     end = lax.while_loop(
         lambda c: jnp.any(is_unfinished(c)),
         decode_window,
         _Carry(
-            *(block, start._replace(state=no_state), logits, layers),
-            *(block.counts, history.table, block.counts + 1),
+            *(block, start._replace(state=no_state), state),
+            *(slots[:, 0], history.table, block.counts + 1),
         ),
     )
     block, now = end.block, end.now
@@ -240,9 +229,8 @@ def _decode(
     history = History(jnp.stack(recent), end.table - block.counts[:, None])
     tokens, logprobs = jax.tree.map(lambda x: x[:, :MAX_BLOCK], (block.tokens, block.logprobs))
     has_ended = ~jnp.any(is_active & (now.remaining > 0))
-    state = jax.tree.map(lambda x: at_place(x, end.place), PrefixState(end.layers, end.logits))
     block = block._replace(tokens=tokens, logprobs=logprobs, has_ended=has_ended)
-    now = now._replace(state=state)
+    now = now._replace(state=jax.tree.map(lambda x: x[end.slot], end.state))
     replaced = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), sequences, now)
     return block, replaced, history
 

@@ -51,7 +51,7 @@ def decode_tokens(
     num_tokens: jax.Array,
     logits: jax.Array,
     states: ModelState,
-    first: jax.Array | None = None,
+    slots: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, ModelState]:
     """Compute logits, hidden states and states of N sequences after up to T more tokens of each.
 
@@ -63,28 +63,30 @@ def decode_tokens(
       tokens: ``[N, T]`` int32, T at least 1; ids outside of the vocabulary give NaN.
       num_tokens: ``[N]`` int32, 0 to T; the first tokens of each sequence that are computed. A
         sequence without any keeps `logits` and states.
-      logits: ``[N, vocab]`` float32, before the tokens.
-      states: of L layers, each S ``[N, H, K, V]`` and the convolution's inputs ``[N, 3, D]``,
+      logits: ``[S, vocab]`` float32, of all slots.
+      states: of L layers, each S ``[S, H, K, V]`` and the convolution's inputs ``[S, 3, D]``,
         float32. XLA updates them in place where it can.
-      first: ``[N]`` int32, if logits and states have an axis W, at least T, after N: which of its W
-        states a sequence begins with. Those after its token t are then at t, and others have no
-        meaning unless it has no tokens.
+      slots: ``[N, T + 1]`` int32: token t reads the state in slot t of its sequence, and leaves its
+        own state and logits in slot t + 1, or the last token alone if they have one slot. None:
+        sequence n has slot n.
 
     Returns:
-      The logits after the last token; the inputs of the head at all of them, ``[N, T, D]``, zeros
-      from `num_tokens` on; and the states.
+      The logits; the inputs of the head at all tokens, ``[N, T, D]``, zeros from `num_tokens` on;
+      and the states.
     """
     if not supports_native(jnp.float32):
         raise ValueError("decode_tokens requires a CPU and a C compiler")
-    first = jnp.zeros_like(num_tokens) if first is None else first
     # The C function checks the shapes and dtypes of all its arguments.
     leaves, structure = jax.tree.flatten(states)
     (num_sequences, length), (*_, heads, _, value_dim) = tokens.shape, leaves[0].shape
+    if slots is None:
+        own = jnp.arange(num_sequences, dtype=jnp.int32)[:, None]
+        slots = jnp.broadcast_to(own, (num_sequences, length + 1))
     dim, width = weights.final_scale.shape[0], weights.bias.shape[-1]
-    per_row = 2 * dim + width + heads * value_dim + weights.mlp_dim + 3
+    per_row = 2 * dim + width + heads * value_dim + weights.mlp_dim + 4
     of_head = jax.ShapeDtypeStruct((*tokens.shape, dim), jnp.float32)
     workspace = jax.ShapeDtypeStruct((num_sequences, length * per_row), jnp.float32)
-    arguments = [tokens, num_tokens, logits, *jax.tree.leaves(weights), first, *leaves]
+    arguments = [tokens, num_tokens, logits, *jax.tree.leaves(weights), slots, *leaves]
     results = [jax.typeof(logits), of_head, workspace, *map(jax.typeof, leaves)]
     before = len(arguments) - len(leaves)
     aliases = {2: 0} | {before + i: 3 + i for i in range(len(leaves))}

@@ -73,8 +73,8 @@ def write_report(
         **{"evaluate": "", "serve": "", "export": f" --format html --out {workdir}/html"},
         "train": f" --config.train.steps={2 * run.step}",
     }
-    page = page_template("simplernn_jax.training", "report.html").render(
-        name=os.path.basename(run.workdir),
+    page = page_template("training/report.html").render(
+        title=os.path.basename(run.workdir),
         facts=facts,
         curve=base64.b64encode(read_file(curve)).decode(),
         rows=held_out_table(corpus, evaluation) if evaluation else (),

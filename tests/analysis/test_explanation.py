@@ -18,7 +18,6 @@ from simplernn_jax.analysis.page import draw_plots, make_page, to_numbers
 from simplernn_jax.analysis.plots import (
     add_legend,
     draw_contributions,
-    draw_map,
     new_figure,
     sum_by_unit,
     visible,
@@ -188,16 +187,6 @@ def test_a_legend_is_above_the_curves():
         legend = figure.legends[0].get_window_extent()
         assert legend.y0 >= axes.get_window_extent().y1
         assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
-
-
-def test_maps_grow_with_their_tokens_up_to_a_limit():
-    widths = []
-    for length in (101, 1009):
-        layer = explanation().layers[0]._replace(weights=np.eye(length)[None, None])
-        units = split_into_units(ByteTokenizer(), [256, *b"x" * (length - 1)])
-        picture = imread(io.BytesIO(draw_map(layer, units, 0, 3)))
-        widths.append(picture.shape[1])
-    assert widths[0] < 1000 < 1650 < widths[1] < 2130
 
 
 def test_labels_and_notes_of_bars_are_not_cut_and_need_no_glyph():

@@ -1,12 +1,10 @@
 """Checkpoints of random weights under the names of `GLAForCausalLM`, and its logits.
 
-Run as a script, with ``pip install flash-linear-attention triton`` (0.6.0 and 3.9), it writes
-``gla_recorded.npz``: logits of flash-linear-attention's own model, whose kernels Triton's
-interpreter runs on the CPU.
+``gla_recorded.npz`` has the logits of this model of flash-linear-attention 0.6.0 with each of
+`VARIANTS`, in float32, whose kernels the interpreter of Triton 3.9 ran on a CPU.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ SETTINGS = {
     "num_heads": 2,
     "intermediate_size": 48,
 }
-RECORDED = Path(__file__).with_name("gla_recorded.npz")
 VARIANTS = {
     "plain": {},
     "convolutions, tied": {"use_short_conv": True, "tie_word_embeddings": True},
@@ -97,35 +94,5 @@ def save_checkpoint(folder, settings, weights, files=1):
 
 def recorded_logits(variant):
     """Logits ``[B, T, vocab]`` of `draw_tokens`, by flash-linear-attention."""
-    with np.load(RECORDED) as recorded:
+    with np.load(Path(__file__).with_name("gla_recorded.npz")) as recorded:
         return recorded[variant]
-
-
-def record_logits():
-    """Write the logits of flash-linear-attention's model for each of `VARIANTS`."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    import torch
-    from fla.models.gla import GLAConfig, GLAForCausalLM
-    from triton.runtime import autotuner
-
-    # There is nothing to tune: the interpreter has no clock of a device.
-    autotuner.Autotuner._bench = lambda *arguments, config, **options: [1.0, 1.0, 1.0]
-    recorded = {}
-    for name, changes in VARIANTS.items():
-        settings = SETTINGS | changes
-        options = {key: value for key, value in settings.items() if key != "model_type"}
-        model = GLAForCausalLM(GLAConfig(**options, fuse_cross_entropy=False)).float().eval()
-        weights = {k: torch.from_numpy(w) for k, w in draw_weights(settings).items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = ["lm_head.weight"] if settings.get("tie_word_embeddings") else []
-        assert (missing, unexpected) == (tied, []), (missing, unexpected)
-        if tied:
-            model.lm_head.weight = model.model.embeddings.weight
-        with torch.no_grad():
-            tokens = torch.from_numpy(draw_tokens()).long()
-            recorded[name] = model(tokens, use_cache=False).logits.numpy()
-    np.savez(RECORDED, **recorded)
-
-
-if __name__ == "__main__":
-    record_logits()

@@ -61,7 +61,7 @@ def start_python(
 
 
 FORKS = """
-import atexit, gc, json, os, runpy, sys, threading, traceback, warnings
+import atexit, gc, json, os, runpy, sys, tempfile, threading, traceback, warnings
 import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker, rich.progress
 import tensorboardX.record_writer, tensorboardX.summary
 import simplernn_jax.analysis, simplernn_jax.inference, simplernn_jax.training.loop
@@ -77,6 +77,7 @@ for line in iter(sys.stdin.readline, ""):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), descriptor)
         os.chdir(folder)
         os.environ.update(environment)
+        tempfile.tempdir = None  # or TMPDIR has no effect
         sys.argv, script = command, os.path.abspath(command[0])
         sys.path[0] = os.path.dirname(script)
         try:

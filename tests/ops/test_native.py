@@ -1,8 +1,6 @@
 """Compilation of the C functions, their cache, failing compilers; and calls that are wrong."""
 
 import functools
-import json
-import os
 
 import jax
 import pytest
@@ -84,36 +82,29 @@ def test_untrusted_folder_is_not_used(damage, cached, registered):
 
 
 @pytest.mark.parametrize(
-    ("lines", "reason"),
+    ("command", "lines", "reason"),
     [
-        (["exit 0"], "native.so"),
-        (["printf 'erreur: d\\351j\\340\\n' >&2", "exit 1"], "erreur: d\ufffdj\ufffd"),
-        (["exec sleep 100"], "timed out"),
+        (None, ["exit 0"], "could not be compiled: "),
+        (
+            None,
+            ["printf 'erreur: d\\351j\\340\\n' >&2", "exit 1"],
+            "compiled: erreur: d\ufffdj\ufffd",
+        ),
+        (None, ["exec sleep 100"], "timed out"),
+        ('"x', [], "could not be compiled: No closing quotation"),
+        ("no-such-compiler", [], "no C compiler (no-such-compiler)"),
     ],
-    ids=["nothing", "latin-1", "hangs"],
+    ids=["nothing", "latin-1", "hangs", "quotation", "missing"],
 )
-def test_failing_compiler(lines, reason, tmp_path, monkeypatch, registered, caplog):
+def test_failing_compiler(command, lines, reason, tmp_path, monkeypatch, registered, caplog):
     compiler(tmp_path, monkeypatch, *lines)
-    monkeypatch.setattr(native, "COMPILER_SECONDS", 1 if "sleep" in lines[-1] else 60)
+    if command is not None:
+        monkeypatch.setenv("CC", command)
+    monkeypatch.setattr(native, "COMPILER_SECONDS", 1 if "exec sleep 100" in lines else 60)
     assert not load_again()
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "could not be compiled: " in warning.getMessage()
     assert reason in warning.getMessage()
     assert registered == []
-
-
-@pytest.mark.parametrize(
-    ("command", "reason"),
-    [
-        ('"x', "could not be compiled: No closing quotation"),
-        ("no-such-compiler", "no C compiler (no-such-compiler)"),
-    ],
-)
-def test_invalid_command(command, reason, monkeypatch, registered, caplog):
-    monkeypatch.setenv("CC", command)
-    assert not load_again()
-    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert reason in warning.getMessage()
 
 
 def test_cache_that_cannot_be_written(tmp_path, cached, registered, monkeypatch):
@@ -140,11 +131,6 @@ def test_bfloat16_is_fast_with_amx_and_on_amd_with_avx512(monkeypatch, lines, is
 @pytest.mark.slow
 @pytest.mark.oldest_python
 def test_a_wrong_call_of_a_c_function_is_an_exception():
-    """Hundreds of calls; ten times as many with `WRONG_CALLS=10`."""
-    times = int(os.environ.get("WRONG_CALLS", "1"))
-    number = 500 * times
-    code, text, errors = run_python("tests/helpers/wrong_calls.py", number, timeout=600 * times)
+    code, text, errors = run_python("tests/helpers/wrong_calls.py", 500, timeout=600)
     assert code == 0, errors[-5000:]
-    counts = json.loads(text)
-    assert counts["calls"] >= number
-    assert number / 4 < counts["rejected"] < number
+    assert 125 < int(text) < 500

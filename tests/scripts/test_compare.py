@@ -5,7 +5,7 @@ import re
 
 from matplotlib.image import imread
 from processes import ROOT, assert_each_refused, run_scripts
-from small_runs import save_untrained, small_config, write_corpus
+from small_runs import small_config
 
 from simplernn_jax.config import to_json
 from simplernn_jax.training.metrics import MetricsWriter
@@ -83,17 +83,6 @@ def test_equal_configurations_three_runs_and_equal_names(tmp_path):
     assert (tmp_path / "compare.png").exists()
 
 
-def test_a_run_with_only_a_checkpoint(tmp_path):
-    config = small_config(source=write_corpus(tmp_path / "corpus"))
-    save_untrained(config, tmp_path / "saved")
-    (tmp_path / "saved" / "config.json").write_text("{")
-    logged = write_run(tmp_path / "logged", config, train=[2.0])
-    result = compare(tmp_path / "saved", logged, "--out", tmp_path)
-    assert cells(result.output, "steps") == ["-", "1"]
-    parameters = cells(result.output, "parameters")
-    assert parameters[0] == parameters[1]
-
-
 def test_wrong_arguments_are_one_line(tmp_path):
     run = write_run(tmp_path / "run", train=[2.0])
     (tmp_path / "empty").mkdir()
@@ -103,7 +92,7 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ([], "name two or more runs: python scripts/compare.py"),
         ([str(run)], "name two or more runs"),
         ([str(run), "nowhere"], "/nowhere: no such folder; name the workdirs"),
-        ([str(run), "empty"], "no checkpoint in ", "/empty: train there first"),
+        ([str(run), "empty"], "/empty/config.json: no such file"),
         ([str(run), str(run), "--out=taken"], "taken/compare.png: a folder; specify a file"),
         cwd=tmp_path,
     )

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from processes import assert_each_refused, assert_refused, run_scripts
+from processes import assert_each_refused, run_scripts
 from small_runs import save_untrained, small_config
 
 CORPUS = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 漢字 😀\n"
@@ -59,16 +59,6 @@ def test_a_prefix_is_prefilled_once_and_continues_in_several_ways(workdir, tmp_p
     texts = [text.removeprefix("größer") for text in re.split(headings, whole.output)[2::2]]
     assert len({*texts}) == 3
     assert [t.removeprefix("ßer") for t in re.split(headings, rest.output)[2::2]] == texts
-
-
-def test_a_file_that_is_no_state_and_too_many_samples_are_rejected(workdir):
-    path = workdir / "config.json"
-    path.touch()
-    no_state, too_many = samples(
-        workdir, ["--load_state", path], ["--prompt", "a", "--num_samples", 2 * 10**9]
-    )
-    assert_refused(no_state, f"error: {path}: corrupted, or not a state (")
-    assert_refused(too_many, "error: generating needs at least ")
 
 
 def test_bad_flags_are_one_line_and_exit_code_2():

@@ -96,15 +96,12 @@ static inline float *result(Call *call, int64_t i, const char *name, Shape tail)
                  tail);
 }
 
-/* A result that begins as an argument, which may have the same memory. */
-static inline float *updated(Call *call, int64_t i, int64_t i_result, const char *name, Shape tail) {
-  const float *from = argument(call, i, name, tail);
-  float *to = result(call, i_result, name, tail);
-  if (is_valid(call) && from != to) {
-    int64_t count = call->batch;
-    for (int64_t axis = 0; axis < tail.rank; axis++) count *= tail.dims[axis];
-    memcpy(to, from, sizeof(float) * count);
-  }
+/* Float32 result ``[shape]`` that begins as an argument, which may have the same memory. */
+static inline float *updated(Call *call, int64_t i, int64_t i_result, const char *name, Shape shape) {
+  const float *from = shared_argument(call, i, name, shape);
+  const XLA_FFI_Buffer *buffer = buffer_at(call, 1, i_result, name);
+  float *to = checked(call, buffer, name, XLA_FFI_DataType_F32, 0, shape);
+  if (is_valid(call) && from != to) memcpy(to, from, sizeof(float) * entries_of(buffer));
   return to;
 }
 

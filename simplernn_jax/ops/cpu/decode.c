@@ -13,8 +13,8 @@
    the number of sequences, their order and the threads, and however its tokens are divided among
    calls. Sequences without tokens keep state and logits.
 
-   States and logits may have room for those after each token of a call, one after another: the next
-   call then begins at any of them. */
+   Each token reads the state in one slot and leaves the next one in another, or in the same. Logits
+   are computed after a sequence's last token, and after those whose slot the next one leaves alone. */
 
 #include <math.h>
 
@@ -27,14 +27,12 @@ typedef struct {
   int format;
   Matrix embedding, in_proj, out_proj, mlp_in, mlp_out, head;
   const float *convolution, *bias, *final_scale, *head_bias;
-  const int32_t *tokens, *num_tokens, *first; /* first: the state that each sequence begins with */
-  int64_t kept; /* states and logits of a sequence: 1, the last ones, or after each token */
-  float *final, *logits, **states; /* of each layer: S [N, kept, H, K, V], recent [N, kept, 3, D] */
+  const int32_t *tokens, *num_tokens, *slots; /* slots: before each token and after the last one */
+  float *final, *logits, **states; /* of each layer: S [slots, H, K, V], recent [slots, 3, D] */
   int32_t *sequences; /* those with tokens */
-  const int32_t *starts; /* row of the first token of each */
-  const int32_t *outputs; /* rows of the logits, in the order of their inputs */
+  int32_t *starts, *first_outputs; /* row of the first token of each, and its first logits */
+  int32_t *outputs; /* slots of the logits, in the order of their inputs */
   int64_t num_outputs;
-  int64_t before; /* rows of the groups before this one */
   int64_t groups; /* 0: threads share the items of each phase */
   float *x, *normed, *projected, *heads_output, *hidden;
 } Decoder;
@@ -110,31 +108,34 @@ static void convolve_token(float *restrict to, const float *restrict x, float by
   }
 }
 
-/* The array of a sequence that its t-th token continues, and that it leaves: each has `size` floats. */
-static float *before_token(const Decoder *d, float *all, int64_t n, int64_t t, int64_t size) {
-  return all + (n * d->kept + (t == 0 ? d->first[n] : least(t, d->kept) - 1)) * size;
-}
-static float *after_token(const Decoder *d, float *all, int64_t n, int64_t t, int64_t size) {
-  return all + (n * d->kept + least(t, d->kept - 1)) * size;
+/* The slots of sequence n: token t reads the t-th of them, and leaves the next one. */
+static const int32_t *slots_of(const Decoder *d, int64_t n) { return d->slots + n * (d->length + 1); }
+
+/* Whether the logits after token t are computed. */
+static int has_logits(const Decoder *d, int64_t n, int64_t t) {
+  const int32_t *slots = slots_of(d, n);
+  return t + 1 == d->num_tokens[n] || slots[t + 1] != slots[t + 2];
 }
 
 /* normed = C(n(x)) of the s-th sequence, and the next inputs of the convolution. */
 static void convolve(const Decoder *d, int64_t layer, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s];
   const float *w = d->convolution + layer * 4 * D;
+  const int32_t *slots = slots_of(d, n);
   for (int64_t t = 0; t < d->num_tokens[n]; t++) {
-    const int64_t row = d->starts[s] - d->before + t;
+    const int64_t row = d->starts[s] - d->starts[0] + t;
     if (layer == 0) embed(d, row, d->tokens[n * d->length + t]);
-    const float *x = d->x + row * D, *from = before_token(d, d->states[2 * layer + 1], n, t, 3 * D);
-    float *recent = after_token(d, d->states[2 * layer + 1], n, t, 3 * D);
+    const float *x = d->x + row * D, *from = d->states[2 * layer + 1] + slots[t] * D * 3;
+    float *recent = d->states[2 * layer + 1] + slots[t + 1] * D * 3;
     if (recent != from) memcpy(recent, from, sizeof(float) * 3 * D);
     convolve_token(d->normed + row * D, x, scale_of(x, D), w, recent + 2 * D, recent + D, recent, D);
   }
 }
 
 /* The state S after a token, and S^T q, of the w * LANES columns of values from S, v and y. */
-INLINE void recur_columns(const float *from, float *S, const float *q, const float *k, const float *g, const float *v,
-                          float *y, int64_t key_dim, int64_t value_dim, const int w) {
+INLINE void recur_columns(const float *from, float *S, const float *q, const float *k,
+                          const float *g, const float *v, float *y, int64_t key_dim,
+                          int64_t value_dim, const int w) {
   Lanes sum[4];
   for (int j = 0; j < w; j++) sum[j] = (Lanes){0};
   for (int64_t i = 0; i < key_dim; i++)
@@ -181,16 +182,18 @@ static void normalize_rows(const Decoder *d, int64_t item) {
     normalize(d->normed + row * D, d->x + row * D, NULL, D);
 }
 
-/* Inputs of the head of the s-th sequence; those whose logits are kept are also in normed. */
+/* Inputs of the head of the s-th sequence; those whose logits are computed are also in normed. */
 static void normalize_final(const Decoder *d, int64_t s) {
   const int64_t D = d->dim, n = d->sequences[s], count = d->num_tokens[n];
-  const float *x = d->x + (d->starts[s] - d->before) * D;
+  const float *x = d->x + (d->starts[s] - d->starts[0]) * D;
   float *to = d->final + n * d->length * D;
-  for (int64_t t = 0; t < count; t++) normalize(to + t * D, x + t * D, d->final_scale, D);
-  if (d->kept > 1)
-    memcpy(d->normed + (d->starts[s] - d->before) * D, to, sizeof(float) * count * D);
-  else
-    memcpy(d->normed + s * D, to + (count - 1) * D, sizeof(float) * D);
+  float *input = d->normed + (d->first_outputs[s] - d->first_outputs[0]) * D;
+  for (int64_t t = 0; t < count; t++, to += D) {
+    normalize(to, x + t * D, d->final_scale, D);
+    if (!has_logits(d, n, t)) continue;
+    memcpy(input, to, sizeof(float) * D);
+    input += D;
+  }
 }
 
 /* Number of items of a phase. */
@@ -259,11 +262,11 @@ static void run_item(const void *task, int64_t i, void *scratch) {
     case RECUR: {
       const int64_t s = i / d->heads, head = i % d->heads, n = d->sequences[s];
       const int64_t of_head = d->key_dim * d->value_dim, size = d->heads * of_head;
-      for (int64_t t = 0; t < d->num_tokens[n]; t++) {
-        const float *from = before_token(d, d->states[2 * layer], n, t, size) + head * of_head;
-        float *S = after_token(d, d->states[2 * layer], n, t, size) + head * of_head;
-        recur(d, from, S, d->starts[s] - d->before + t, head);
-      }
+      const int32_t *slots = slots_of(d, n);
+      float *all = d->states[2 * layer] + head * of_head;
+      for (int64_t t = 0; t < d->num_tokens[n]; t++)
+        recur(d, all + slots[t] * size, all + slots[t + 1] * size, d->starts[s] - d->starts[0] + t,
+              head);
       return;
     }
     case MIX: return project(d, &m, i, d->heads_output, d->x, D, NULL, NULL, ADD);
@@ -281,18 +284,19 @@ static void run_item(const void *task, int64_t i, void *scratch) {
 static void run_group(const void *task, int64_t g, void *scratch) {
   Decoder d = *(const Decoder *)task;
   const int64_t first = d.active * g / d.groups, end = d.active * (g + 1) / d.groups;
-  d.before = d.starts[first];
-  d.rows = (end < d.active ? d.starts[end] : d.rows) - d.before;
+  const int64_t before = d.starts[first], outputs_before = d.first_outputs[first];
+  d.rows = (end < d.active ? d.starts[end] : d.rows) - before;
+  d.num_outputs = (end < d.active ? d.first_outputs[end] : d.num_outputs) - outputs_before;
   d.active = end - first;
-  d.num_outputs = d.kept > 1 ? d.rows : d.active;
-  d.outputs += d.kept > 1 ? d.before : first;
+  d.outputs += outputs_before;
+  d.first_outputs += first;
   d.sequences += first;
   d.starts += first;
-  d.x += d.before * d.dim;
-  d.normed += d.before * d.dim;
-  d.projected += d.before * d.width;
-  d.heads_output += d.before * d.heads * d.value_dim;
-  d.hidden += d.before * d.mlp_dim;
+  d.x += before * d.dim;
+  d.normed += before * d.dim;
+  d.projected += before * d.width;
+  d.heads_output += before * d.heads * d.value_dim;
+  d.hidden += before * d.mlp_dim;
   const int64_t items = num_items(&d);
   for (int64_t i = 0; i < items; i++) run_item(&d, i, scratch);
 }
@@ -301,9 +305,9 @@ static void run_group(const void *task, int64_t g, void *scratch) {
 #define WEIGHTS_PER_THREAD (1 << 20) /* multiplied by one row: about 20 microseconds */
 
 /* (tokens [N, T], num_tokens, logits, embedding, in_proj, out_proj, mlp_in, mlp_out, head,
-   convolution, bias, final_scale, head_bias, first [N], states ...) -> (logits, inputs of the head
-   [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales. Logits and
-   states have the axes [N, kept] in front, or [N] if only the last ones are kept. */
+   convolution, bias, final_scale, head_bias, slots [N, T + 1], states ...) -> (logits, inputs of the
+   head [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales. Logits
+   and states have an axis of slots in front. */
 XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
   const int64_t layers = frame->args.size < STATES ? 0 : (frame->args.size - STATES) / 2;
@@ -322,16 +326,11 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   const int64_t D = d.dim, L = layers;
   const int64_t keys = d.heads * d.key_dim, outputs = d.heads * d.value_dim;
   d.width = divided(3 * keys + 2 * outputs, PANEL) * PANEL;
-  const XLA_FFI_Buffer *logits = buffer_at(&call, 0, 2, "logits");
-  const int has_kept = logits != NULL && logits->rank > 2;
-  d.kept = has_kept ? axis_of(&call, 0, 2, 2) : 1;
+  const int64_t num_slots = axis_of(&call, 0, 2, 2);
   const int64_t M = d.mlp_dim = axis_of(&call, 0, 9, 3) * PANEL; /* filled with zeros */
   const int64_t smallest = least(least(D, d.vocab), least(M, least(keys, outputs)));
   if (call.num_leading != 1) reject(&call, "%s: tokens: expected [N, T]", call.function);
-  reject_empty(&call, least(d.length, least(d.kept, smallest)));
-  if (d.kept > 1 && d.kept < d.length)
-    reject(&call, "%s: logits: expected 1 or %lld for each sequence", call.function,
-           (long long)d.length);
+  reject_empty(&call, least(d.length, smallest));
   if (d.format != FLOAT32 && d.format != BFLOAT16 && d.format != INT8 && d.format != INT4)
     reject(&call, "%s: embedding: expected float32, bfloat16, int32 or uint32", call.function);
   d.tokens = checked(&call, buffer_at(&call, 0, 0, "tokens"), "tokens", XLA_FFI_DataType_S32, 1,
@@ -348,20 +347,16 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   d.bias = shared_argument(&call, 16, "bias", SHAPE(L, d.width));
   d.final_scale = shared_argument(&call, 17, "final_scale", SHAPE(D));
   d.head_bias = shared_argument(&call, 18, "head_bias", SHAPE(d.vocab));
-  d.first = checked(&call, buffer_at(&call, 0, 19, "first"), "first", XLA_FFI_DataType_S32, 1,
-                    (Shape){0, NULL});
-  const int64_t per_row = 2 * D + d.width + outputs + M + 3;
+  d.slots = checked(&call, buffer_at(&call, 0, 19, "slots"), "slots", XLA_FFI_DataType_S32, 1,
+                    SHAPE(d.length + 1));
+  const int64_t per_row = 2 * D + d.width + outputs + M + 4;
   d.final = result(&call, 1, "final", SHAPE(d.length, D));
   float *work = result(&call, 2, "workspace", SHAPE(d.length * per_row));
-  const int64_t of_logits[] = {d.kept, d.vocab}, of_recent[] = {d.kept, 3, D};
-  const int64_t of_state[] = {d.kept, d.heads, d.key_dim, d.value_dim};
-  d.logits = updated(&call, 2, 0, "logits", (Shape){1 + has_kept, of_logits + !has_kept});
-  for (int64_t l = 0; l < L; l++) {
-    const int64_t i = 2 * l;
+  d.logits = updated(&call, 2, 0, "logits", SHAPE(num_slots, d.vocab));
+  for (int64_t i = 0; i < 2 * L; i += 2) {
     states[i] = updated(&call, STATES + i, 3 + i, "state",
-                        (Shape){3 + has_kept, of_state + !has_kept});
-    states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent",
-                            (Shape){2 + has_kept, of_recent + !has_kept});
+                        SHAPE(num_slots, d.heads, d.key_dim, d.value_dim));
+    states[i + 1] = updated(&call, STATES + i + 1, 4 + i, "recent", SHAPE(num_slots, 3, D));
   }
   if (is_valid(&call)) {
     const int64_t rows = call.batch * d.length;
@@ -371,27 +366,28 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
     d.heads_output = d.projected + rows * d.width;
     d.hidden = d.heads_output + rows * outputs;
     d.sequences = (int32_t *)(d.hidden + rows * M);
-    int32_t *starts = d.sequences + rows, *all = starts + rows;
-    d.starts = starts;
-    d.outputs = d.kept > 1 ? all : d.sequences;
+    d.starts = d.sequences + rows;
+    d.first_outputs = d.starts + rows;
+    d.outputs = d.first_outputs + rows;
     for (int64_t n = 0; n < call.batch; n++) {
       const int64_t count = d.num_tokens[n];
       if (count < 0 || count > d.length)
         reject(&call, "%s: num_tokens: %lld is not in 0 to %lld", call.function, (long long)count,
                (long long)d.length);
-      if (d.first[n] < 0 || d.first[n] >= d.kept)
-        reject(&call, "%s: first: %lld is not in 0 to %lld", call.function, (long long)d.first[n],
-               (long long)d.kept - 1);
+      for (int64_t t = 0; t <= d.length; t++)
+        if (slots_of(&d, n)[t] < 0 || slots_of(&d, n)[t] >= num_slots)
+          reject(&call, "%s: slots: one is not in 0 to %lld", call.function, (long long)num_slots - 1);
       if (!is_valid(&call)) break;
       memset(d.final + (n * d.length + count) * D, 0, sizeof(float) * (d.length - count) * D);
       if (count == 0) continue;
-      starts[d.active] = d.rows;
+      d.starts[d.active] = d.rows;
+      d.first_outputs[d.active] = d.num_outputs;
       d.sequences[d.active++] = n;
-      for (int64_t t = 0; d.kept > 1 && t < count; t++) all[d.rows + t] = n * d.kept + t;
+      for (int64_t t = 0; t < count; t++)
+        if (has_logits(&d, n, t)) d.outputs[d.num_outputs++] = slots_of(&d, n)[t + 1];
       d.rows += count;
     }
   }
-  d.num_outputs = d.kept > 1 ? d.rows : d.active;
   const int64_t of_layer_weights = D * (d.width + outputs + 2 * M);
   const int64_t weights = D * d.vocab + L * of_layer_weights;
   /* Long sequences one by one, or short ones of one length in a group for each thread. */
