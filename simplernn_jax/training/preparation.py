@@ -21,6 +21,7 @@ from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import absolute_source, parse_mixture
 from simplernn_jax.data.evaluation_batches import check_scorable
+from simplernn_jax.data.source_files import glob_folder
 from simplernn_jax.data.store_files import CorruptStore
 from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_corpus, prepare_corpus
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
@@ -93,6 +94,7 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx
         tokenizer = tokenizer_from_json(saved[1])
         config.model.vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         _check_resumable(config, saved[0])
+        _check_source(config.data.source, saved[0].data.source, workdir)
     corpus = prepare_corpus(
         config.data,
         config.train.seed,
@@ -223,6 +225,21 @@ def _check_resumable(current: Config, saved: Config) -> None:
         raise UserError(
             f"the checkpoint has different settings: {'; '.join(fields)}; use the same values, "
             "omit --config, or use another --workdir"
+        )
+
+
+def _check_source(given: str, saved: str, workdir: str) -> None:
+    """Reject another source at once, unless it may be the text of the run, moved or from Python."""
+    paths = [path for path, _ in parse_mixture(saved) or ()] or [saved]
+    # A glob is not expanded, since it comes from a file: its folder stands for it.
+    exists = "stdlib" in (given, saved) or all(
+        path == "stdlib" or os.path.exists(glob_folder(path) or path) for path in paths
+    )
+    may_differ = not exists or isinstance(given, config_lib.PythonSource)
+    if not may_differ and os.path.realpath(absolute_source(given)) != os.path.realpath(saved):
+        raise UserError(
+            f"{workdir} was trained on --config.data.source={saved}, not {given}; pass that, omit "
+            "--config, or use another --workdir"
         )
 
 

@@ -69,12 +69,27 @@ def test_length_intervals_rates_and_names_may_change(workdir, config):
         learning_rate=5.0,
         cache_dir=workdir + "-tokens",
     )
-    resumed, corpus, _ = prepare(changed, workdir)
-    os.rename(config.data.source, workdir + "-text")
-    changed.data.source = workdir + "-text"
-    assert prepare(changed, workdir)[1].content_hash == corpus.content_hash
+    resumed = prepare(changed, workdir)[0]
     assert resumed.train == changed.train
     assert resumed.optimizer == changed.optimizer
+
+
+def test_another_source_is_rejected_before_it_is_tokenized(tmp_path, monkeypatch, workdir, config):
+    own = config.data.source
+    for source in ("stdlib", write_corpus(tmp_path / "other", seed=1)):
+        config.data.source = source
+        problem = (
+            rf"run was trained on --config\.data\.source={own}, not {source}; pass that, omit "
+        )
+        with pytest.raises(UserError, match=problem):
+            prepare(config, workdir)
+    assert len(list((tmp_path / "run" / "tokens").glob("[!.]*"))) == 1
+    monkeypatch.chdir(tmp_path)
+    config.data.source = "text"  # the same by another name
+    assert prepare(config, workdir)[0].data.source == own
+    os.rename(own, tmp_path / "moved")
+    config.data.source = "moved"
+    assert prepare(config, workdir)[0].data.source == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize(
