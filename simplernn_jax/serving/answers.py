@@ -292,8 +292,6 @@ class Completion:
     id_prefix = "cmpl-"
     whole = "text_completion"
     chunk = "text_completion"
-    last = b"data: [DONE]\n\n"
-    """The end of a stream."""
 
     def __init__(
         self, request: CompletionRequest | ChatRequest, model_name: str, names: TokenNames
@@ -371,46 +369,29 @@ class ChatCompletion(Completion):
         return {"content": content, "refusal": None}
 
 
-class Infill:
-    """Bodies of one infill."""
-
-    last = b""
-
-    def __init__(self, request: InfillRequest, model_name: str, *_: Any) -> None:
-        self._fields, self._model_name = request.response_fields, model_name
-
-    def response(self, pieces: list[Piece], answer: Answer) -> Any:
-        """Make the body of an answer that is not streamed."""
-        usage, (choice,) = answer.usage, answer.choices
-        num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
-        reason = "eos" if choice.finish_reason == "stop" else "limit"
-        body = {
-            "content": "".join(piece.text for piece in pieces),
-            "stop": True,
-            "stop_type": "word" if choice.stopping_word else reason,
-            "stopping_word": choice.stopping_word,
-            "model": self._model_name,
-            "tokens_predicted": num_new,
-            "tokens_evaluated": num_prompt,
-            "tokens_cached": answer.cached_tokens,
-            "truncated": answer.left_out > 0,
-            "timings": _timings(
-                "prompt", num_prompt - answer.cached_tokens, answer.prefilled - answer.began
-            )
-            | _timings("predicted", num_new, answer.ended - answer.prefilled),
-        }
-        if self._fields is None:
-            return body
-        paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
-        return {path: paths[path] for path in self._fields if path in paths}
-
-    def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
-        """Make a frame of a stream."""
-        return {"content": piece.text, "stop": False}
-
-    def last_frames(self, answer: Answer) -> list[Any]:
-        """Make the frame after the text."""
-        return [self.response([], answer)]
+def infill_body(request: InfillRequest, model_name: str, text: str, answer: Answer) -> Any:
+    """Make the body of an infill."""
+    usage, (choice,) = answer.usage, answer.choices
+    num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
+    num_read, prompt_seconds = num_prompt - answer.cached_tokens, answer.prefilled - answer.began
+    reason = "eos" if choice.finish_reason == "stop" else "limit"
+    body = {
+        "content": text,
+        "stop": True,
+        "stop_type": "word" if choice.stopping_word else reason,
+        "stopping_word": choice.stopping_word,
+        "model": model_name,
+        "tokens_predicted": num_new,
+        "tokens_evaluated": num_prompt,
+        "tokens_cached": answer.cached_tokens,
+        "truncated": answer.left_out > 0,
+        "timings": _timings("prompt", num_read, prompt_seconds)
+        | _timings("predicted", num_new, answer.ended - answer.prefilled),
+    }
+    if request.response_fields is None:
+        return body
+    paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
+    return {path: paths[path] for path in request.response_fields if path in paths}
 
 
 def _timings(name: str, count: int, seconds: float) -> dict[str, float]:

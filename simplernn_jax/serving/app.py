@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Infill, Piece
+from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Piece, infill_body
 from simplernn_jax.serving.http import (
     error_object,
     error_response,
@@ -126,13 +126,15 @@ class Api:
 
     async def infill(self, request: Request) -> Response:
         """Fill in the text between a prefix and a suffix."""
-        return await self._complete(request, InfillRequest, Infill)
+        body, answer = await self._submit(request, InfillRequest)
+        (piece,) = await unless_disconnected(request.receive, answer.pieces())
+        return json_response(infill_body(body, self._service.model_name, piece.text, answer))
 
     async def _complete(
         self,
         request: Request,
-        kind: type[CompletionRequest] | type[ChatRequest] | type[InfillRequest],
-        form_of: Callable[..., Completion | Infill],
+        kind: type[CompletionRequest] | type[ChatRequest],
+        form_of: type[Completion],
     ) -> Response:
         body, answer = await self._submit(request, kind)
         form = form_of(body, self._service.model_name, self._service.names)
@@ -308,7 +310,7 @@ OPERATIONS: list[tuple[str, str, Handler]] = [
 """Method, path and handler of all operations."""
 
 
-async def stream(form: Completion | Infill, answer: Answer) -> AsyncIterator[bytes]:
+async def stream(form: Completion, answer: Answer) -> AsyncIterator[bytes]:
     """Yield the frames of a stream, one for each event of a choice, several at a time."""
     started: set[int] = set()
 
@@ -327,7 +329,7 @@ async def stream(form: Completion | Infill, answer: Answer) -> AsyncIterator[byt
                     started.add(index)
             if frames:
                 yield b"".join(frames)
-        yield b"".join(map(sse_frame, form.last_frames(answer))) + form.last
+        yield b"".join(map(sse_frame, form.last_frames(answer))) + b"data: [DONE]\n\n"
     except RequestError as error:
         yield sse_frame(error_object(error))
     finally:
