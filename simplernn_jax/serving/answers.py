@@ -76,7 +76,7 @@ class ChoiceText:
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._num_logprobs = job.num_logprobs
-        self._stream = TextStream(tokenizer, job.recent)
+        self._stream = TextStream(tokenizer, job.text)
         self._num_typed = 0 if job.infill is None else job.infill.num_typed
         """Characters to leave out, which the prompt has."""
         self._stops = StopStrings(job.stops)

@@ -82,7 +82,8 @@ class StateFolder:
         if length is not None:
             notes["length"] = str(length)
         recent = np.full((1, RECENT_TOKENS), -1, np.int32)
-        recent[0, RECENT_TOKENS - len(job.recent) :] = job.recent
+        last = job.text[-RECENT_TOKENS:]
+        recent[0, RECENT_TOKENS - len(last) :] = last
         saved = dataclasses.replace(
             empty_state(self._model, 1),
             layers=state.layers,
