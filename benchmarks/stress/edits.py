@@ -20,7 +20,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.prefill import GRID
 from simplernn_jax.serving.scheduler import Scheduler
-from simplernn_jax.serving.snapshots import load_cache, save_cache
+from simplernn_jax.serving.states import load_cache, save_cache
 
 from . import Case, run_cases
 

@@ -29,12 +29,9 @@ from simplernn_jax.serving.requests import (
     AnyRequest,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     InfillRequest,
     RequestError,
     StateRequest,
-    TokenizeRequest,
-    parse,
 )
 from simplernn_jax.serving.service import Service
 
@@ -164,33 +161,14 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """Encode a text."""
-        service = self._service
-
-        def encoded() -> Response:
-            body = parse(TokenizeRequest, content)
-            service.check_model(body.model)
-            ids = service.encode(body.prompt).tolist()
-            if body.add_special_tokens:
-                ids = [service.tokenizer.bos_id, *ids]
-            names = [service.names.names[i] for i in ids] if body.return_token_strs else None
-            return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
-
         async with read_body(request) as content:
-            response = await asyncio.to_thread(encoded)
+            response = await asyncio.to_thread(self._service.tokenize, content)
         return response
 
     async def detokenize(self, request: Request) -> Response:
         """Decode token ids."""
-        service = self._service
-
-        def decoded() -> Response:
-            body = parse(DetokenizeRequest, content)
-            service.check_model(body.model)
-            service.check_ids("tokens", body.tokens)
-            return json_response({"prompt": service.tokenizer.decode(body.tokens)})
-
         async with read_body(request) as content:
-            response = await asyncio.to_thread(decoded)
+            response = await asyncio.to_thread(self._service.detokenize, content)
         return response
 
     async def tokenizer_info(self, request: Request) -> Response:

@@ -402,7 +402,8 @@ def test_an_export_is_served_until_its_streams_have_had_their_time(workdir, tmp_
             status, _, content = running.result()
     assert text == generate_text(model, tokenizer, "ab", max_new_tokens=9)[0]
     assert (code, status, "Traceback" in errors) == (0, 200, False), errors
-    *_, last, end = content.decode().split("\n\n")
+    *tokens, last, end = content.decode().split("\n\n")
+    assert tokens
     assert end == ""
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
 
