@@ -20,7 +20,7 @@ from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.prefill import GRID
 from simplernn_jax.serving.scheduler import Scheduler
-from simplernn_jax.serving.snapshots import load_cache, save_cache
+from simplernn_jax.serving.states import load_cache, save_cache
 
 from . import Case, run_cases
 
@@ -33,7 +33,7 @@ def edits(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """Edited, continued and forked texts get the bytes of a server without a cache.
 
     Answers become parts of texts, states are evicted, and the server is restarted. As long as no
-    state is lost, at most `GRID` tokens are prefilled again. Every 101st case has a model that XLA
+    state is lost, at most `GRID` tokens are prefilled again. One case in 101 has a model that XLA
     decodes, whose answers are prefilled again.
     """
     yield from run_cases(functools.partial(_run, folder), count, seed)
@@ -52,7 +52,7 @@ def _scheduler(mixer: str, cache_bytes: int) -> Scheduler:
 
 
 def _run(folder: Path, number: int, draw: random.Random) -> Case:
-    mixer = "simple_rnn,attention" if number % 101 == 100 else "simple_rnn"
+    mixer = "simple_rnn,attention" if number % 101 == 50 else "simple_rnn"
     is_native = decodes_natively(_model(mixer))
     scheduler, without_cache = _scheduler(mixer, CACHE_BYTES), _scheduler(mixer, 0)
     cache, done = scheduler.cache, list[str]()

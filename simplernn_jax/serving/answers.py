@@ -75,10 +75,8 @@ class ChoiceText:
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
         self.num_tokens = 0
         self.finish_reason: str | None = None
-        self.last_seconds = time.perf_counter()
-        """Time of the last event, or of its creation."""
         self._num_logprobs = job.num_logprobs
-        self._stream = TextStream(tokenizer, job.recent)
+        self._stream = TextStream(tokenizer, job.text)
         self._num_typed = 0 if job.infill is None else job.infill.num_typed
         """Characters to leave out, which the prompt has."""
         self._stops = StopStrings(job.stops)
@@ -234,14 +232,12 @@ class Answer:
         return pieces
 
     async def _read(self, job: Job, event: Prefilled | NewTokens) -> list[Update]:
-        metrics, first = self._worker.metrics, self.jobs.index(job) * job.num_choices
+        first = self.jobs.index(job) * job.num_choices
         if isinstance(event, Prefilled):
             self.state = event.state
             self.cached_tokens += event.cached_tokens
             self.left_out += event.left_out
             self.prefilled = self.ended = time.perf_counter()
-            metrics.prompt_tokens.inc(len(job.tokens))
-            metrics.cached_tokens.inc(event.cached_tokens)
             entries = []
             if event.logprobs is not None:
                 entries = await asyncio.to_thread(
@@ -258,8 +254,6 @@ class Answer:
         if choice.finish_reason is not None:
             return []
         self.ended = now = time.perf_counter()
-        metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
-        choice.last_seconds = now
         piece = choice.feed(event, now > self.prefilled + job.max_seconds)
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)
@@ -298,8 +292,6 @@ class Completion:
     id_prefix = "cmpl-"
     whole = "text_completion"
     chunk = "text_completion"
-    last = b"data: [DONE]\n\n"
-    """The end of a stream."""
 
     def __init__(
         self, request: CompletionRequest | ChatRequest, model_name: str, names: TokenNames
@@ -377,46 +369,29 @@ class ChatCompletion(Completion):
         return {"content": content, "refusal": None}
 
 
-class Infill:
-    """Bodies of one infill."""
-
-    last = b""
-
-    def __init__(self, request: InfillRequest, model_name: str, *_: Any) -> None:
-        self._fields, self._model_name = request.response_fields, model_name
-
-    def response(self, pieces: list[Piece], answer: Answer) -> Any:
-        """Make the body of an answer that is not streamed."""
-        usage, (choice,) = answer.usage, answer.choices
-        num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
-        reason = "eos" if choice.finish_reason == "stop" else "limit"
-        body = {
-            "content": "".join(piece.text for piece in pieces),
-            "stop": True,
-            "stop_type": "word" if choice.stopping_word else reason,
-            "stopping_word": choice.stopping_word,
-            "model": self._model_name,
-            "tokens_predicted": num_new,
-            "tokens_evaluated": num_prompt,
-            "tokens_cached": answer.cached_tokens,
-            "truncated": answer.left_out > 0,
-            "timings": _timings(
-                "prompt", num_prompt - answer.cached_tokens, answer.prefilled - answer.began
-            )
-            | _timings("predicted", num_new, answer.ended - answer.prefilled),
-        }
-        if self._fields is None:
-            return body
-        paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
-        return {path: paths[path] for path in self._fields if path in paths}
-
-    def frame(self, index: int, piece: Piece, is_first: bool) -> Any:
-        """Make a frame of a stream."""
-        return {"content": piece.text, "stop": False}
-
-    def last_frames(self, answer: Answer) -> list[Any]:
-        """Make the frame after the text."""
-        return [self.response([], answer)]
+def infill_body(request: InfillRequest, model_name: str, text: str, answer: Answer) -> Any:
+    """Make the body of an infill."""
+    usage, (choice,) = answer.usage, answer.choices
+    num_prompt, num_new = usage["prompt_tokens"], usage["completion_tokens"]
+    num_read, prompt_seconds = num_prompt - answer.cached_tokens, answer.prefilled - answer.began
+    reason = "eos" if choice.finish_reason == "stop" else "limit"
+    body = {
+        "content": text,
+        "stop": True,
+        "stop_type": "word" if choice.stopping_word else reason,
+        "stopping_word": choice.stopping_word,
+        "model": model_name,
+        "tokens_predicted": num_new,
+        "tokens_evaluated": num_prompt,
+        "tokens_cached": answer.cached_tokens,
+        "truncated": answer.left_out > 0,
+        "timings": _timings("prompt", num_read, prompt_seconds)
+        | _timings("predicted", num_new, answer.ended - answer.prefilled),
+    }
+    if request.response_fields is None:
+        return body
+    paths = body | {f"timings/{name}": value for name, value in body["timings"].items()}
+    return {path: paths[path] for path in request.response_fields if path in paths}
 
 
 def _timings(name: str, count: int, seconds: float) -> dict[str, float]:

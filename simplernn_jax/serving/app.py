@@ -3,6 +3,7 @@
 import asyncio
 import importlib.resources
 import mimetypes
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Infill, Piece
+from simplernn_jax.serving.answers import Answer, ChatCompletion, Completion, Piece, infill_body
 from simplernn_jax.serving.http import (
     error_object,
     error_response,
@@ -28,12 +29,9 @@ from simplernn_jax.serving.requests import (
     AnyRequest,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     InfillRequest,
     RequestError,
     StateRequest,
-    TokenizeRequest,
-    parse,
 )
 from simplernn_jax.serving.service import Service
 
@@ -85,6 +83,8 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._num_requests = Counter[str]()
+        """By path and status."""
 
     def endpoint(self, path: str, handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
         """Bind an operation; its errors become responses, and all responses are counted."""
@@ -99,7 +99,8 @@ class Api:
             except Exception:
                 logging.exception("%s %r failed", request.method, excerpt(request.scope["path"]))
                 response = error_response(RequestError("the server failed", status=500))
-            self._service.worker.metrics.requests.labels(path, str(response.status_code)).inc()
+            labels = f'path="{path}",status="{response.status_code}"'
+            self._num_requests[f"requests_total{{{labels}}}"] += 1
             return response
 
         return respond
@@ -122,13 +123,15 @@ class Api:
 
     async def infill(self, request: Request) -> Response:
         """Fill in the text between a prefix and a suffix."""
-        return await self._complete(request, InfillRequest, Infill)
+        body, answer = await self._submit(request, InfillRequest)
+        (piece,) = await unless_disconnected(request.receive, answer.pieces())
+        return json_response(infill_body(body, self._service.model_name, piece.text, answer))
 
     async def _complete(
         self,
         request: Request,
-        kind: type[CompletionRequest] | type[ChatRequest] | type[InfillRequest],
-        form_of: Callable[..., Completion | Infill],
+        kind: type[CompletionRequest] | type[ChatRequest],
+        form_of: type[Completion],
     ) -> Response:
         body, answer = await self._submit(request, kind)
         form = form_of(body, self._service.model_name, self._service.names)
@@ -158,33 +161,14 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """Encode a text."""
-        service = self._service
-
-        def encoded() -> Response:
-            body = parse(TokenizeRequest, content)
-            service.check_model(body.model)
-            ids = service.encode(body.prompt).tolist()
-            if body.add_special_tokens:
-                ids = [service.tokenizer.bos_id, *ids]
-            names = [service.names.names[i] for i in ids] if body.return_token_strs else None
-            return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
-
         async with read_body(request) as content:
-            response = await asyncio.to_thread(encoded)
+            response = await asyncio.to_thread(self._service.tokenize, content)
         return response
 
     async def detokenize(self, request: Request) -> Response:
         """Decode token ids."""
-        service = self._service
-
-        def decoded() -> Response:
-            body = parse(DetokenizeRequest, content)
-            service.check_model(body.model)
-            service.check_ids("tokens", body.tokens)
-            return json_response({"prompt": service.tokenizer.decode(body.tokens)})
-
         async with read_body(request) as content:
-            response = await asyncio.to_thread(decoded)
+            response = await asyncio.to_thread(self._service.detokenize, content)
         return response
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -262,8 +246,18 @@ class Api:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus metrics."""
-        return Response(self._service.worker.metrics.text(), media_type="text/plain; version=0.0.4")
+        """Counts and gauges in the text format of Prometheus."""
+        worker = self._service.worker
+        values = {
+            "slots": worker.num_slots,
+            "slots_active": worker.num_active,
+            "waiting": worker.num_waiting,
+            "prefix_cache_bytes": worker.scheduler.cache.num_bytes,
+            **worker.totals,
+            **self._num_requests,
+        }
+        text = "".join(f"simplernn_{name} {value}\n" for name, value in values.items())
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def reload(self, request: Request) -> Response:
         """Load the checkpoint that is selected now."""
@@ -294,7 +288,7 @@ OPERATIONS: list[tuple[str, str, Handler]] = [
 """Method, path and handler of all operations."""
 
 
-async def stream(form: Completion | Infill, answer: Answer) -> AsyncIterator[bytes]:
+async def stream(form: Completion, answer: Answer) -> AsyncIterator[bytes]:
     """Yield the frames of a stream, one for each event of a choice, several at a time."""
     started: set[int] = set()
 
@@ -313,7 +307,7 @@ async def stream(form: Completion | Infill, answer: Answer) -> AsyncIterator[byt
                     started.add(index)
             if frames:
                 yield b"".join(frames)
-        yield b"".join(map(sse_frame, form.last_frames(answer))) + form.last
+        yield b"".join(map(sse_frame, form.last_frames(answer))) + b"data: [DONE]\n\n"
     except RequestError as error:
         yield sse_frame(error_object(error))
     finally:

@@ -11,7 +11,6 @@ import numpy as np
 from simplernn_jax.data.infilling import InfillPrompt
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import Sampling, TokenLogprobs
-from simplernn_jax.inference.state import RECENT_TOKENS
 from simplernn_jax.serving.requests import RequestError
 
 
@@ -95,7 +94,8 @@ class Job:
     """Called in the event loop with each event."""
 
     @property
-    def recent(self) -> np.ndarray:
-        """The last ids of prefix and prompt."""
-        before = self.tokens[:0] if self.prefix is None else self.prefix.recent
-        return np.concatenate([before, self.tokens[-RECENT_TOKENS:]])[-RECENT_TOKENS:]
+    def text(self) -> np.ndarray:
+        """The ids of the prompt, after the last ones of its prefix."""
+        if self.prefix is None:
+            return self.tokens
+        return np.concatenate([self.prefix.recent, self.tokens])

@@ -226,6 +226,7 @@ class InfillRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     """Paths of the fields of the answer; None is all of it."""
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
     n: Literal[1] | None = None
+    stream: Literal[False] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.001, le=10)] | None = msgspec.field(
         name="repeat_penalty", default=None
     )

@@ -59,8 +59,6 @@ class _Choice:
     """All tokens so far."""
     keys: PrefixKeys | None
     """Of all tokens so far; None if no state of the new ones is cached."""
-    num_uncached: int = 0
-    """Maximum number of tokens since the last state that is cached."""
     num_tokens: int = 0
     parts: list[tuple[np.ndarray, TokenLogprobs | None]] = dataclasses.field(default_factory=list)
     """Tokens that no event has reported."""
@@ -76,9 +74,9 @@ class _Choice:
 
 _Rows = list[tuple[int, _Choice | None]]
 """Slots and their choices."""
-_Dispatched = tuple[Block, _Rows, float, set[int], PrefixState | None]
-"""A block of tokens that the device computes, its rows, when it began, the slots whose state after
-it is cached, and the states of all if there are any."""
+_Dispatched = tuple[Block, _Rows, float, list[_Choice | None], PrefixState | None]
+"""A block of tokens that the device computes, its rows, when it began, the choices of all slots,
+and their states after it if they are cached."""
 
 
 class Scheduler:
@@ -91,7 +89,6 @@ class Scheduler:
         self._engine = Engine(model)
         self._vocab_size = model.config.vocab_size
         self._zero = jax.block_until_ready(_empty_state(model, 1))
-        self._structure = jax.tree.structure(self._zero)
         self._prefiller = Prefiller(self._engine, self._zero, self.cache)
         nothing = new_sequence(_NO_JOB, 0, self._vocab_size)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), nothing)
@@ -102,6 +99,8 @@ class Scheduler:
         """Prefilled prompts with choices that wait for a slot."""
         self._history: tuple[list[_Choice | None], History] | None = None
         """Where the last block looked up drafts of these choices, with its tokens."""
+        self._num_uncached = 0
+        """Maximum number of tokens of a choice since its last state that is cached."""
         self._in_flight: _Dispatched | None = None
         self._collected = 0.0
         self._token_seconds = LONG_SECONDS
@@ -213,9 +212,7 @@ class Scheduler:
                 prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
                 keys = prompt.keys if prompt.caches_new_tokens else None
-                job = prompt.job
-                before = job.tokens[:0] if job.prefix is None else job.prefix.recent
-                texts = [before, job.tokens]
+                job, texts = prompt.job, [prompt.job.text]
                 self._choices[slot] = _Choice(job, prompt.num_started, texts, keys)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
@@ -245,9 +242,8 @@ class Scheduler:
         length = round((SHORT_SECONDS if is_short else LONG_SECONDS) / self._token_seconds)
         if is_first and is_streamed:
             length = min(length, FIRST_BLOCK)
-        # Where new tokens are cached, no two states are more than GRID tokens apart.
-        most = [GRID - choice.num_uncached for choice in active if choice.keys is not None]
-        length = max(1, min(length, MAX_BLOCK, *most))
+        caches = any(choice.keys is not None for choice in active)
+        length = max(1, min(length, GRID - self._num_uncached if caches else MAX_BLOCK))
         rows = list(enumerate(choices))
         if length >= WINDOW and use_lookup(self._engine, len(active)):
             rows = [row for row in rows if row[1] is not None]
@@ -256,15 +252,12 @@ class Scheduler:
             is_active = np.array([choice is not None for choice in choices])
             block, self._slots = self._engine.decode(self._slots, is_active, length)
             self._history = None
-        cached = set()
-        for slot, choice in enumerate(choices):
-            if choice is not None and choice.keys is not None:
-                choice.num_uncached += length
-                if choice.num_uncached >= GRID // 2:
-                    choice.num_uncached = 0
-                    cached.add(slot)
-        states = _copy(self._slots.state) if cached else None
-        return block, rows, time.monotonic(), cached, states
+        states = None
+        if caches:
+            self._num_uncached += length
+            if self._num_uncached >= GRID // 2:  # also of jobs that pause
+                self._num_uncached, states = 0, _copy(self._slots.state)
+        return block, rows, time.monotonic(), list(self._choices), states
 
     def _decode_with_drafts(self, rows: _Rows, length: int) -> Block:
         """Compute a block of a few slots, whose arrays have these rows, and idle ones."""
@@ -281,13 +274,12 @@ class Scheduler:
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Wait for a block, report its tokens, and free the slots of what has ended."""
-        block, rows, began, cached, states = dispatched
+        block, rows, began, choices, states = dispatched
         tokens, counts, states = jax.device_get((block.tokens, block.counts, states))
         now = time.monotonic()
         if counts.max():  # else every slot had ended before the block
             self._token_seconds = (now - max(began, self._collected)) / counts.max()
         self._collected = now
-        leaves = jax.tree.leaves(states)
         logprobs = None
         if any(choice is not None and choice.job.num_logprobs is not None for _, choice in rows):
             logprobs = jax.device_get(block.logprobs)
@@ -307,14 +299,8 @@ class Scheduler:
                 self._choices[slot] = None
             if choice.keys is not None:
                 choice.keys = choice.keys.followed_by(new[:-1] if reason == "stop" else new)
-                if slot in cached or reason is not None:  # whose state no later block changes
-                    if slot in cached:  # NumPy takes less time than to start a program
-                        state = jax.tree.unflatten(
-                            self._structure, [x[slot : slot + 1].copy() for x in leaves]
-                        )
-                    else:
-                        state = _sequence(self._slots.state, slot)
-                    self.cache.add(choice.keys.last, state)
+                if reason is not None:  # no later block changes its state
+                    self.cache.add(choice.keys.last, _sequence(self._slots.state, slot))
             of_tokens = None
             if logprobs is not None and job.num_logprobs is not None:
                 of_tokens = TokenLogprobs(*(x[row, :count] for x in logprobs))
@@ -322,6 +308,13 @@ class Scheduler:
             if reason is not None or now - choice.reported >= EVENT_SECONDS:
                 self._events.append((job, choice.take(reason)))
                 choice.reported = now
+        if states is None:
+            return
+        for slot, choice in enumerate(choices):
+            if choice is not None and choice is self._choices[slot] and choice.keys is not None:
+                # NumPy takes less time than to start a program.
+                state = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1].copy(), states)
+                self.cache.add(choice.keys.last, state)
 
 
 _NO_JOB = Job(np.zeros(0, np.int32), Sampling())
@@ -349,9 +342,7 @@ def new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
     numpy: Any = np  # whose arrays take the place of JAX's
     nothing: Any = None
     in_prompt = numpy.zeros(vocab_size, np.bool_)
-    in_prompt[job.tokens] = True
-    if job.prefix is not None:
-        in_prompt[job.prefix.recent] = True
+    in_prompt[job.text] = True
     return Sequences(
         state=nothing,
         stream=numpy.int32(job.first_stream + choice),

@@ -20,7 +20,7 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.serving.jobs import Event, Job
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.service import Service
-from simplernn_jax.serving.snapshots import load_cache, save_cache
+from simplernn_jax.serving.states import load_cache, save_cache
 
 MAX_HEADER_BYTES = 1 << 15
 HEADER_SECONDS = 10.0

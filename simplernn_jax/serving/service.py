@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
+from starlette.responses import Response
 
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.infilling import Infilling, InfillPrompt
@@ -17,17 +18,20 @@ from simplernn_jax.errors import UserError
 from simplernn_jax.inference.sampling import Sampling
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.answers import Answer, TokenNames
+from simplernn_jax.serving.http import json_response
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import (
     AnyRequest,
     Around,
     ChatRequest,
+    DetokenizeRequest,
     InfillRequest,
     JobRequest,
     Prompt,
     RequestError,
     SamplingFields,
     StateRequest,
+    TokenizeRequest,
     parse,
 )
 from simplernn_jax.serving.scheduler import Scheduler
@@ -226,6 +230,22 @@ class Service:
             return self.tokenizer.encode(text)
         except UserError as error:
             raise RequestError(f"prompt: {error}") from error
+
+    def tokenize(self, content: bytes) -> Response:
+        """Answer ``POST /tokenize``."""
+        body = parse(TokenizeRequest, content)
+        self.check_model(body.model)
+        bos = [self.tokenizer.bos_id] if body.add_special_tokens else []
+        ids = [*bos, *self.encode(body.prompt).tolist()]
+        names = [self.names.names[i] for i in ids] if body.return_token_strs else None
+        return json_response({"count": len(ids), "tokens": ids, "token_strs": names})
+
+    def detokenize(self, content: bytes) -> Response:
+        """Answer ``POST /detokenize``."""
+        body = parse(DetokenizeRequest, content)
+        self.check_model(body.model)
+        self.check_ids("tokens", body.tokens)
+        return json_response({"prompt": self.tokenizer.decode(body.tokens)})
 
     def prompt_ids(self, prompt: Prompt, has_state: bool) -> np.ndarray:
         """Return the ids of a prompt; a text begins with BOS unless it continues a state."""

@@ -1,4 +1,8 @@
-"""Named states in a folder, as files that `simplernn_jax.inference.load_state` loads too."""
+"""States in files, those that `simplernn_jax.inference.load_state` loads too.
+
+They are named states, and the prefix cache from one process of the server to the next. The cache is
+kept where a C function decodes the model: what its bits depend on is known.
+"""
 
 import copy
 import dataclasses
@@ -9,12 +13,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from simplernn_jax.data.tokenizer import Tokenizer
-from simplernn_jax.errors import UserError
-from simplernn_jax.files import check_damage, read_file, sha256_hex, write_file
+from simplernn_jax.errors import UserError, counted
+from simplernn_jax.files import SMALL_FILE, check_damage, read_file, sha256_hex, write_file
+from simplernn_jax.inference.decoder_weights import decodes_natively
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.state import (
     RECENT_TOKENS,
@@ -24,10 +31,14 @@ from simplernn_jax.inference.state import (
     fingerprints,
 )
 from simplernn_jax.models import LanguageModel
+from simplernn_jax.ops.native import native_fingerprint
 from simplernn_jax.serving.jobs import Job, Prefix
 from simplernn_jax.serving.requests import NAME_PATTERN, RequestError
+from simplernn_jax.serving.scheduler import Scheduler
 
 _SUFFIX = ".safetensors"
+STATES_PER_FILE = 64
+"""Of the prefix cache."""
 
 
 class StateFolder:
@@ -82,7 +93,8 @@ class StateFolder:
         if length is not None:
             notes["length"] = str(length)
         recent = np.full((1, RECENT_TOKENS), -1, np.int32)
-        recent[0, RECENT_TOKENS - len(job.recent) :] = job.recent
+        last = job.text[-RECENT_TOKENS:]
+        recent[0, RECENT_TOKENS - len(last) :] = last
         saved = dataclasses.replace(
             empty_state(self._model, 1),
             layers=state.layers,
@@ -154,3 +166,62 @@ class StateFolder:
 def _missing(name: str, error: OSError) -> RequestError:
     check_damage(error)
     return RequestError(f"state {name!r} does not exist", status=404)
+
+
+def save_cache(folder: Path, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    """Replace the files of `folder`, created if missing, by the states that are cached.
+
+    If that fails, a warning says so, and the rest is not saved.
+    """
+    model, entries = scheduler.model, scheduler.cache.entries()
+    if not decodes_natively(model):
+        return
+    owner, empty = _owner(model, tokenizer), empty_state(model, 1)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for path in _files(folder):  # also links, which would be followed
+            os.remove(path)
+        for start in range(0, len(entries), STATES_PER_FILE):
+            keys, states = zip(*entries[start : start + STATES_PER_FILE], strict=True)
+            each = [dataclasses.replace(empty, **state._asdict()) for state in states]
+            saved = jax.tree.map(lambda *parts: np.concatenate(parts), *each)
+            content = encode_state(saved, owner, keys=" ".join(key.hex() for key in keys))
+            write_file(folder / f"{start:09}.safetensors", content, durable=False, mode=0o600)
+    except OSError as error:
+        logging.warning("%s: the prefix cache cannot be saved (%s)", folder, error.strerror)
+
+
+def load_cache(folder: Path, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    """Cache the states that `save_cache` saved.
+
+    Files that are corrupt, of another model or another user, or no states, are ignored; one
+    warning says how many, and what is wrong with the first one.
+    """
+    model, cache = scheduler.model, scheduler.cache
+    if not decodes_natively(model):
+        return
+    limit = cache.max_bytes + SMALL_FILE  # it may have been larger
+    owner, ignored = _owner(model, tokenizer), []
+    for path in _files(folder):  # the least recently used states first
+        try:
+            content = read_file(path, limit, follow_link=False, only_own=True)
+            saved, header = decode_state(str(path), content, model, owner)
+            keys = [bytes.fromhex(key) for key in header["keys"].split()]
+            states = PrefixState(saved.layers, saved.logits)
+            for key, index in zip(keys, range(len(saved.position)), strict=True):
+                part = slice(index, index + 1)
+                cache.add(key, jax.tree.map(lambda x, part=part: x[part].copy(), states))
+        except (OSError, KeyError, ValueError, UserError) as error:
+            ignored.append(str(error))
+    if ignored:
+        number = counted(len(ignored), "file")
+        logging.warning("%s: %s of the prefix cache ignored: %s", folder, number, ignored[0])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{9 * '[0-9]'}.safetensors"))
+
+
+def _owner(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:
+    """Digests of what the bits of a state depend on."""
+    return {**fingerprints(model, tokenizer), "machine or compiler": native_fingerprint()}

@@ -66,6 +66,7 @@ WRONG_INFILLS = {
     "extra": ({"input_extra": [{"filename": "a"}]}, "input_extra"),
     "long limit": ({"t_max_predict_ms": 1e10}, "t_max_predict_ms"),
     "several": ({"n": 2}, "n"),
+    "stream": ({"stream": True}, "stream"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
 }
 USER = {"role": "user", "content": "a"}

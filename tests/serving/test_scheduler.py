@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from references import needs_compiler
 from small_runs import HYBRID, small_model
 
@@ -131,18 +130,6 @@ def test_alone_together_and_from_the_cache_are_the_same_bits(model):
     }
 
 
-@pytest.mark.oldest_python
-@needs_compiler
-def test_where_a_c_function_decodes_the_number_of_slots_changes_no_bit():
-    # With as many ids, XLA orders the sums of a softmax over 1 or 2 sequences in another way.
-    model = quantize_model(small_model("residual", vocab_size=259), "int8")
-    few, many = (Scheduler(model, num_slots=n, cache_bytes=1 << 24) for n in (1, 32))
-    alone = {}
-    for job in jobs_of_all_kinds()[:4]:
-        alone |= run(few, [job])[0]
-    assert run(many, jobs_of_all_kinds()[:4])[0] == alone
-
-
 @pytest.fixture(scope="module")
 def native_model():
     return small_model("residual", vocab_size=VOCAB)
@@ -181,21 +168,6 @@ def test_tokens_are_those_of_generate(model, native_model, which, settings):
     expected = generate(model, [prompt], max_new_tokens=17, eos_id=EOS, **settings).sequences()[0]
     job = Job(prompt, Sampling(stop_ids=(EOS,), **settings), max_tokens=17)
     assert joined(collect(Scheduler(model, num_slots=3, cache_bytes=0), job)) == expected.tolist()
-
-
-def test_scores_are_log_softmax(model, scheduler):
-    prompt = tokens_of(6, 77)
-    job = Job(prompt, Sampling(), scores_prompt=True, num_logprobs=4)
-    logprobs = collect(scheduler, job)[0].logprobs
-    logits = np.asarray(
-        nnx.jit(lambda model, tokens: model(tokens))(model, prompt[None])[0][0], np.float64
-    )
-    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    np.testing.assert_allclose(
-        logprobs.token, expected[np.arange(76), prompt[1:]], rtol=0, atol=2e-5
-    )
-    np.testing.assert_array_equal(logprobs.top_ids[:, 0], expected[:-1].argmax(axis=-1))
-    np.testing.assert_allclose(logprobs.top[:, 0], expected[:-1].max(axis=-1), rtol=0, atol=2e-5)
 
 
 def test_a_state_continues_as_often_as_wanted(scheduler):
@@ -240,26 +212,34 @@ def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional):
 
 @needs_compiler
 @pytest.mark.oldest_python
-def test_a_job_gets_the_same_alone_among_31_others_and_without_drafts(native_model, monkeypatch):
-    """Also after a learned state."""
+def test_a_job_gets_the_same_alone_among_31_others_and_without_drafts(monkeypatch):
+    """Also after a learned state, and in a server with fewer slots."""
+    # With as many ids, XLA orders the sums of a softmax over 1 or 2 sequences in another way.
+    model = quantize_model(small_model("residual", vocab_size=259), "int8")
 
     def make_job(seed):
-        draw, state = np.random.default_rng(seed), empty_state(native_model, 1)
+        draw, state = np.random.default_rng(seed), empty_state(model, 1)
         layers = jax.tree.map(lambda x: jnp.float32(draw.normal(size=x.shape)), state.layers)
         learned = Prefix(PrefixState(layers, state.logits), bytes([seed]), tokens_of(0, 0))
         return Job(
             tokens_of(seed, 1 + seed % 5),
-            Sampling(seed=seed, temperature=0.05 * seed, presence_penalty=0.3 * (seed % 3)),
+            Sampling(
+                seed=seed,
+                temperature=0.05 * seed,
+                top_p=0.9 if seed % 4 else 1.0,
+                min_p=0.05 if seed % 5 else 0.0,
+                repetition_penalty=1 + 0.3 * (seed % 3),
+            ),
             max_tokens=9 + 5 * seed,
             num_logprobs=2,
             prefix=learned if seed % 2 else None,
         )
 
-    scheduler = Scheduler(native_model, num_slots=32, cache_bytes=1 << 24)
+    scheduler, alone = (Scheduler(model, num_slots=n, cache_bytes=1 << 24) for n in (32, 1))
     together, _ = run(scheduler, [make_job(seed) for seed in range(32)])
-    assert len({bytes(tokens) for tokens, *_ in together.values()}) > 16
+    assert len({tuple(tokens) for tokens, *_ in together.values()}) > 16
     for seed in range(0, 32, 7):
-        assert run(scheduler, [make_job(seed)])[0][seed, 0] == together[seed, 0]
+        assert run(alone, [make_job(seed)])[0][seed, 0] == together[seed, 0]
     monkeypatch.setattr(scheduling, "use_lookup", lambda *_: False)
     assert run(scheduler, [make_job(seed) for seed in range(32)])[0] == together
 
@@ -313,38 +293,12 @@ def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
     assert cache.longest(keys[0])[0] == 1
     cache.add(keys[3].at(1), (states[3], states[3]))
     assert (cache.longest(keys[1])[0], cache.longest(keys[0])[0]) == (0, 1)
-    assert (cache.num_bytes, cache.num_evicted) == (240, 1)
+    assert cache.num_bytes == 240
     cache.add(b"large", (np.zeros(31), np.zeros(0)))
     assert cache.num_bytes == 240
 
 
 @needs_compiler
-def test_where_a_c_function_decodes_states_are_cached_at_any_position(native_model):
-    scheduler = Scheduler(native_model, num_slots=2, cache_bytes=1 << 24)
-    without_cache = Scheduler(native_model, num_slots=2, cache_bytes=0)
-    text = tokens_of(9, 3 * GRID + 7)
-
-    def num_cached(tokens, **options):
-        def job():
-            return Job(tokens, Sampling(seed=3), max_tokens=9, num_logprobs=2, **options)
-
-        found, cached = run(scheduler, [job()])
-        assert found == run(without_cache, [job()])[0]
-        return cached[3]
-
-    assert num_cached(text[:-2], cached_at=(2 * GRID + 5,)) == 0
-    assert num_cached(text[:-1]) == 3 * GRID  # the end of the first prompt was not wanted
-    assert num_cached(text) == len(text) - 1
-    assert num_cached(text) == len(text)
-    assert num_cached(text[: 2 * GRID + 9]) == 2 * GRID + 5
-    assert num_cached(text[: GRID - 1]) == 0
-    assert num_cached(text[:GRID]) == GRID
-    (prefilled,) = collect(scheduler, Job(text[-3:], Sampling(), keeps_state=True))
-    prefix = Prefix(prefilled.state, b"digest", text[-3:])
-    assert num_cached(text, prefix=prefix) == 0  # the same tokens after something else
-
-
-@needs_compiler
 def test_edited_texts_get_the_bytes_of_a_server_without_a_cache(tmp_path):
-    """`scripts/stress.py edits` checks more of them."""
-    assert [case.problem for case in edits(tmp_path, 60, seed=0)] == [None] * 60
+    """`scripts/stress.py edits` checks more of them; XLA decodes the last one."""
+    assert [case.problem for case in edits(tmp_path, 51, seed=0)] == [None] * 51

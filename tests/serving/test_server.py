@@ -2,10 +2,8 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import json
 import re
-import select
 import signal
 import socket
 import time
@@ -244,19 +242,6 @@ def test_requests_that_cannot_be_answered(server):
     assert server.send("POST", "/v1/completions", b" " * (1 << 24) + b"1")[0] == 413
 
 
-def test_bodies_that_are_arriving_have_a_joint_bound(server):
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16777216\r\n\r\n"
-    address = server.url.removeprefix("http://").split(":")
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(socket.create_connection(address)) for _ in range(5)]
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.sendall(head.encode() + b" " * ((1 << 24) - 1))
-        answered, _, _ = select.select(connections, [], [], 60)
-        assert b" 503 " in answered[0].recv(100)
-    assert server.send("GET", "/health")[0] == 200
-
-
 def test_tokenize_and_detokenize(server):
     _, _, body = server.send("POST", "/tokenize", {"prompt": "aé", "return_token_strs": True})
     assert body["tokens"] == [256, 97, 0xC3, 0xA9]
@@ -279,7 +264,7 @@ def test_a_client_that_does_not_read_pauses_its_request_and_loses_nothing(server
 
     def num_tokens():
         text = server.send("GET", "/metrics")[2].decode()
-        return float(re.search("^simplernn_new_tokens (.*)$", text, re.MULTILINE)[1])
+        return int(re.search("^simplernn_new_tokens (.*)$", text, re.MULTILINE)[1])
 
     start = num_tokens()
     with server.post(prompt="a", stream=True, **fields) as connection:
@@ -324,9 +309,9 @@ def test_metrics_and_page(server):
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cached == [0, 64]
     text = server.send("GET", "/metrics")[2].decode()
-    values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
-    assert float(values["simplernn_slots"]) == 5
-    assert float(values["simplernn_time_to_first_token_seconds_count"]) > 0
+    values = dict(line.split(" ") for line in text.splitlines())
+    assert int(values["simplernn_slots"]) == 5
+    assert int(values['simplernn_requests_total{path="/v1/completions",status="200"}']) >= 2
     assert server.send("GET", "/")[2].startswith(b"<!doctype html>")
 
 
@@ -417,7 +402,8 @@ def test_an_export_is_served_until_its_streams_have_had_their_time(workdir, tmp_
             status, _, content = running.result()
     assert text == generate_text(model, tokenizer, "ab", max_new_tokens=9)[0]
     assert (code, status, "Traceback" in errors) == (0, 200, False), errors
-    *_, last, end = content.decode().split("\n\n")
+    *tokens, last, end = content.decode().split("\n\n")
+    assert tokens
     assert end == ""
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
 

@@ -1,6 +1,7 @@
 """The worker's thread: failures, reloads and clients that leave."""
 
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -23,43 +24,25 @@ class Running:
     def __init__(self):
         self.model = small_model()
         self.worker = Worker(self.model, num_slots=2, cache_bytes=0, max_waiting=9)
-        self.events, self.failure, self.changed = [], None, threading.Condition()
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-
-    def run(self):
-        try:
-            self.worker.run(self.receive)
-        except MemoryError as error:
-            self.failure = error
-
-    def stop(self):
-        self.worker.stop(0)
-        self.thread.join()
-
-    def receive(self, events):
-        with self.changed:
-            self.events += events
-            self.changed.notify_all()
+        self.events = []
+        self.ended = ThreadPoolExecutor(1).submit(self.worker.run, self.events.extend)
 
     def wait_for(self, job):
         """Return the last event of `job`."""
-
-        def last():
-            events = [event for j, event in self.events if j is job]
-            is_end = [getattr(e, "finish_reason", isinstance(e, RequestError)) for e in events]
-            return [event for event, ends in zip(events, is_end, strict=True) if ends]
-
-        with self.changed:
-            assert self.changed.wait_for(last, timeout=60)
-            return last()[-1]
+        while True:
+            of_job = [event for other, event in list(self.events) if other is job]
+            for event in of_job:
+                if isinstance(event, RequestError) or getattr(event, "finish_reason", None):
+                    return event
+            time.sleep(0.001)
 
 
 @pytest.fixture
 def running():
     running = Running()
     yield running
-    running.stop()
+    running.worker.stop(0)
+    running.ended.exception(60)
 
 
 def job(**options):
@@ -85,8 +68,7 @@ def test_a_worker_that_cannot_go_on_says_so(running, monkeypatch):
     first = job()
     running.worker.submit(first)
     assert isinstance(running.wait_for(first), RequestError)
-    running.stop()
-    assert isinstance(running.failure, MemoryError)
+    assert isinstance(running.ended.exception(60), MemoryError)
     with pytest.raises(RequestError, match="stopping") as error:
         running.worker.submit(job())
     assert error.value.status == 503

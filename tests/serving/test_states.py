@@ -1,4 +1,8 @@
-"""The prefix cache in a folder."""
+"""Named states and the prefix cache in folders."""
+
+import errno
+import os
+from unittest import mock
 
 import jax
 import numpy as np
@@ -7,19 +11,56 @@ from references import needs_compiler
 from small_runs import small_model
 
 from simplernn_jax.data.tokenizer import ByteTokenizer
+from simplernn_jax.inference import generate, save_state
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.state import empty_state, encode_state
 from simplernn_jax.serving.prefill import PrefixKeys
+from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.scheduler import Scheduler
-from simplernn_jax.serving.snapshots import STATES_PER_FILE, load_cache, save_cache
+from simplernn_jax.serving.states import STATES_PER_FILE, StateFolder, load_cache, save_cache
 
-pytestmark = needs_compiler
 COUNT = STATES_PER_FILE + 3
 
 
 @pytest.fixture(scope="module")
 def model():
     return small_model("residual")
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A folder with the state ``first``, of one with the room for two, and the file's content."""
+    tokenizer = ByteTokenizer()
+    file = tmp_path / "first.safetensors"
+    save_state(str(file), generate(model, [[1, 2]], max_new_tokens=0).state, model, tokenizer)
+    content = file.read_bytes()
+    return StateFolder(str(tmp_path), model, tokenizer, 2 * len(content)), content
+
+
+def test_states_have_a_joint_limit(folder, tmp_path):
+    states, content = folder
+    (tmp_path / ".0123.tmp").write_bytes(content * 9)  # what a killed process left takes no room
+    assert states.put("second", content).description["bytes"] == len(content)
+    with pytest.raises(RequestError, match="no room") as full:
+        states.put("third", content)
+    assert full.value.status == 507
+    (tmp_path / "third.safetensors").write_bytes(content[:-1])  # corrupt: not listed
+    assert [state["id"] for state in states.descriptions()] == ["first", "second"]
+    states.delete("first")
+    with pytest.raises(RequestError) as taken:
+        states.put("second", content)
+    assert taken.value.status == 409
+
+
+def test_an_error_of_the_machine_is_not_a_missing_state(folder, monkeypatch):
+    states, _ = folder
+    with pytest.raises(RequestError) as missing:
+        states.read("other")
+    assert missing.value.status == 404
+    fail = mock.Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    monkeypatch.setattr("simplernn_jax.serving.states.read_file", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        states.descriptions()
 
 
 def loaded(folder, model, max_bytes=1 << 24):
@@ -47,6 +88,7 @@ def saved(model, tmp_path):
     return scheduler, tmp_path / "cache"
 
 
+@needs_compiler
 def test_states_are_loaded_in_their_order(saved, model):
     scheduler, folder = saved
     expected = bytes_of(scheduler.cache)
@@ -58,6 +100,7 @@ def test_states_are_loaded_in_their_order(saved, model):
     assert loaded(folder, model) == fewer
 
 
+@needs_compiler
 def test_files_that_cannot_be_used_are_ignored(saved, model, caplog):
     scheduler, folder = saved
     first, second = sorted(folder.iterdir())
@@ -73,12 +116,8 @@ def test_files_that_cannot_be_used_are_ignored(saved, model, caplog):
     assert not loaded(folder, small_model("residual", vocab_size=31))
 
 
-def test_a_folder_elsewhere_is_left_alone(saved, model, tmp_path, caplog):
-    scheduler, folder = saved
-    (tmp_path / "link").symlink_to(folder)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    scheduler.cache.evict(0)
-    save_cache(tmp_path / "link", scheduler, ByteTokenizer())
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert "cannot be saved" in caplog.text
-    assert not loaded(tmp_path / "link", model)
+@needs_compiler
+def test_a_cache_that_cannot_be_saved_is_only_a_warning(saved, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    save_cache(tmp_path / "file", saved[0], ByteTokenizer())
+    assert "file: the prefix cache cannot be saved (File exists)" in caplog.text
