@@ -75,6 +75,8 @@ class ChoiceText:
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
         self.num_tokens = 0
         self.finish_reason: str | None = None
+        self.last_seconds = time.perf_counter()
+        """Time of the last event, or of its creation."""
         self._num_logprobs = job.num_logprobs
         self._stream = TextStream(tokenizer, job.text)
         self._num_typed = 0 if job.infill is None else job.infill.num_typed
@@ -232,12 +234,14 @@ class Answer:
         return pieces
 
     async def _read(self, job: Job, event: Prefilled | NewTokens) -> list[Update]:
-        first = self.jobs.index(job) * job.num_choices
+        metrics, first = self._worker.metrics, self.jobs.index(job) * job.num_choices
         if isinstance(event, Prefilled):
             self.state = event.state
             self.cached_tokens += event.cached_tokens
             self.left_out += event.left_out
             self.prefilled = self.ended = time.perf_counter()
+            metrics.prompt_tokens.inc(len(job.tokens))
+            metrics.cached_tokens.inc(event.cached_tokens)
             entries = []
             if event.logprobs is not None:
                 entries = await asyncio.to_thread(
@@ -254,6 +258,8 @@ class Answer:
         if choice.finish_reason is not None:
             return []
         self.ended = now = time.perf_counter()
+        metrics.observe(choice.num_tokens, len(event.tokens), now - choice.last_seconds)
+        choice.last_seconds = now
         piece = choice.feed(event, now > self.prefilled + job.max_seconds)
         if piece.finish_reason is not None:
             job.cancelled_choices.add(event.choice)

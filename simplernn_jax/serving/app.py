@@ -3,7 +3,6 @@
 import asyncio
 import importlib.resources
 import mimetypes
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -83,8 +82,6 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._num_requests = Counter[str]()
-        """By path and status."""
 
     def endpoint(self, path: str, handler: "Handler") -> Callable[[Request], Awaitable[Response]]:
         """Bind an operation; its errors become responses, and all responses are counted."""
@@ -99,8 +96,7 @@ class Api:
             except Exception:
                 logging.exception("%s %r failed", request.method, excerpt(request.scope["path"]))
                 response = error_response(RequestError("the server failed", status=500))
-            labels = f'path="{path}",status="{response.status_code}"'
-            self._num_requests[f"requests_total{{{labels}}}"] += 1
+            self._service.worker.metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
         return respond
@@ -246,18 +242,8 @@ class Api:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Counts and gauges in the text format of Prometheus."""
-        worker = self._service.worker
-        values = {
-            "slots": worker.num_slots,
-            "slots_active": worker.num_active,
-            "waiting": worker.num_waiting,
-            "prefix_cache_bytes": worker.scheduler.cache.num_bytes,
-            **worker.totals,
-            **self._num_requests,
-        }
-        text = "".join(f"simplernn_{name} {value}\n" for name, value in values.items())
-        return Response(text, media_type="text/plain; version=0.0.4")
+        """Prometheus metrics."""
+        return Response(self._service.worker.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def reload(self, request: Request) -> Response:
         """Load the checkpoint that is selected now."""

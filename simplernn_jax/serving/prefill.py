@@ -244,6 +244,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.num_evicted = 0
         self._entries: OrderedDict[bytes, PrefixState] = OrderedDict()
         self._size = 0
         """Bytes of a state: all are of one model."""
@@ -290,6 +291,7 @@ class PrefixCache:
             self._num_with[digest] -= 1
             if not self._num_with[digest]:
                 del self._num_with[digest]
+            self.num_evicted += 1
 
 
 _DIGEST_BYTES = hashlib.sha256().digest_size

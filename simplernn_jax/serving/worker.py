@@ -1,20 +1,23 @@
 """What the computing thread runs: it takes jobs from a bounded queue and reports their events."""
 
+import functools
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 
 from absl import logging
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from simplernn_jax.errors import counted
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
+from simplernn_jax.serving.jobs import Event, Job, NewTokens
 from simplernn_jax.serving.requests import RequestError
 from simplernn_jax.serving.scheduler import Scheduler
 
 STALL_SECONDS = 0.02
 """Time between two looks at jobs that all pause."""
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Bounds of the buckets of histograms, in seconds."""
 
 
 class Worker:
@@ -28,8 +31,9 @@ class Worker:
     ) -> None:
         self.num_slots = num_slots
         self.max_waiting = max_waiting
-        self.totals = Counter(prompt_tokens_total=0, cached_tokens_total=0, new_tokens=0)
-        """Tokens since the start."""
+        self.num_tokens = 0
+        """New tokens so far."""
+        self.metrics = Metrics(self)
         self._cache_bytes = cache_bytes
         self._schedulers = [Scheduler(model, num_slots, cache_bytes)]
         """Of new jobs the last one, of older parameters the others until they are idle."""
@@ -131,12 +135,8 @@ class Worker:
         try:
             for scheduler in self._schedulers:
                 events = scheduler.step()
-                for job, event in events:
-                    if isinstance(event, Prefilled):
-                        self.totals["prompt_tokens_total"] += len(job.tokens)
-                        self.totals["cached_tokens_total"] += event.cached_tokens
-                    elif isinstance(event, NewTokens):
-                        self.totals["new_tokens"] += len(event.tokens)
+                new = (event.tokens for _, event in events if isinstance(event, NewTokens))
+                self.num_tokens += sum(map(len, new))
                 if events:
                     self._on_events(events)
         except Exception as error:  # such as lack of memory: other jobs may fit
@@ -149,3 +149,46 @@ class Worker:
         with self._wake:
             jobs = list(self._jobs)
         self._on_events([(job, RequestError(message, status=503)) for job in jobs])
+
+
+class Metrics:
+    """Prometheus metrics of a worker and its requests, read by ``GET /metrics``."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._registry = CollectorRegistry()
+        counter = functools.partial(Counter, namespace="simplernn", registry=self._registry)
+        histogram = functools.partial(
+            Histogram, namespace="simplernn", registry=self._registry, buckets=_BUCKETS
+        )
+        self.requests = counter("requests", "Requests by path and status.", ["path", "status"])
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self.cached_tokens = counter(
+            "cached_tokens", "Tokens of prompts found in the prefix cache."
+        )
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From submission to the first new token."
+        )
+        self._between_tokens = histogram(
+            "inter_token_latency_seconds", "Time per new token after the first event."
+        )
+        for name, text, read in (
+            ("slots", "Slots.", lambda: worker.num_slots),
+            ("slots_active", "Slots that decode.", lambda: worker.num_active),
+            ("waiting", "Prompts that wait for a slot.", lambda: worker.num_waiting),
+            ("new_tokens", "New tokens since the start.", lambda: worker.num_tokens),
+            ("prefix_cache_bytes", "Its size.", lambda: worker.scheduler.cache.num_bytes),
+            ("prefix_cache_evicted", "States.", lambda: worker.scheduler.cache.num_evicted),
+        ):
+            gauge = Gauge(name, text, namespace="simplernn", registry=self._registry)
+            gauge.set_function(read)
+
+    def observe(self, num_before: int, num_new: int, seconds: float) -> None:
+        """Record new tokens of a continuation, `seconds` after its last ones or its submission."""
+        if num_before and num_new:
+            self._between_tokens.observe(seconds / num_new)
+        elif num_new:
+            self._first_token.observe(seconds)
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self._registry)

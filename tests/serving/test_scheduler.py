@@ -293,7 +293,7 @@ def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
     assert cache.longest(keys[0])[0] == 1
     cache.add(keys[3].at(1), (states[3], states[3]))
     assert (cache.longest(keys[1])[0], cache.longest(keys[0])[0]) == (0, 1)
-    assert cache.num_bytes == 240
+    assert (cache.num_bytes, cache.num_evicted) == (240, 1)
     cache.add(b"large", (np.zeros(31), np.zeros(0)))
     assert cache.num_bytes == 240
 
