@@ -6,6 +6,7 @@ kept where a C function decodes the model: what its bits depend on is known.
 
 import copy
 import dataclasses
+import errno
 import os
 import re
 import secrets
@@ -179,6 +180,8 @@ def save_cache(folder: Path, scheduler: Scheduler, tokenizer: Tokenizer) -> None
     owner, empty = _owner(model, tokenizer), empty_state(model, 1)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "is a link", str(folder))
         for path in _files(folder):  # also links, which would be followed
             os.remove(path)
         for start in range(0, len(entries), STATES_PER_FILE):
@@ -219,7 +222,7 @@ def load_cache(folder: Path, scheduler: Scheduler, tokenizer: Tokenizer) -> None
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{9 * '[0-9]'}.safetensors"))
+    return [] if folder.is_symlink() else sorted(folder.glob(f"{9 * '[0-9]'}.safetensors"))
 
 
 def _owner(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, str]:

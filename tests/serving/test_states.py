@@ -117,6 +117,17 @@ def test_files_that_cannot_be_used_are_ignored(saved, model, caplog):
 
 
 @needs_compiler
+def test_a_cache_folder_that_is_a_link_is_left_alone(saved, model, tmp_path, caplog):
+    scheduler, folder = saved
+    (tmp_path / "link").symlink_to(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    save_cache(tmp_path / "link", scheduler, ByteTokenizer())
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert "cannot be saved" in caplog.text
+    assert not loaded(tmp_path / "link", model)
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_saved_is_only_a_warning(saved, tmp_path, caplog):
     (tmp_path / "file").touch()
     save_cache(tmp_path / "file", saved[0], ByteTokenizer())
