@@ -310,10 +310,11 @@ class Scheduler:
                 choice.reported = now
         if states is None:
             return
+        leaves, structure = jax.tree.leaves(states), jax.tree.structure(states)
         for slot, choice in enumerate(choices):
             if choice is not None and choice is self._choices[slot] and choice.keys is not None:
                 # NumPy takes less time than to start a program.
-                state = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1].copy(), states)
+                state = jax.tree.unflatten(structure, [x[slot : slot + 1].copy() for x in leaves])
                 self.cache.add(choice.keys.last, state)
 
 
