@@ -151,8 +151,11 @@ def serving(workdir: object, *flags: str) -> Iterator[tuple[subprocess.Popen[byt
     path = os.pathsep.join([str(measure.PACKAGES), *filter(os.path.isabs, sys.path)])
     process = subprocess.Popen(
         [
-            *(sys.executable, project.ROOT / "scripts" / "serve.py"),
-            *(f"--workdir={workdir}", "--port=0", *flags),
+            sys.executable,
+            project.ROOT / "scripts" / "serve.py",
+            f"--workdir={workdir}",
+            "--port=0",
+            *flags,
         ],
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},

@@ -73,8 +73,12 @@ def start(count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
     return [
         subprocess.Popen(
             [
-                *(sys.executable, str(_SCRIPT), *arguments, "--distributed"),
-                *(f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"),
+                sys.executable,
+                str(_SCRIPT),
+                *arguments,
+                "--distributed",
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={count}",
                 f"--process_id={number}",
             ],
             env=environment,

@@ -102,9 +102,7 @@ def full_disk(folder: Path, count: int, seed: int) -> Iterator[Case]:
     """
     faults = Faults(folder)
     return disturb_runs(
-        *(folder, count, seed, [_SHORT]),
-        lambda run: _fail(faults, run, seed),
-        alone=faults.variables,
+        folder, count, seed, [_SHORT], lambda run: _fail(faults, run, seed), alone=faults.variables
     )
 
 

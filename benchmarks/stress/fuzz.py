@@ -217,8 +217,18 @@ _ODD_TEXTS = (b"", b"x", b"\\ud83d", b"\\u0000", b"\x1b[31m", b"\xff", b"\\n", b
 ODD_TOKENS = (
     *(repr(number).encode() for number in _ODD_NUMBERS),
     *(b'"' + text + b'"' for text in _ODD_TEXTS),
-    *(b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"[]", b"{}", b"[[[]]]", b"\0"),
-    *(b"9" * 5000, b"[" * 3000, b'{"a":' * 3000),
+    b"null",
+    b"true",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"[]",
+    b"{}",
+    b"[[[]]]",
+    b"\0",
+    b"9" * 5000,
+    b"[" * 3000,
+    b'{"a":' * 3000,
 )
 """Values of other types, out of every range, or expensive to parse."""
 _MANY = 100_000

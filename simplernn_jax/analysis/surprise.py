@@ -205,9 +205,13 @@ def cut_units(
                 while peak > start and text[peak] & 0xC0 == 0x80:  # inside a character
                     peak -= 1
                 yield Unit(
-                    *(line, column, whole.rstrip(b"\r\n").decode("utf-8", "replace")),
-                    *(float(bits[start:end].sum()), surprise),
-                    *(len(text[start:peak].decode()), block.before(token_of[peak])),
+                    line,
+                    column,
+                    whole.rstrip(b"\r\n").decode("utf-8", "replace"),
+                    float(bits[start:end].sum()),
+                    surprise,
+                    len(text[start:peak].decode()),
+                    block.before(token_of[peak]),
                 )
             is_end = whole.endswith(b"\n")
             line, column = (line + 1, 1) if is_end else (line, column + len(whole))

@@ -216,7 +216,9 @@ class CheckpointFolder:
             ) from error
         logging.warning(
             "checkpoint %s is corrupted: %s; moved to %s, looking for an earlier one",
-            *(source, defect, target),
+            source,
+            defect,
+            target,
         )
 
 

@@ -178,11 +178,12 @@ class SamplingFlags:
     def __init__(self, *, max_new_tokens: int, temperature: float) -> None:
         integer = partial(flags.DEFINE_integer, lower_bound=0)
         self._max_new_tokens = integer(
-            *("max_new_tokens", max_new_tokens, "Maximum number of new tokens."),
-            upper_bound=2**31 - 1,
+            "max_new_tokens", max_new_tokens, "Maximum number of new tokens.", upper_bound=2**31 - 1
         )
         self._temperature = flags.DEFINE_float(
-            *("temperature", temperature, "0 is greedy decoding; higher values are more random."),
+            "temperature",
+            temperature,
+            "0 is greedy decoding; higher values are more random.",
             lower_bound=0,
         )
         flags.register_validator(self._temperature, math.isfinite, "must be finite")

@@ -156,8 +156,11 @@ def _decode(
         each = count_tokens(repeat(now), with_penalties, repeat(window), new)
         drawn = next_token(
             logits[:, :-1].reshape(-1, vocab_size),
-            *(each.settings, each.penalties, with_penalties),
-            *(repeat(keys), each.position + new),
+            each.settings,
+            each.penalties,
+            with_penalties,
+            repeat(keys),
+            each.position + new,
         )
         drafts = window[:, 1:]
         # A stop id is never accepted: it is the first token of a window, which may end a sequence.
@@ -184,7 +187,10 @@ def _decode(
             jnp.any(num_drafts > 0),
             accept,
             lambda *_: jnp.zeros(batch, jnp.int32),
-            *(logits, now, window, num_drafts),
+            logits,
+            now,
+            window,
+            num_drafts,
         )
         new = jnp.where(is_decoded, 1 + accepted, 0)
         logprobs = None
@@ -194,7 +200,8 @@ def _decode(
                 with_logprobs,
                 token_logprobs,
                 no_logprobs,
-                *(rows.reshape(-1, vocab_size), window.reshape(-1)),
+                rows.reshape(-1, vocab_size),
+                window.reshape(-1),
             )
             logprobs = jax.tree.map(lambda x: x.reshape(batch, WINDOW, *x.shape[1:]), logprobs)
         block = block._replace(
@@ -219,8 +226,12 @@ def _decode(
         lambda c: jnp.any(is_unfinished(c)),
         decode_window,
         _Carry(
-            *(block, start._replace(state=no_state), state),
-            *(slots[:, 0], history.table, block.counts + 1),
+            block,
+            start._replace(state=no_state),
+            state,
+            slots[:, 0],
+            history.table,
+            block.counts + 1,
         ),
     )
     block, now = end.block, end.now

@@ -50,7 +50,9 @@ def joined(
         _discard_output_of_libraries()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handlers run when all have joined
         jax.distributed.initialize(
-            *(coordinator, num_processes, process_id),
+            coordinator,
+            num_processes,
+            process_id,
             cluster_detection_method=None if is_detected else "deactivate",
             coordinator_bind_address=coordinator and _bind_address(coordinator, process_id),
             initialization_timeout=timeout,

@@ -192,13 +192,21 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
     dropout, decay = next(rest for least, *rest in _REGULARIZATION if passes >= least)
     is_fast = has_fast_bfloat16() or jax.default_backend() != "cpu"
     chosen = {
-        **dict.fromkeys(("hidden_dim", "key_dim", "value_dim"), size.width),
-        **{"num_layers": size.num_layers, "num_heads": size.num_heads, "mlp_dim": 4 * size.width},
-        **{"dropout": dropout, "precision": "bfloat16" if is_fast else "float32"},
-        **{"batch_size": 8, "tokenizer": "byte" if by_bytes else size.tokenizer},
+        "hidden_dim": size.width,
+        "key_dim": size.width,
+        "value_dim": size.width,
+        "num_layers": size.num_layers,
+        "num_heads": size.num_heads,
+        "mlp_dim": 4 * size.width,
+        "dropout": dropout,
+        "precision": "bfloat16" if is_fast else "float32",
+        "batch_size": 8,
+        "tokenizer": "byte" if by_bytes else size.tokenizer,
         # Fewer than a thousand steps are too few.
         "sequence_length": 512 if tokens > 1000 * 8 * 512 else 256,
-        **{"name": "muon", "learning_rate": size.learning_rate, "warmup_steps": 100},
+        "name": "muon",
+        "learning_rate": size.learning_rate,
+        "warmup_steps": 100,
         "weight_decay": decay,
     }
     for part in (config.model, data, config.optimizer):

@@ -40,8 +40,14 @@ _RESIDUAL_FIELDS = ("model.mlp_dim", "model.tie_embeddings")
 """Fields without an effect on plain layers."""
 
 SCHEDULE_FIELDS = (
-    *("train.minutes", "train.epochs", "train.steps", "optimizer.warmup_steps"),
-    *("train.eval_every", "train.save_every", "train.sample_every", "train.held_out_tokens"),
+    "train.minutes",
+    "train.epochs",
+    "train.steps",
+    "optimizer.warmup_steps",
+    "train.eval_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.held_out_tokens",
 )
 """Fields that follow from ``train.minutes``, which is then 0."""
 

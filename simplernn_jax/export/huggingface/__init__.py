@@ -21,10 +21,7 @@ from simplernn_jax.export.formats import (
 from simplernn_jax.export.huggingface.model_card import model_card
 
 CODE = "modeling_simplernn.py"
-NAMES = (
-    *("<|bos|>", "<|eos|>", "<|pad|>"),
-    *("<|fim_suffix|>", "<|fim_prefix|>", "<|fim_middle|>"),
-)
+NAMES = ("<|bos|>", "<|eos|>", "<|pad|>", "<|fim_suffix|>", "<|fim_prefix|>", "<|fim_middle|>")
 """Names of special tokens that have none."""
 _NO_SPECIAL_TOKENS = "{%- set bos_token = '' %}{%- set eos_token = '' %}\n"
 """Begins a template: special tokens are no text, here and in the exported tokenizer."""
