@@ -96,13 +96,14 @@ def main() -> int:
 def _train() -> int:
     command_line.load_plugins()
     saved, is_auto = _saved_config(), _SIZE.value == "auto"
+    has_config = flags.FLAGS["config"].value is not None
     base: str | Config = ""
-    if saved and (is_auto or flags.FLAGS["config"].value is None):
+    if saved and (is_auto or not has_config):
         logging.info("the configuration of this run: %s", saved)
         base = saved
-    elif flags.FLAGS["config"].value is None and flags.FLAGS["config.train.minutes"].value:
+    elif not has_config and flags.FLAGS["config.train.minutes"].value:
         base = Config()
-    elif flags.FLAGS["config"].value is None and _WORKDIR.value:
+    elif not has_config and _WORKDIR.value:
         raise UserError(
             f"--workdir={_WORKDIR.value}: not a run; check the path, or start a run there with "
             "--config, such as --config configs/base.py, or with --minutes=5 --size=auto"

@@ -310,7 +310,7 @@ class Scheduler:
                 choice.reported = now
         if states is None:
             return
-        leaves, structure = jax.tree.leaves(states), jax.tree.structure(states)
+        leaves, structure = jax.tree.flatten(states)
         for slot, choice in enumerate(choices):
             if choice is not None and choice is self._choices[slot] and choice.keys is not None:
                 # NumPy takes less time than to start a program.
