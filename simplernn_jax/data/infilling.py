@@ -6,9 +6,9 @@ A document is cut into segments. Some of them are rearranged, with the ids of
     BOS text <prefix> <suffix> s <middle> p m EOS text ... EOS
 
 The state is carried from one to the next: earlier text of a document is context, as it is in the
-prompt of a completion, ``BOS older text <prefix> <suffix> s <middle> p``. In this order, that of
-SPM in the paper, the middle continues the prefix, and a prompt grows at its end while one types;
-``prefix_first`` is ``<prefix> p <suffix> s <middle> m EOS``, PSM. The ids themselves are no
+prompt of a completion, ``BOS older text <prefix> <suffix> s <middle> p``. In this order (SPM in
+the paper), the middle continues the prefix, and a prompt grows at its end while one types;
+``prefix_first`` is ``<prefix> p <suffix> s <middle> m EOS``, PSM. The ids themselves are not
 targets; text, and the EOS that ends each middle, are.
 
 A prefix may end inside a token of a vocabulary of longer pieces. Token healing takes the last token
@@ -80,7 +80,7 @@ def present(tokenizer: Tokenizer, text: str, rate: float, seed: int) -> np.ndarr
 
 
 def _around(tokenizer: Tokenizer, prefix: np.ndarray, suffix: np.ndarray) -> list[np.ndarray]:
-    """Put what is around a middle before it."""
+    """Arrange a prefix and a suffix before the middle."""
     if not isinstance(tokenizer, InfillingTokenizer):
         raise UserError(
             "this model does not fill in the middle: it was not trained with config.data.fim_rate "
@@ -102,7 +102,7 @@ class InfillPrompt(NamedTuple):
     stable: tuple[int, ...]
     """Numbers of tokens at the beginning that are likely to stay while somebody types."""
     first_ids: np.ndarray | None = None
-    """[m] int64 ids of which the first new token is one; None allows all."""
+    """[m] int64 ids that the first new token may have; None allows all."""
     num_typed: int = 0
     """Characters at the beginning of the new text that belong to the prefix."""
 
@@ -144,7 +144,7 @@ class Infilling:
           UserError: the model does not fill in, or a text has no ids.
         """
         encode = self._tokenizer.encode
-        cut = len(prefix) // _GRID * _GRID
+        cut = max(len(prefix) - 1, 0) // _GRID * _GRID
         cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
         if len(suffix) > _MOST_SUFFIX:
             end = suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX
@@ -161,7 +161,7 @@ class Infilling:
             else:
                 before = before[:-1]
                 num_typed = sum(byte & 0xC0 != 0x80 for byte in typed) + is_cut
-        older = [np.array([self._tokenizer.bos_id] * with_bos)]
+        older = [np.array([self._tokenizer.bos_id] * with_bos, np.int32)]
         older += [encode(text) for text in (*extra, prefix[:cut]) if text]
         around = _around(self._tokenizer, before, after)
         tokens = np.concatenate([*older, *around], dtype=np.int32)

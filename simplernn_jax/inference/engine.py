@@ -310,7 +310,7 @@ def _packed_weights(
 def options_of(
     start: Sequences, is_active: Bool[Array, "B"]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""], Key[Array, "B"]]:
-    """Whether an active sequence has penalties, or wants log-probabilities; keys of the streams."""
+    """Return if an active sequence has penalties, if one wants log-probabilities, and the keys."""
     penalties, with_penalties, with_logprobs = start.penalties, jnp.bool_(False), jnp.bool_(False)
     if penalties is not None:
         is_neutral = (penalties.repetition == 1) & (penalties.presence == 0)

@@ -100,7 +100,7 @@ def _hashes(tokens: Any, order: int) -> Any:
 
 
 class _Carry(NamedTuple):
-    """Of the loop over windows."""
+    """Carry of the loop over windows."""
 
     block: Block
     """WINDOW longer, since a window is put as a whole."""

@@ -78,7 +78,7 @@ class Job:
     the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,
     states have fixed positions in the prompt."""
     infill: InfillPrompt | None = None
-    """What is to be known of `tokens` if new ones are the text between a prefix and a suffix."""
+    """About `tokens`, if the new ones are the text between a prefix and a suffix."""
     prompt_seconds: float | None = None
     """Time from `created` after which optional tokens of `infill` are left out of the prompt."""
     max_seconds: float = math.inf

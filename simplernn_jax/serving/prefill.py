@@ -137,6 +137,8 @@ class Prefiller:
         began = time.monotonic()
         for prompt in prompts:
             self._leave_out(prompt, began)
+        if not all(len(prompt.left) for prompt in prompts):
+            return 0  # the rest of one is in the cache
         lanes, length = program = self._program(prompts[0])
         alike = [prompt for prompt in prompts if self._program(prompt) == program]
         calls = [alike[at : at + lanes] for at in range(0, len(alike), lanes)]
@@ -154,7 +156,8 @@ class Prefiller:
 
     def _leave_out(self, prompt: Prompt, now: float) -> None:
         """Leave out optional tokens for which there is no time, and prefill the rest."""
-        job, start = prompt.job, max(prompt.position, 1)  # BOS is kept
+        job = prompt.job
+        start = max(prompt.position, job.prefix is None)  # BOS is kept
         end = 0 if job.infill is None else job.infill.num_optional
         if job.prompt_seconds is None or start >= end or prompt.position % GRID:
             return
@@ -237,7 +240,8 @@ _GRID_BYTES = 4 * GRID
 
 
 class PrefixCache:
-    """Recurrent states after prefixes of texts, bounded in bytes; the least recently used go.
+    """Recurrent states after prefixes of texts, bounded in bytes; the least recently used are
+    evicted.
 
     The bits of a state from the cache must be the ones that prefilling its tokens gives.
     """

@@ -293,9 +293,9 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
     try:
         if not issubclass(kind, InfillRequest):
             return msgspec.json.decode(body, type=kind)
-        fields = msgspec.json.decode(body, type=dict[str, Any])
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         known = {name: fields[name] for name in fields if not kind.IGNORED.fullmatch(name)}
-        return msgspec.convert(known, kind)
+        return msgspec.json.decode(msgspec.json.encode(known), type=kind)
     except msgspec.ValidationError as error:
         what = str(error)
         field = re.search(r"\$\.(\w+)", what) or re.search("field `(.*)`", what, re.DOTALL)

@@ -26,6 +26,7 @@ from simplernn_jax.inference.engine import (
 )
 from simplernn_jax.inference.lookup import (
     MAX_SEQUENCES,
+    RECENT,
     WINDOW,
     History,
     decode_with_drafts,
@@ -55,8 +56,8 @@ class _Choice:
 
     job: Job
     index: int
-    texts: list[np.ndarray]
-    """All tokens so far."""
+    text: np.ndarray
+    """The last tokens so far, in which drafts are looked up."""
     keys: PrefixKeys | None
     """Of all tokens so far; None if no state of the new ones is cached."""
     num_tokens: int = 0
@@ -98,7 +99,7 @@ class Scheduler:
         self._ready: deque[Prompt] = deque()
         """Prefilled prompts with choices that wait for a slot."""
         self._history: tuple[list[_Choice | None], History] | None = None
-        """Where the last block looked up drafts of these choices, with its tokens."""
+        """Where the last block looked up drafts, with its tokens, and the choices of the block."""
         self._num_uncached = 0
         """Maximum number of tokens of a choice since its last state that is cached."""
         self._in_flight: _Dispatched | None = None
@@ -212,8 +213,8 @@ class Scheduler:
                 prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
                 keys = prompt.keys if prompt.caches_new_tokens else None
-                job, texts = prompt.job, [prompt.job.text]
-                self._choices[slot] = _Choice(job, prompt.num_started, texts, keys)
+                job = prompt.job
+                self._choices[slot] = _Choice(job, prompt.num_started, job.text[-RECENT:], keys)
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
                     self._ready.popleft()
@@ -240,12 +241,15 @@ class Scheduler:
         is_streamed = any(choice.job.is_streamed for choice in active)
         is_short = self.num_waiting or (is_streamed and not self._is_crowded)
         length = round((SHORT_SECONDS if is_short else LONG_SECONDS) / self._token_seconds)
+        has_drafts = use_lookup(self._engine, len(active))
         if is_first and is_streamed:
             length = min(length, FIRST_BLOCK)
+        elif has_drafts:
+            length = max(length, WINDOW)  # even if it takes longer without a draft
         caches = any(choice.keys is not None for choice in active)
         length = max(1, min(length, GRID - self._num_uncached if caches else MAX_BLOCK))
         rows = list(enumerate(choices))
-        if length >= WINDOW and use_lookup(self._engine, len(active)):
+        if length >= WINDOW and has_drafts:
             rows = [row for row in rows if row[1] is not None]
             block = self._decode_with_drafts(rows, length)
         else:
@@ -263,7 +267,7 @@ class Scheduler:
         """Compute a block of a few slots, whose arrays have these rows, and idle ones."""
         slots, few = [slot for slot, _ in rows], [choice for _, choice in rows]
         if self._history is None or self._history[0] != few:
-            texts = [np.concatenate(choice.texts) for choice in few if choice is not None]
+            texts = [choice.text for choice in few if choice is not None]
             size = min(len(self._choices), MAX_SEQUENCES)
             self._history = few, make_history(self._vocab_size, texts, size)
         block, self._slots, history = decode_with_drafts(
@@ -288,7 +292,7 @@ class Scheduler:
                 continue
             job, count = choice.job, int(counts[row])
             new = tokens[row, :count]
-            choice.texts.append(new)
+            choice.text = np.concatenate([choice.text, new])[-RECENT:]
             choice.num_tokens += count
             reason = None
             if count and int(new[-1]) in job.sampling.stop_ids:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -170,10 +171,12 @@ class Service:
                 f"logprobs: over {MAX_LOGPROBS:,} of them in one answer; lower max_tokens, n or "
                 "logprobs, or stream"
             )
-        limits = {}
+        prompt_seconds, max_seconds = None, math.inf
         if isinstance(request, InfillRequest) and max_tokens:  # else it only fills the cache
-            limits = {"prompt": request.t_max_prompt_ms, "max": request.t_max_predict_ms}
-        seconds: Any = {f"{name}_seconds": ms / 1e3 for name, ms in limits.items() if ms > 0}
+            if request.t_max_prompt_ms > 0:
+                prompt_seconds = request.t_max_prompt_ms / 1e3
+            if request.t_max_predict_ms > 0:
+                max_seconds = request.t_max_predict_ms / 1e3
         jobs = []
         streams: Counter[bytes] = Counter()
         for text, (tokens, infill) in zip(texts, made, strict=True):
@@ -192,7 +195,8 @@ class Service:
                     infill=infill,
                     cached_at=infill and infill.stable,
                     is_streamed=bool(request.stream or infill),  # somebody is typing
-                    **seconds,
+                    prompt_seconds=prompt_seconds,
+                    max_seconds=max_seconds,
                 )
             )
             streams[tokens.tobytes()] += num_choices  # a prompt given twice gets other samples
@@ -201,13 +205,13 @@ class Service:
     def _prompt(
         self, prompt: Prompt | Around, has_state: bool, sampling: Sampling
     ) -> tuple[np.ndarray, InfillPrompt | None]:
-        """Make the ids of a prompt, and what else is to be known of one for infilling."""
+        """Make the ids of a prompt, and for infilling what else was made with them."""
         if not isinstance(prompt, Around):
             return self.prompt_ids(prompt, has_state), None
         try:
             made = self._infilling.prompt(*prompt, sampling.banned_ids, with_bos=not has_state)
         except UserError as error:
-            raise RequestError(f"suffix: {error}") from error
+            raise RequestError(f"prompt: {error}") from error
         return made.tokens, made
 
     def _render(self, request: ChatRequest, has_state: bool) -> tuple[str, str]:

@@ -39,7 +39,7 @@ from simplernn_jax.serving.scheduler import Scheduler
 
 _SUFFIX = ".safetensors"
 STATES_PER_FILE = 64
-"""Of the prefix cache."""
+"""Maximum number of states in a file of the prefix cache."""
 
 
 class StateFolder:

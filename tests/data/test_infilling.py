@@ -87,6 +87,7 @@ def test_prompt_is_the_presentation_of_training_and_grows_at_its_end():
     assert found.tokens.tolist() == [BOS, PREFIX, *b"a", SUFFIX, *b"c", MIDDLE]
     assert (found.num_optional, found.stable, found.first_ids) == (1, (2, 3), None)
     prompt, before, moved = infilling(BYTES).prompt, np.zeros(0), 0
+    assert prompt("a", "c", with_bos=False).tokens.tolist() == prompt("a", "c").tokens[1:].tolist()
     for end in range(0, 650, 7):
         ids = prompt(TEXT[:end].replace("ä", "a"), TEXT).tokens
         assert len(ids) - ids.tolist().index(MIDDLE) <= 2 * 128

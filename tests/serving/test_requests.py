@@ -51,7 +51,7 @@ WRONG = {
     "best_of": ({"best_of": 2}, "best_of"),
     "suffix of ids": ({"prompt": [[1], [2]], "suffix": "a"}, "suffix"),
     "suffix and echo": ({"prompt": "a", "suffix": "a", "echo": True}, "suffix"),
-    "suffix without infilling": ({"prompt": ["a", "b"], "suffix": "a"}, "suffix"),
+    "suffix without infilling": ({"prompt": ["a", "b"], "suffix": "a"}, "prompt"),
     "state": ({"state": "../x"}, "state"),
     "stream_options": ({"stream_options": {}}, "stream_options"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
@@ -59,12 +59,13 @@ WRONG = {
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
 }
 WRONG_INFILLS = {
-    "without infilling": ({"input_prefix": "a", "prompt": "b"}, "suffix"),
+    "without infilling": ({"input_prefix": "a", "prompt": "b"}, "prompt"),
     "grammar": ({"grammar": "root ::= [a-z]"}, "grammar"),
     "tokens as prompt": ({"prompt": [1]}, "prompt"),
     "n_predict": ({"n_predict": -2}, "n_predict"),
     "extra": ({"input_extra": [{"filename": "a"}]}, "input_extra"),
     "long limit": ({"t_max_predict_ms": 1e10}, "t_max_predict_ms"),
+    "many digits": ({"t_max_prompt_ms": 10**400}, "t_max_prompt_ms"),
     "several": ({"n": 2}, "n"),
     "stream": ({"stream": True}, "stream"),
     "banned": ({"banned_token_ids": list(range(259))}, "banned_token_ids"),
@@ -127,7 +128,7 @@ MESSAGES = strategies.just([{"role": "user", "content": "a"}]) | ANY
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, InfillRequest, StateRequest])
 @hypothesis.given(data=strategies.data())
 def test_random_bodies_are_answered_or_rejected(service, kind, data):
-    fields = [field.name for field in msgspec.structs.fields(kind)]
+    fields = [field.encode_name for field in msgspec.structs.fields(kind)]
     chosen = data.draw(strategies.sets(strategies.sampled_from(fields), max_size=3))
     body = {name: data.draw(ANY) for name in chosen}
     if kind is ChatRequest:

@@ -153,6 +153,7 @@ function tools(versions, chosen, choose, actions) {
     node.ariaLabel = label;
     node.onclick = () => {
       const place = [...document.querySelectorAll(".tools")].indexOf(box);
+      edited = null;
       action();
       if (edited || box.isConnected) return;
       const now = document.querySelectorAll(".tools")[place];  // in place of this one
