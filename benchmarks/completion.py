@@ -73,6 +73,9 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
     if not configs:
         raise UserError("--workdirs: names no run; train some with configs/complete.py")
     config = configs[workdirs[0]]
+    held_out = {(x.data.source, x.data.validation_fraction, x.train.seed) for x in configs.values()}
+    if len(held_out) > 1:
+        raise UserError("--workdirs: runs that hold out other text: their source or seed differs")
     # Without infilling, the same files are held out.
     plain = dataclasses.replace(config.data, tokenizer="byte", fim_rate=0.0)
     with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names

@@ -60,7 +60,8 @@ def run(workdirs: Sequence[str], effort: Effort) -> Iterator[Table]:
         rankings = {
             "score": by_model(model, tokenizer),
             "score --relative": by_model(model, tokenizer, relative=True),
-            f"{ORDER}-grams": by_ngrams(train_text),
+            f"{ORDER}-grams": by_ngrams(train_text, np.add),
+            f"{ORDER}-grams, maximum": by_ngrams(train_text, np.maximum),
             "gzip": by_gzip,
             "length": lambda text: np.array([float(len(line)) for line in text.split("\n")]),
         }
@@ -142,14 +143,14 @@ def by_model(model: LanguageModel, tokenizer: Tokenizer, *, relative: bool = Fal
     return rank
 
 
-def by_ngrams(train_text: bytes) -> Ranking:
-    """Bits of a line."""
+def by_ngrams(train_text: bytes, join: np.ufunc) -> Ranking:
+    """Bits of a line, the sum or the maximum over its characters."""
     ngrams = NGrams(np.frombuffer(train_text, np.uint8))
 
     def rank(text: str) -> np.ndarray:
-        data = text.encode()
-        is_end = np.frombuffer(data, np.uint8) == ord("\n")
-        return np.bincount(np.cumsum(is_end) - is_end, ngrams.bits(data), text.count("\n") + 1)
+        data = (text + "\n").encode()
+        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+        return join.reduceat(ngrams.bits(data), np.append(0, ends[:-1] + 1))
 
     return rank
 

@@ -213,8 +213,10 @@ def cut_units(
                     len(text[start:peak].decode()),
                     block.before(token_of[peak]),
                 )
-            is_end = whole.endswith(b"\n")
-            line, column = (line + 1, 1) if is_end else (line, column + len(whole))
+            if newlines := whole.count(b"\n"):  # a token may have several, and what follows them
+                line, column = line + newlines, len(whole) - whole.rfind(b"\n")
+            else:
+                column += len(whole)
 
 
 def _expect(averages: np.ndarray, text: bytes, surprise: float) -> float:
@@ -240,7 +242,8 @@ def above_quantile(
     recent = np.zeros(_RECENT)
     for count, (name, unit) in enumerate(units):
         known = recent[:count]
-        if len(known) * (1 - quantile) >= 1 and np.mean(known < unit.surprise) > quantile:
+        # The product may be just below 1.
+        if len(known) * (1 - quantile) >= 0.999 and np.mean(known < unit.surprise) > quantile:
             yield name, unit
         recent[count % _RECENT] = unit.surprise
 

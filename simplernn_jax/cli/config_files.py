@@ -20,7 +20,7 @@ from simplernn_jax.project import ROOT
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
 _CONFIGS = ROOT / "configs"
-_SET_BY_MINUTES = ("steps", "epochs", "eval_every", "save_every", "sample_every")
+_SET_BY_MINUTES = ("steps", "epochs", "eval_every", "save_every", "sample_every", "held_out_tokens")
 
 
 def config_names() -> list[str]:

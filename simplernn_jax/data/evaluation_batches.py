@@ -82,7 +82,9 @@ def evaluation_batches(
     batch_size = round_up(batch_size, divisible_by[0])
     length, places = max(1, batch_tokens // batch_size), counts
     if aligned:
-        length = round_up(min(length, int(counts.max())), divisible_by[1])
+        # One long document among short ones must not make batches of padding.
+        usual = max(1, min(int(counts.max()), 4 * int(np.median(counts))))
+        length = round_up(min(length, usual), divisible_by[1])
         places = divide_up(counts, length) * length
     sequence_of, loads = _assign(places, batch_size)
     order = np.argsort(sequence_of, kind="stable")

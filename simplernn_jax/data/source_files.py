@@ -34,7 +34,7 @@ _GENERATED = re.compile(
 _RECORDS = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|gz|zst)")
 """Names of files whose text may say anything."""
 _GIT = ("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false")
-"""Runs nothing that the settings of somebody else's repository name."""
+"""Does not run programs that the settings of an untrusted repository name."""
 _BLOCK_SIZE = 1 << 18
 """Bytes that are read at a time."""
 _ZSTD_BLOCK = 1 << 8

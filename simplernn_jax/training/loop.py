@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import threading
 import time
@@ -54,7 +55,7 @@ class Result:
     interrupted_by: str | None
     """Name of the signal that stopped it, or None if it ran to its end."""
     evaluation: Evaluation | None
-    """Evaluation on the whole validation split; None if interrupted or if nothing is held out."""
+    """Evaluation at the end of the run; None if interrupted or if nothing is held out."""
 
 
 def train(
@@ -300,7 +301,7 @@ class Trainer:
     def summary(self, evaluation: Evaluation | None) -> dict[str, str]:
         """Return the lines of the summary of a run that has ended, and write its report.
 
-        `evaluation` has the scores of the whole validation split.
+        `evaluation` is the one at the end, of held-out text.
         """
         run, timer = self._run, self._timer
         lines = {
@@ -313,7 +314,7 @@ class Trainer:
             lines["speed"] = f"{timer.tokens_per_second:,.0f} tokens/s"
         if evaluation is not None:
             split = run.corpus.validation
-            is_all = split is None or evaluation.predictions == split.num_predictions
+            is_all = split is not None and evaluation.predictions == split.num_predictions
             scores = f"{evaluation}, {evaluation.predictions:,} predictions"
             lines["all held-out text" if is_all else "part of the held-out text"] = scores
             uniform = math.log(run.corpus.tokenizer.vocab_size)
@@ -324,18 +325,18 @@ class Trainer:
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
-        command = name_commands(f"python scripts/{script}.py")
-        use = f"{command} --workdir {run.workdir}{prompt}"
+        use = f"{script}.py --workdir {shlex.quote(run.workdir)}{prompt}"
         gathered = gather(run, run.state)
         if is_coordinator():
             if run.config.train.tune != "full":
                 path = save_tuned(run.workdir, run.corpus.tokenizer)
                 lines["tuned"] = f"{path}, {os.path.getsize(path):,} bytes"
-                use += f" --load_state {path}" if run.config.train.tune == "state" else ""
+                use += f" --load_state {shlex.quote(path)}" if run.config.train.tune == "state" else ""
             facts = {"model": self._model} | lines
             curve = plot_loss(run.workdir, self._model)
-            lines["report"] = write_report(run, gathered, evaluation, facts, curve)
-        return lines | {"sample with": use}
+            report = write_report(run, gathered, evaluation, facts, curve, use)
+            lines["report"] = report
+        return lines | {"sample with": name_commands(f"python scripts/{use}")}
 
     def _write(self, step: int, kind: str, **values: Any) -> None:
         if self._metrics is not None:

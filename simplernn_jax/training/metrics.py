@@ -8,7 +8,7 @@ Every row of ``metrics.jsonl`` has ``step``, ``kind`` and ``wall_time`` (Unix ti
   evaluations, samples and saves), ``tokens_per_second`` and ``skipped_updates`` so far.
 - ``validation``: ``loss``, ``bits_per_byte``, ``predictions`` (number scored; the same tokens at
   every evaluation, the last step included), ``tokens``, ``seconds``.
-- ``held_out``: the same of the whole validation split, at the end.
+- ``held_out``: the same at the end, of all held-out text or of ``train.held_out_tokens``.
 - ``sample``: ``text``.
 """
 

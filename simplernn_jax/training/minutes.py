@@ -1,4 +1,4 @@
-"""Runs of a given time: size and schedule, by the text and the measured speed of the machine."""
+"""Training for a given time: size and schedule follow from the text and the measured speed."""
 
 import itertools
 import math
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from simplernn_jax.config import Config, by_field
+from simplernn_jax.data.batches import round_up
 from simplernn_jax.data.corpora import open_corpus, parse_mixture
 from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.errors import UserError
@@ -181,7 +182,8 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
     if train.init_from or not train.minutes:
         raise UserError("--size=auto: needs --minutes, and no config.train.init_from")
     sources = [part for part, _ in parse_mixture(data.source) or [(data.source, 1.0)]]
-    corpora = (open_corpus(replace(data, source=each), exclude=(workdir,)) for each in sources)
+    exclude = (workdir,) if workdir else ()
+    corpora = (open_corpus(replace(data, source=each), exclude=exclude) for each in sources)
     num_bytes = sum(corpus.total_bytes for corpus in corpora)
     flops = broadcast_from_coordinator(int(measure_flops() / 1e6)) * 1e6
     seconds = max(57 * train.minutes - _START_SECONDS, 15 * train.minutes)
@@ -200,7 +202,7 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
         "mlp_dim": 4 * size.width,
         "dropout": dropout,
         "precision": "bfloat16" if is_fast else "float32",
-        "batch_size": 8,
+        "batch_size": round_up(8, jax.device_count()),
         "tokenizer": "byte" if by_bytes else size.tokenizer,
         # Fewer than a thousand steps are too few.
         "sequence_length": 512 if tokens > 1000 * 8 * 512 else 256,
@@ -209,6 +211,8 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
         "warmup_steps": 100,
         "weight_decay": decay,
     }
+    if config.optimizer.is_given("name") and config.optimizer.name != "muon":
+        del chosen["learning_rate"]
     for part in (config.model, data, config.optimizer):
         for name, value in chosen.items():
             if name in vars(part) and not part.is_given(name):

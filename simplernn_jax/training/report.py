@@ -16,7 +16,6 @@ from simplernn_jax.array_types import ModelState
 from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
 from simplernn_jax.data.token_split import TokenSplit
-from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, format_bytes
 from simplernn_jax.files import page_template, read_file, write_file
@@ -46,13 +45,15 @@ def write_report(
     evaluation: Evaluation | None,
     facts: Mapping[str, str],
     curve: str,
+    use: str,
 ) -> str:
     """Write the page of a run that has ended, on the coordinator, and return its path.
 
     `gathered` is the result of `gather`, `evaluation` the last one on held-out text, `facts` the
-    lines of the summary, and `curve` the path of the picture of the losses.
+    lines of the summary, `curve` the path of the picture of the losses, and `use` the script that
+    generates text, with its flags.
     """
-    config, corpus, workdir = run.config, run.corpus, shlex.quote(run.workdir)
+    config, corpus, workdir = run.config, run.corpus, f"--workdir {shlex.quote(run.workdir)}"
     memory = jax.local_devices()[0].memory_stats() or {}
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {
@@ -68,21 +69,22 @@ def write_report(
         facts["SHA-256 of the parameters"] = model_fingerprint(gathered[0])
         for seed in range(config.train.seed, config.train.seed + SAMPLES):
             samples.append([_printable(text) for text in sample(run, gathered, seed)])
-    commands = {
-        **({"chat": ""} if config.data.template else {"sample": " --prompt TEXT"}),
-        **{"evaluate": "", "serve": "", "export": f" --format html --out {workdir}/html"},
-        "train": f" --config.train.steps={2 * run.step}",
-    }
+    commands = [use, f"evaluate.py {workdir}"]
+    if config.train.tune != "state":  # else they take the model without the learned state
+        html = shlex.quote(os.path.join(run.workdir, "html"))
+        commands += [f"serve.py {workdir}", f"export.py {workdir} --format html --out {html}"]
+    if not run.stopped_early:
+        longer = f"steps={2 * run.step}"
+        if config.train.epochs:
+            longer = f"epochs={2 * config.train.epochs:g}"
+        commands.append(f"train.py {workdir} --config.train.{longer}")
     page = page_template("training/report.html").render(
         title=os.path.basename(run.workdir),
         facts=facts,
         curve=base64.b64encode(read_file(curve)).decode(),
-        rows=held_out_table(corpus, evaluation) if evaluation else (),
+        rows=held_out_table(run, evaluation) if evaluation else (),
         samples=samples,
-        commands=[
-            name_commands(f"python scripts/{script}.py --workdir {workdir}{rest}")
-            for script, rest in commands.items()
-        ],
+        commands=[name_commands(f"python scripts/{command}") for command in commands],
     )
     path = os.path.join(run.workdir, "report.html")
     write_file(path, page.encode("utf-8", "replace"))
@@ -137,12 +139,13 @@ def text_pieces(split: TokenSplit, tokenizer: Tokenizer) -> Iterator[bytes]:
             yield tokenizer.decode_bytes(split.tokens[piece : min(piece + 2**20, end)])
 
 
-def held_out_table(corpus: TokenizedCorpus, evaluation: Evaluation) -> list[tuple[str, ...]]:
+def held_out_table(run: Run, evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Compare a model with compressors, of which zstd can refer to the end of the training text.
 
-    The compressors are left out if only parts of the text are scored.
+    The compressors are left out if the text is chats, of which only the answers are scored.
     """
-    held_out, train, tokenizer = corpus.validation, corpus.train, corpus.tokenizer
+    corpus, tokenizer = run.corpus, run.corpus.tokenizer
+    held_out, train = corpus.validation, corpus.train
     assert held_out is not None
     part = f"{evaluation.predictions / max(held_out.num_predictions, 1):.0%}"
     scored = f"{part} of {held_out.num_bytes:,}"
@@ -150,7 +153,7 @@ def held_out_table(corpus: TokenizedCorpus, evaluation: Evaluation) -> list[tupl
         ("", "bits per byte", "of bytes", "after bytes of training text"),
         ("this model", f"{evaluation.bits_per_byte:.4f}", scored, "all"),
     ]
-    if held_out.targets is not None:
+    if run.config.data.template:
         return rows
     text = bytearray()
     for piece in text_pieces(held_out, tokenizer):

@@ -1,7 +1,7 @@
 """What a run trains: all parameters, low-rank updates of them, or the initial state.
 
-``params`` of a train state are always the parameters of the whole model. ``tuned`` has what
-fine-tuning needs more, by ``train.tune``: nothing (``full``); a learned state of one sequence,
+``params`` of a train state are always the parameters of the whole model. ``tuned`` has the
+other state of fine-tuning, by ``train.tune``: nothing (``full``); a learned state of one sequence,
 ``initial`` (``state``); or the kernels before training, ``base``, and the factors ``a`` and ``b``
 of their updates (``lora:RANK``).
 """

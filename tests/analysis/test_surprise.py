@@ -99,6 +99,14 @@ def test_units_have_their_text_place_and_bits_however_the_text_is_cut(by, expect
     assert sum(unit.bits for unit in units) == 2 * (size + ends)
 
 
+def test_places_of_tokens_that_have_several_newlines_or_begin_with_one():
+    starts, text = np.array([0, 3, 6]), b"ab\n\n\n cd"
+    bits = np.full(3, 2, np.float32)
+    block = ScoredBlock(text, np.zeros(3, np.int32), starts, bits, bits - 1, CHUNKS)
+    places = [(unit.text, unit.line, unit.column) for unit in cut(block, by="token")]
+    assert places == [("ab", 1, 1), ("cd", 4, 2)]
+
+
 def test_a_unit_is_as_surprising_as_its_most_surprising_character():
     wrong, long = cut(scored("äbcd\n" + 15 * "x" + "\n", first="c"))
     assert (wrong.bits, wrong.surprise, wrong.at) == (15, 4, 2)
@@ -142,6 +150,8 @@ def test_units_of_a_stream_are_compared_with_those_before():
     surprises = [1, 2, 3, 4, 3.2, 3.3, *10_000 * [-1], 0]
     units = (("", unit._replace(surprise=surprise)) for surprise in surprises)
     assert [found.surprise for _, found in above_quantile(units, 0.75)] == [3.3, 0]
+    units = (("", unit._replace(surprise=surprise)) for surprise in [*10_000 * [-1], 0])
+    assert len(list(above_quantile(units, 0.9999))) == 1
 
 
 def test_the_page_shows_all_text_escaped():
