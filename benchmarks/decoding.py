@@ -164,7 +164,9 @@ def run_lookup(
         raise UserError(f"{workdir}: has no held-out text; train with validation_fraction above 0")
     begins = [text[:LOOKUP_PROMPT] for text in document_texts(split, tokenizer)]
     alike = (re.search(r"(?s).*\n(\s*\S.{8})[^\n]*\n(\1[^\n]*\n){2}", text) for text in begins)
-    pages = [project.ROOT / "docs" / f"{name}.md" for name in ("attention", "data", "faq", "scaling")]
+    pages = [
+        project.ROOT / "docs" / f"{name}.md" for name in ("attention", "data", "faq", "scaling")
+    ]
     prompts = {
         "edits": [f"{one.replace('self', 'this')}\n{one[: len(one) // 4]}" for one in begins],
         "code": [match[0] for match in alike if match],

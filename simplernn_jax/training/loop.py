@@ -331,7 +331,9 @@ class Trainer:
             if run.config.train.tune != "full":
                 path = save_tuned(run.workdir, run.corpus.tokenizer)
                 lines["tuned"] = f"{path}, {os.path.getsize(path):,} bytes"
-                use += f" --load_state {shlex.quote(path)}" if run.config.train.tune == "state" else ""
+                use += (
+                    f" --load_state {shlex.quote(path)}" if run.config.train.tune == "state" else ""
+                )
             facts = {"model": self._model} | lines
             curve = plot_loss(run.workdir, self._model)
             report = write_report(run, gathered, evaluation, facts, curve, use)

@@ -40,7 +40,7 @@ def test_all_tables_of_a_run(tmp_path, monkeypatch):
     assert speed.rows[0]["vocabulary"] == 259
     assert ["tokens" in table.title for table in found] == [True, False]
     for table in found:
-        assert len(table.rows) == 5
+        assert len(table.rows) == 6
         assert all(0 <= row["AUC"] <= 1 for row in table.rows)
     monkeypatch.setattr(scoring, "LINES", (100, 400))
     with pytest.raises(UserError, match="fewer than two texts of 100 lines"):
@@ -52,7 +52,10 @@ def test_all_tables_of_a_run(tmp_path, monkeypatch):
 def test_a_line_that_no_other_resembles_is_found_by_ngrams_and_gzip():
     text = "the quick brown fox\n" * 9 + "qzvj xkw pq 17\n" + "the quick brown fox\n" * 9
     defects = [(text, 9)]
-    rankings = {"n": scoring.by_ngrams(b"the quick brown fox\n" * 30), "gzip": scoring.by_gzip}
+    rankings = {
+        "n": scoring.by_ngrams(b"the quick brown fox\n" * 30, np.maximum),
+        "gzip": scoring.by_gzip,
+    }
     for row in scoring.compare(defects, rankings | {"equal": lambda text: np.zeros(20)}):
         expected = (1, 0.5) if row["ranking"] == "equal" else (1, 1)
         assert (row["in the first 10"], row["AUC"]) == expected

@@ -187,7 +187,9 @@ def test_a_state_continues_as_often_as_wanted(scheduler):
     assert run(scheduler, [whole])[0][3, 0][0] == found[3, 0][0]  # equal but for rounding
 
 
-@pytest.mark.parametrize(("num_optional", "num_left"), [(5, 4 * GRID), (2 * GRID + 3, 4 * GRID + 1)])
+@pytest.mark.parametrize(
+    ("num_optional", "num_left"), [(5, 4 * GRID), (2 * GRID + 3, 4 * GRID + 1)]
+)
 def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional, num_left):
     """As if it had none, also from the cache, and with a logit mask for the first token."""
     tokens = tokens_of(num_optional, num_left - 1 + num_optional)
