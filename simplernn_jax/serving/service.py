@@ -7,7 +7,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Any
 
 import numpy as np
 from starlette.responses import Response
