@@ -75,7 +75,8 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     parameters, state_bytes = model_bytes(model)
     shards = sizes["tensor"] * sizes["pipeline"]
     weights = parameters / (sizes["fsdp"] * shards)
-    moments = 2 if config.optimizer.name == "adamw" else 1
+    copies = 2 if config.optimizer.name == "adamw" else 1
+    copies = (1 + copies) * (2 if train.minutes else 1)  # steps are timed on a copy of all
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
     sequences = device_sequences / (train.gradient_accumulation or 1)
     length = (train.bptt_window or data.sequence_length) / sizes["sequence"]
@@ -93,7 +94,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     elif train.sample_every or data.validation_fraction:
         state = max(state, state_bytes / shards)
     return {
-        "parameters": weights * (1 + moments),
+        "parameters": weights * copies,
         "activations": max(weights, activations)
         + device_sequences * data.sequence_length * _TOKEN_BYTES,
         "state": state,
