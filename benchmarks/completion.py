@@ -8,8 +8,8 @@ anew, and as soon as the suggestion is right, one key accepts it; the keys that 
 share of all characters. The n-gram model suggests what followed the longest known context most
 often.
 
-``keystroke``: clients type other lines, and each character is a request; the first request at a
-place is left out.
+``keystroke``: clients type other lines, and each character is a request for about
+`KEYSTROKE_BYTES`; the first request at a place is left out.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ CONTEXT = 4096
 """Characters before the line, and after it."""
 CURSORS, LINES = 500, 100
 CLIENTS = (1, 8)
-KEYSTROKE_TOKENS = 32
+KEYSTROKE_BYTES = 32
 
 
 class Cursor(NamedTuple):
@@ -69,11 +69,14 @@ class Suggestion(NamedTuple):
 
 def run(workdirs: Sequence[str]) -> Iterator[Table]:
     """Tables of the models in `workdirs`, which hold out the same text."""
-    configs = {workdir: load_model(workdir)[2] for workdir in workdirs}
+    configs = {workdir: load_model(workdir)[1:] for workdir in workdirs}
     if not configs:
         raise UserError("--workdirs: names no run; train some with configs/complete.py")
-    config = configs[workdirs[0]]
-    held_out = {(x.data.source, x.data.validation_fraction, x.train.seed) for x in configs.values()}
+    config = configs[workdirs[0]][1]
+    held_out = {
+        (config.data.source, config.data.validation_fraction, config.train.seed)
+        for _, config in configs.values()
+    }
     if len(held_out) > 1:
         raise UserError("--workdirs: runs that hold out other text: their source or seed differs")
     # Without infilling, the same files are held out.
@@ -91,18 +94,24 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
     )
     quality: list[Row] = []
     latency: list[Row] = []
-    for workdir, config in configs.items():
+    for workdir, (tokenizer, config) in configs.items():
         row: Row = {"model": workdir, "parameters": count_parameters(config)}
         with serving(workdir, f"--slots={CLIENTS[-1]}") as (_, url):
             for suffix in ("yes", "no"):
                 ask_all = functools.partial(ask, url, CLIENTS[-1], LONGEST + 1, suffix == "yes")
                 row |= {"suffix": suffix} | compare(ask_all(somewhere), ask_all(typed))
                 quality.append({**row})
-            for clients, places in zip(CLIENTS, timed, strict=True):
-                found = ask(url, clients, KEYSTROKE_TOKENS, True, places)
-                row = {"model": workdir, "clients": clients}
-                times = [1e3 * x.seconds for x in found if x.cursor.at]
-                latency.append(row | percentiles("keystroke, ms", times))
+        sample = "".join(files)[: 1 << 20]
+        per_byte = len(tokenizer.encode(sample)) / len(sample.encode())
+        num_tokens = round(KEYSTROKE_BYTES * per_byte)
+        for weights in ("as trained", "int8"):
+            quantize = [] if weights == "as trained" else [f"--quantize={weights}"]
+            with serving(workdir, f"--slots={CLIENTS[-1]}", *quantize) as (_, url):
+                for clients, places in zip(CLIENTS, timed, strict=True):
+                    found = ask(url, clients, num_tokens, True, places)
+                    row = {"model": workdir, "weights": weights, "clients": clients}
+                    times = [1e3 * x.seconds for x in found if x.cursor.at]
+                    latency.append(row | percentiles("keystroke, ms", times))
     ngrams = NGrams(corpus.train.tokens)
     by_ngrams = ([finish_line(ngrams, x) for x in itertools.chain(*p)] for p in (somewhere, typed))
     quality.append({"model": f"{ORDER}-gram", "suffix": "no"} | compare(*by_ngrams))

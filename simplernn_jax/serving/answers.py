@@ -239,7 +239,7 @@ class Answer:
             self.state = event.state
             self.cached_tokens += event.cached_tokens
             self.left_out += event.left_out
-            self.prefilled = self.ended = time.perf_counter()
+            self.prefilled, self.ended = event.seconds, time.perf_counter()
             metrics.prompt_tokens.inc(len(job.tokens))
             metrics.cached_tokens.inc(event.cached_tokens)
             entries = []

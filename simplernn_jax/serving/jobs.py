@@ -30,6 +30,8 @@ class Prefix(NamedTuple):
 class Prefilled(NamedTuple):
     """The prompt has been prefilled."""
 
+    seconds: float
+    """When, by `time.perf_counter`."""
     cached_tokens: int
     left_out: int
     """Tokens that were left out of the prompt, for lack of time."""
@@ -73,6 +75,8 @@ class Job:
     """Text of the prompt, if the answer begins with it."""
     stops: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text, which does not contain them."""
+    ending_ids: frozenset[int] = frozenset()
+    """Ids whose text has one of `stops` in it: no token after one of them is needed."""
     cached_at: tuple[int, ...] | None = None
     """Numbers of tokens of the prompt after which its state is cached, where a C function decodes
     the model; None stands for the whole prompt, and for states of the new tokens too. Elsewhere,

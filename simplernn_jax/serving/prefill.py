@@ -72,7 +72,7 @@ class Prompt:
             parts = zip(*jax.device_get(self.scores or [none]), strict=True)
             logprobs = TokenLogprobs(*(np.concatenate(part)[:length] for part in parts))
         kept = jax.device_get(self.state) if self.job.keeps_state else None
-        return Prefilled(self.num_cached, self.left_out, logprobs, kept)
+        return Prefilled(time.perf_counter(), self.num_cached, self.left_out, logprobs, kept)
 
 
 class Prefiller:

@@ -139,8 +139,9 @@ class Scheduler:
         """Compile all programs, naming each before it is compiled."""
         yield from self._prefiller.compile()
         yield "insertion"
-        self._insert([(len(self._choices), self._prefiller.begin(_NO_JOB), 0)])
         num_slots = len(self._choices)
+        for count in (1, 2):
+            self._insert([(num_slots, self._prefiller.begin(_NO_JOB), 0)] * count)
         yield f"decoding in {num_slots} slots"
         _, self._slots = self._engine.decode(self._slots, np.ones(num_slots, bool), MAX_BLOCK)
         if use_lookup(self._engine, 1):
@@ -159,7 +160,7 @@ class Scheduler:
         self._admit()
         running = [None if c is None or c.job.is_paused else c for c in self._choices]
         is_first = any(choice is not None and not choice.num_tokens for choice in running)
-        block = self._dispatch(running, is_first) if any(running) else None
+        block = self._dispatch(running) if any(running) else None
         if previous:
             self._collect(previous)
         if block and (is_first or not self._is_crowded):
@@ -223,8 +224,9 @@ class Scheduler:
 
     def _insert(self, new: list[tuple[int, Prompt, int]]) -> None:
         """Insert up to MAX_JOBS (slot, prompt, number of its choice)."""
-        idle = len(self._choices), new[0][1], 0
-        new = new + [idle] * (MAX_JOBS - len(new))
+        if len(new) > 1:
+            idle = len(self._choices), new[0][1], 0
+            new = new + [idle] * (MAX_JOBS - len(new))
         sequences = [
             new_sequence(prompt.job, choice, self._vocab_size) for _, prompt, choice in new
         ]
@@ -235,14 +237,14 @@ class Scheduler:
             jax.tree.map(lambda *x: np.stack(x), *sequences),
         )
 
-    def _dispatch(self, choices: list[_Choice | None], is_first: bool) -> _Dispatched:
+    def _dispatch(self, choices: list[_Choice | None]) -> _Dispatched:
         """Compute a block of the slots that have a choice in `choices`."""
         active = [choice for choice in choices if choice is not None]
         is_streamed = any(choice.job.is_streamed for choice in active)
         is_short = self.num_waiting or (is_streamed and not self._is_crowded)
         length = round((SHORT_SECONDS if is_short else LONG_SECONDS) / self._token_seconds)
         has_drafts = use_lookup(self._engine, len(active))
-        if is_first and is_streamed:
+        if any(c.job.is_streamed and not (c.job.infill or c.num_tokens) for c in active):
             length = min(length, FIRST_BLOCK)
         elif has_drafts:
             length = max(length, WINDOW)  # even if it takes longer without a draft
@@ -295,7 +297,7 @@ class Scheduler:
             choice.text = np.concatenate([choice.text, new])[-RECENT:]
             choice.num_tokens += count
             reason = None
-            if count and int(new[-1]) in job.sampling.stop_ids:
+            if count and int(new[-1]) in job.ending_ids.union(job.sampling.stop_ids):
                 reason = "stop"
             elif choice.num_tokens >= job.max_tokens:
                 reason = "length"
@@ -348,12 +350,14 @@ def new_sequence(job: Job, choice: int, vocab_size: int) -> Sequences:
     nothing: Any = None
     in_prompt = numpy.zeros(vocab_size, np.bool_)
     in_prompt[job.text] = True
+    settings = sampling.arrays(vocab_size)
+    settings.is_stop[list(job.ending_ids)] = True
     return Sequences(
         state=nothing,
         stream=numpy.int32(job.first_stream + choice),
         position=numpy.int32(0),
         remaining=numpy.int32(job.max_tokens),
-        settings=sampling.arrays(vocab_size),
+        settings=settings,
         penalties=Penalties(
             repetition=numpy.float32(sampling.repetition_penalty),
             presence=numpy.float32(sampling.presence_penalty),

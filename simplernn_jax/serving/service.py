@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import math
 import secrets
 import time
@@ -76,6 +77,12 @@ class Service:
         self._vocab_size = vocab_size
         self._banned_ids = ids_without_text(tokenizer, vocab_size)
         self._infilling = Infilling(tokenizer, bytes_of)
+
+        @functools.lru_cache(maxsize=64)
+        def ids_with(text: str) -> frozenset[int]:
+            return frozenset(i for i, part in enumerate(bytes_of) if text.encode() in part)
+
+        self._ids_with = ids_with
         self._checkpoint, self._load_other = checkpoint, load_other
         self._reloading = asyncio.Lock()
         self._rendering = asyncio.Lock()
@@ -178,7 +185,10 @@ class Service:
                 max_seconds = request.t_max_predict_ms / 1e3
         jobs = []
         streams: Counter[bytes] = Counter()
+        ending_ids = frozenset[int]().union(*map(self._ids_with, stops))
         for text, (tokens, infill) in zip(texts, made, strict=True):
+            # The first token may have a stop string in what was typed of it.
+            healed = [] if infill is None or infill.first_ids is None else infill.first_ids.tolist()
             jobs.append(
                 Job(
                     tokens,
@@ -191,6 +201,7 @@ class Service:
                     scores_prompt=bool(request.echo) and num_logprobs is not None,
                     echoed=text,
                     stops=stops,
+                    ending_ids=ending_ids.difference(healed),
                     infill=infill,
                     cached_at=infill and infill.stable,
                     is_streamed=bool(request.stream or infill),  # somebody is typing

@@ -1,6 +1,7 @@
 """Completion at a cursor over HTTP: ``POST /infill``, and `suffix` of ``/v1/completions``."""
 
 import concurrent.futures
+import itertools
 
 import pytest
 from processes import serving
@@ -99,6 +100,12 @@ def test_a_stop_string_is_named(server):
     stopped = infill(server, **body, stop=[word, "never"])
     assert stopped["content"] == text[: text.index(word)]
     assert (stopped["stop_type"], stopped["stopping_word"]) == ("word", word)
+    # Also by the ids that have one, unless it was typed.
+    for stop, typed in itertools.product("\n cé", ("", "abc", "abc ", BEFORE, BEFORE + "abc")):
+        body |= {"input_prefix": typed}
+        whole, ended = infill(server, **body), infill(server, **body, stop=[stop])
+        assert ended["content"] == whole["content"].partition(stop)[0]
+        assert ended["tokens_predicted"] <= whole["tokens_predicted"]
 
 
 def test_limits_of_time_end_prompt_and_prediction(server):
