@@ -34,7 +34,7 @@ _METRICS = (
     ("bits/byte, last", "validation", "bits_per_byte", _loss),
     ("bits/byte, best", "best", "bits_per_byte", _loss),
     ("held-out text at the end, loss", "held_out", "loss", _loss),
-    ("  predictions", "held_out", "predictions", _count),
+    ("  predictions at the end", "held_out", "predictions", _count),
     ("  bits/byte", "held_out", "bits_per_byte", _loss),
 )
 """Lines of the table: label, kind of the row or `_last_rows`, field and format."""

@@ -70,7 +70,7 @@ _MACHINE_OPTIONS = (("-march=native",), ("-mcpu=native",), ())
 _LOCK = threading.Lock()
 """Held while compiling: threads that trace programs at the same time compile and load once."""
 
-COMPILER_SECONDS = 120
+COMPILER_SECONDS = 300
 """Timeout of the compiler, which takes a few seconds."""
 
 

@@ -64,7 +64,7 @@ def test_differences_metrics_and_curves(tmp_path):
         "predictions": ["7", "-"],
         "bits/byte, last": ["5.4101", "-"],
         "bits/byte, best": ["5.0494", "-"],
-        "all held-out text, loss": ["0.5000", "-"],
+        "held-out text at the end, loss": ["0.5000", "-"],
         "bits/byte": ["0.7213", "-"],
     }
     assert {name: cells(metrics, name) for name in expected} == expected
