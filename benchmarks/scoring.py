@@ -57,11 +57,12 @@ def run(workdirs: Sequence[str], effort: Effort) -> Iterator[Table]:
         speed = compare_speed(model, tokenizer, "\n".join(texts)[:TIMED], effort)
         yield Table(f"score: speed, {workdir}", [speed])
         train_text = "\n".join(document_texts(corpus.train, tokenizer)).encode()
+        ngrams = NGrams(np.frombuffer(train_text, np.uint8))
         rankings = {
             "score": by_model(model, tokenizer),
             "score --relative": by_model(model, tokenizer, relative=True),
-            f"{ORDER}-grams": by_ngrams(train_text, np.add),
-            f"{ORDER}-grams, maximum": by_ngrams(train_text, np.maximum),
+            f"{ORDER}-grams": by_ngrams(ngrams, np.add),
+            f"{ORDER}-grams, maximum": by_ngrams(ngrams, np.maximum),
             "gzip": by_gzip,
             "length": lambda text: np.array([float(len(line)) for line in text.split("\n")]),
         }
@@ -143,9 +144,8 @@ def by_model(model: LanguageModel, tokenizer: Tokenizer, *, relative: bool = Fal
     return rank
 
 
-def by_ngrams(train_text: bytes, join: np.ufunc) -> Ranking:
+def by_ngrams(ngrams: NGrams, join: np.ufunc) -> Ranking:
     """Bits of a line, the sum or the maximum over its characters."""
-    ngrams = NGrams(np.frombuffer(train_text, np.uint8))
 
     def rank(text: str) -> np.ndarray:
         data = (text + "\n").encode()

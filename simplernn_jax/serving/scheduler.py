@@ -297,7 +297,8 @@ class Scheduler:
             choice.text = np.concatenate([choice.text, new])[-RECENT:]
             choice.num_tokens += count
             reason = None
-            if count and int(new[-1]) in job.ending_ids.union(job.sampling.stop_ids):
+            last = int(new[-1]) if count else -1
+            if last in job.sampling.stop_ids or last in job.ending_ids:
                 reason = "stop"
             elif choice.num_tokens >= job.max_tokens:
                 reason = "length"

@@ -336,8 +336,7 @@ class Trainer:
                 )
             facts = {"model": self._model} | lines
             curve = plot_loss(run.workdir, self._model)
-            report = write_report(run, gathered, evaluation, facts, curve, use)
-            lines["report"] = report
+            lines["report"] = write_report(run, gathered, evaluation, facts, curve, use)
         return lines | {"sample with": name_commands(f"python scripts/{use}")}
 
     def _write(self, step: int, kind: str, **values: Any) -> None:

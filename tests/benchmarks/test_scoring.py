@@ -52,10 +52,8 @@ def test_all_tables_of_a_run(tmp_path, monkeypatch):
 def test_a_line_that_no_other_resembles_is_found_by_ngrams_and_gzip():
     text = "the quick brown fox\n" * 9 + "qzvj xkw pq 17\n" + "the quick brown fox\n" * 9
     defects = [(text, 9)]
-    rankings = {
-        "n": scoring.by_ngrams(b"the quick brown fox\n" * 30, np.add),
-        "gzip": scoring.by_gzip,
-    }
+    ngrams = scoring.NGrams(np.frombuffer(b"the quick brown fox\n" * 30, np.uint8))
+    rankings = {"n": scoring.by_ngrams(ngrams, np.add), "gzip": scoring.by_gzip}
     for row in scoring.compare(defects, rankings | {"equal": lambda text: np.zeros(20)}):
         expected = (1, 0.5) if row["ranking"] == "equal" else (1, 1)
         assert (row["in the first 10"], row["AUC"]) == expected
