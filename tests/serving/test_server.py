@@ -147,7 +147,7 @@ def test_a_conversation_continues_a_state(server):
 
 
 def test_echo_and_log_probabilities(server):
-    fields = {"prompt": [256, 97, 98, 99], "echo": True, "logprobs": 0, "n": 3}
+    fields = {"prompt": [256, 97, 98, 99], "echo": True, "logprobs": 0, "n": 3, "ignore_eos": True}
     for choice in server.complete(max_tokens=2, **fields)["choices"]:
         assert choice["text"].startswith("abc")
         assert choice["logprobs"]["top_logprobs"] == [None, *[{}] * 5]
