@@ -1,6 +1,6 @@
-"""Held-out loss of the sizes of ``train.py --size=auto`` after some minutes of training."""
+"""Held-out loss after some minutes of training, by size, around the size of ``--size=auto``."""
 
-import itertools
+import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,27 +23,31 @@ TITLE = "minutes: held-out bits/byte by size"
 
 
 def run(minutes: Sequence[float], source: str | None, kept: Mapping[str, Table]) -> Iterator[Table]:
-    """Train each of `SIZES` on `source` for each of `minutes`, unless it is in the results.
+    """Train on `source` for each of `minutes`, with the size that is chosen and its neighbors.
 
-    Sizes that are too slow for the minutes are left out.
+    What is in the results, or too slow for the minutes, is left out.
     """
     path = os.path.expanduser(source or "stdlib")
     rows = list(kept[TITLE].rows) if TITLE in kept else []
-    for limit, size in itertools.product(minutes, SIZES):
-        case: Row = {"text": os.path.basename(path), "minutes": limit}
-        case |= {"layers": size.num_layers, "width": size.width}
-        if any(case.items() <= row.items() for row in rows):
-            continue
-        config = Config()
-        config.mesh.data, config.train.minutes = 1, limit
-        config.data.source = os.path.abspath(path) if os.path.exists(path) else path
-        auto_size(config, "", size)
-        try:
-            with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-                rows.append(case | call_isolated(held_out_loss, config=config, workdir=folder))
-            yield table(rows)
-        except UserError as error:
-            print(f"  {case}: {error}", flush=True)
+    config = Config()
+    config.mesh.data = 1
+    config.data.source = os.path.abspath(path) if os.path.exists(path) else path
+    for limit in minutes:
+        config.train.minutes = limit
+        auto_size(chosen := copy.deepcopy(config), "")
+        index = [size.width for size in SIZES].index(chosen.model.hidden_dim)
+        for size in SIZES[max(0, index - 1) : index + 2]:
+            case: Row = {"text": os.path.basename(path), "minutes": limit}
+            case |= {"layers": size.num_layers, "width": size.width}
+            if any(case.items() <= row.items() for row in rows):
+                continue
+            auto_size(sized := copy.deepcopy(config), "", size)
+            try:
+                with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+                    rows.append(case | call_isolated(held_out_loss, config=sized, workdir=folder))
+                yield table(rows)
+            except UserError as error:
+                print(f"  {case}: {error}", flush=True)
 
 
 def held_out_loss(config: Config, workdir: str) -> Row:

@@ -52,8 +52,8 @@ def run(base: str, author: str | None, seconds: Iterable[float]) -> Iterator[Tab
                 row: Row = {"tuned": kind}
                 for limit in limits:
                     workdir = f"{folder}/{name}-{kind}-{limit}"
-                    before, after = tune(base, source, kind, limit, workdir)
-                    rows = rows or before
+                    before, after = tune(base, source, kind, limit, workdir, not rows)
+                    rows += before
                     row |= after
                 rows.append(row)
             yield Table(f"tune: held-out bits/byte of another {name}, {source}", rows)
@@ -61,7 +61,9 @@ def run(base: str, author: str | None, seconds: Iterable[float]) -> Iterator[Tab
         yield Table("tune: learned states in one server", [serve_personas(base, state)])
 
 
-def tune(base: str, source: str, kind: str, seconds: float, workdir: str) -> tuple[list[Row], Row]:
+def tune(
+    base: str, source: str, kind: str, seconds: float, workdir: str, with_before: bool
+) -> tuple[list[Row], Row]:
     """Tune `base` for some seconds of steps: rows of what it was before, and of the result."""
     fields: Row = {"learning_rate": 1e-2} if kind == "full" else {}
     fields |= {"source": source, "split": "position", "batch_size": 8, "sequence_length": CONTEXT}
@@ -78,9 +80,11 @@ def tune(base: str, source: str, kind: str, seconds: float, workdir: str) -> tup
             assert held_out is not None
             return evaluator(run.state.params, held_out, EVAL_TOKENS, **options).bits_per_byte
 
-        prompt = np.asarray(run.corpus.train.tokens[-PROMPT:], np.int32)
-        read = generate(load_model(base)[0], [prompt], max_new_tokens=0).state
-        before = {"nothing": bits(None), "text as prompt": bits(read.layers)}
+        before: Row = {}
+        if with_before:
+            prompt = np.asarray(run.corpus.train.tokens[-PROMPT:], np.int32)
+            read = generate(load_model(base)[0], [prompt], max_new_tokens=0).state
+            before = {"nothing": bits(None), "text as prompt": bits(read.layers)}
         run.total_steps = max(1, round(seconds / measure(run, step, evaluator).step))
         while (batch := run.next_batch()) is not None:
             run.state, metrics = step(run.state, batch, run.schedule)
