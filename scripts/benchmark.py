@@ -19,8 +19,8 @@ docs/benchmarks.md has a command for each:
                architecture, an LSTM and a GRU, for --seconds each
     completion the rest of a line at a cursor by runs of configs/complete.py, and the time of a
                keystroke
-    minutes    held-out loss of the size that train.py --size=auto chooses for each of --minutes, and
-               of its neighbors
+    minutes    held-out loss of the size of train.py --size=auto after --minutes of training, and of
+               its neighbors
     tune       held-out loss of a state, low-rank updates and all parameters of --workdir after
                --seconds (15,60,240) on another author (--source) and language; 100 states served
     scoring    score.py: speed relative to prefill, and recall of 200 wrong tokens and lines in
