@@ -207,8 +207,8 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
         "precision": "bfloat16" if is_fast else "float32",
         "batch_size": round_up(8, jax.device_count()),
         "tokenizer": "byte" if by_bytes else size.tokenizer,
-        # Fewer than a thousand steps are too few.
-        "sequence_length": 512 if tokens > 1000 * 8 * 512 else 256,
+        # Fewer than five thousand steps of 512 are worse than twice as many of 256.
+        "sequence_length": 512 if tokens > 5000 * 8 * 512 else 256,
         "name": "muon",
         "learning_rate": size.learning_rate,
         "warmup_steps": 100,
