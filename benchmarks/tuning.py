@@ -64,7 +64,11 @@ def run(base: str, author: str | None, seconds: Iterable[float]) -> Iterator[Tab
 def tune(
     base: str, source: str, kind: str, seconds: float, workdir: str, with_before: bool
 ) -> tuple[list[Row], Row]:
-    """Tune `base` for some seconds of steps: rows of what it was before, and of the result."""
+    """Tune `base` for some seconds of steps.
+
+    Returns:
+      Rows of what it was before, none unless `with_before`, and columns of the result.
+    """
     fields: Row = {"learning_rate": 1e-2} if kind == "full" else {}
     fields |= {"source": source, "split": "position", "batch_size": 8, "sequence_length": CONTEXT}
     fields |= {"init_from": base, "tune": kind, "minutes": seconds / 60, "warmup_steps": 20}
