@@ -8,8 +8,8 @@ anew, and as soon as the suggestion is right, one key accepts it; the keys that 
 share of all characters. The n-gram model suggests what followed the longest known context most
 often.
 
-``keystroke``: clients type other lines, and each character is a request for about
-`KEYSTROKE_BYTES`; the first request at a place is left out.
+``keystroke``: clients type other text at the pace of a fast typist, and each character is a request
+for about `KEYSTROKE_BYTES`; the first request at a place is left out.
 """
 
 import asyncio
@@ -42,6 +42,8 @@ CONTEXT = 4096
 CURSORS, LINES = 500, 100
 CLIENTS = (1, 8)
 KEYSTROKE_BYTES = 32
+PLACES, TYPED, PACE = 16, 120, 0.1
+"""Places where text is typed, its characters at each, and the mean seconds between two."""
 
 
 class Cursor(NamedTuple):
@@ -87,11 +89,9 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
         raise UserError("--workdirs: runs that hold out no text; train with a validation_fraction")
     files = document_texts(corpus.validation, corpus.tokenizer)
     somewhere = [[cursor] for cursor in choose(files, CURSORS)]
-    # Lines of their own for each measurement: the server caches what it has seen.
-    typed, *timed = (
-        [[x._replace(at=at) for at in range(len(x.line))] for x in choose(files, LINES, seed)]
-        for seed in range(1, 2 + len(CLIENTS))
-    )
+    typed = [[x._replace(at=at) for at in range(len(x.line))] for x in choose(files, LINES, 1)]
+    # Places of their own for each measurement: the server caches what it has seen.
+    timed = [choose_typing(files, seed) for seed in CLIENTS]
     quality: list[Row] = []
     latency: list[Row] = []
     for workdir, (tokenizer, config) in configs.items():
@@ -108,7 +108,7 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
             quantize = [] if weights == "as trained" else [f"--quantize={weights}"]
             with serving(workdir, f"--slots={CLIENTS[-1]}", *quantize) as (_, url):
                 for clients, places in zip(CLIENTS, timed, strict=True):
-                    found = ask(url, clients, num_tokens, True, places)
+                    found = ask(url, clients, num_tokens, True, places, PACE)
                     row = {"model": workdir, "weights": weights, "clients": clients}
                     times = [1e3 * x.seconds for x in found if x.cursor.at]
                     latency.append(row | percentiles("keystroke, ms", times))
@@ -133,14 +133,36 @@ def choose(files: Sequence[str], number: int, seed: int = 0) -> list[Cursor]:
     return found
 
 
+def choose_typing(files: Sequence[str], seed: int) -> list[list[Cursor]]:
+    """Choose lines from which on text is typed."""
+    draw = random.Random(seed)
+    found = []
+    for text in draw.choices([text for text in files if len(text) > TYPED], k=PLACES):
+        start = text.rfind("\n", 0, draw.randrange(len(text) - TYPED)) + 1
+        end = start + TYPED
+        before, after = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
+        found.append([Cursor(before, text[start:end], after, at) for at in range(TYPED)])
+    return found
+
+
 def ask(
-    url: str, clients: int, num_tokens: int, with_suffix: bool, places: Sequence[Sequence[Cursor]]
+    url: str,
+    clients: int,
+    num_tokens: int,
+    with_suffix: bool,
+    places: Sequence[Sequence[Cursor]],
+    pace: float = 0.0,
 ) -> list[Suggestion]:
-    """Ask a server for suggestions; clients share the lists of places."""
+    """Ask a server for suggestions; clients share the lists of places.
+
+    `pace` is the mean of the seconds between two requests of a client, if answers take less.
+    """
 
     async def client(number: int) -> list[Suggestion]:
-        found = []
+        found, draw, due = [], random.Random(number), time.perf_counter()
         for cursor in itertools.chain(*places[number::clients]):
+            due += pace * draw.uniform(0.5, 1.5)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
             fields: Row = {"n_predict": num_tokens, "stop": ["\n"]}
             fields |= {"input_prefix": cursor.before, "prompt": cursor.line[: cursor.at]}
             fields |= {"input_suffix": cursor.after if with_suffix else ""}

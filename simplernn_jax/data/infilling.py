@@ -41,6 +41,9 @@ _MOST_SUFFIX = 192
 """Characters of the suffix in a prompt."""
 _RETOKENIZED = 3
 """Tokens before the cursor that the next character may change."""
+_KEPT, _KEPT_LENGTH = 32, 1 << 16
+"""Texts whose ids are kept, and characters of each at most: encoding a page takes as long as eight
+new tokens."""
 
 
 def present(tokenizer: Tokenizer, text: str, rate: float, seed: int) -> np.ndarray:
@@ -118,6 +121,7 @@ class Infilling:
     def __init__(self, tokenizer: Tokenizer, bytes_of: Sequence[bytes]) -> None:
         self._tokenizer, self._bytes_of = tokenizer, bytes_of
         self._ids_like = functools.cache(self._find_ids_like)
+        self._encode_kept = functools.lru_cache(_KEPT)(tokenizer.encode)
 
     def prompt(
         self,
@@ -143,13 +147,12 @@ class Infilling:
         Raises:
           UserError: the model does not fill in, or a text has no ids.
         """
-        encode = self._tokenizer.encode
         cut = max(len(prefix) - 1, 0) // _GRID * _GRID
         cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
         if len(suffix) > _MOST_SUFFIX:
             end = suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX
             suffix = suffix[:end]
-        before, after = encode(prefix[cut:]), encode(suffix)
+        before, after = self._tokenizer.encode(prefix[cut:]), self._encode(suffix)
         num_after = len(after) + 2 if getattr(self._tokenizer, "order", "") == "prefix_first" else 0
         first_ids, num_typed = None, 0
         if len(before):
@@ -162,12 +165,17 @@ class Infilling:
                 before = before[:-1]
                 num_typed = sum(byte & 0xC0 != 0x80 for byte in typed) + is_cut
         older = [np.array([self._tokenizer.bos_id] * with_bos, np.int32)]
-        older += [encode(text) for text in (*extra, prefix[:cut]) if text]
+        older += [self._encode(text) for text in (*extra, prefix[:cut]) if text]
         around = _around(self._tokenizer, before, after)
         tokens = np.concatenate([*older, *around], dtype=np.int32)
         end = len(tokens) - num_after
         stable = tuple(range(end - min(len(before), _RETOKENIZED), end + 1))
         return InfillPrompt(tokens, sum(map(len, older)), stable, first_ids, num_typed)
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Encode a text that stays while somebody types."""
+        is_short = len(text) <= _KEPT_LENGTH
+        return self._encode_kept(text) if is_short else self._tokenizer.encode(text)
 
     def _find_ids_like(self, typed: bytes) -> np.ndarray:
         """Return the ids whose bytes begin with `typed`; none if it is empty."""
