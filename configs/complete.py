@@ -5,7 +5,8 @@
 
 The folder may be a git repository, which is read by its tracked files; without a source, it is
 Python's own standard library. The size of ``configs/base.py``, with sequences that hold a segment
-of text and what is around it (docs/data.md, "Filling in the middle").
+of text and what is around it (docs/data.md, "Filling in the middle"), and tokens of two or three
+characters: bytes were worse by 0.09 bits/byte after half an hour.
 """
 
 from simplernn_jax.config import Config
@@ -14,6 +15,7 @@ from simplernn_jax.config import Config
 def get_config() -> Config:
     config = Config()
     config.data.fim_rate = 0.7
+    config.data.tokenizer = "bpe:1024"
     config.data.batch_size = 4
     config.data.sequence_length = 512
     config.optimizer.name = "muon"

@@ -148,9 +148,6 @@ class DataConfig(_Fields):
     fim_rate: float = _number(0.0, at_most=1)
     """Fraction of the text whose parts are rearranged so that the model learns to fill in the
     middle, for completion in an editor; above 0, the tokenizer has three more ids."""
-    fim_order: str = _one_of(("suffix_first", "prefix_first"), "suffix_first")
-    """Order in which it sees what is around the middle: ``suffix_first``, so that the state after
-    the suffix stays while one types, or ``prefix_first``."""
     split: str = _one_of(("document", "position"), "document")
     """``document``: holds out whole documents, sampled with the seed; ``position``: holds out the
     end of the token stream, as for a single document."""

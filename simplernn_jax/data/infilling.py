@@ -7,9 +7,8 @@ A document is cut into segments. Some of them are rearranged, with the ids of
 
 The state is carried from one to the next: earlier text of a document is context, as it is in the
 prompt of a completion, ``BOS older text <prefix> <suffix> s <middle> p``. In this order (SPM in
-the paper), the middle continues the prefix, and a prompt grows at its end while one types;
-``prefix_first`` is ``<prefix> p <suffix> s <middle> m EOS``, PSM. The ids themselves are not
-targets; text, and the EOS that ends each middle, are.
+the paper), the middle continues the prefix, and a prompt grows at its end while one types. The ids
+themselves are not targets; text, and the EOS that ends each middle, are.
 
 A prefix may end inside a token of a vocabulary of longer pieces. Token healing takes the last token
 of a prompt away, and the first new one must begin with its bytes: the new text repeats them.
@@ -90,8 +89,6 @@ def _around(tokenizer: Tokenizer, prefix: np.ndarray, suffix: np.ndarray) -> lis
             "above 0; train one with --config configs/complete.py, or pass no suffix"
         )
     before_suffix, before_prefix, before_middle = (np.array([x]) for x in tokenizer.fim_ids)
-    if tokenizer.order == "prefix_first":
-        return [before_prefix, prefix, before_suffix, suffix, before_middle]
     return [before_prefix, before_suffix, suffix, before_middle, prefix]
 
 
@@ -153,14 +150,13 @@ class Infilling:
             end = suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX
             suffix = suffix[:end]
         before, after = self._tokenizer.encode(prefix[cut:]), self._encode(suffix)
-        num_after = len(after) + 2 if getattr(self._tokenizer, "order", "") == "prefix_first" else 0
         first_ids, num_typed = None, 0
         if len(before):
             typed = self._bytes_of[before[-1]]
             first_ids = np.setdiff1d(self._ids_like(typed), [*banned_ids])
             is_cut = 0x80 <= (typed or b"a")[0] < 0xC0  # inside a character
-            if len(first_ids) < 2 or (is_cut and num_after):
-                first_ids = None  # nothing else begins so, or the suffix would cut a character
+            if len(first_ids) < 2:
+                first_ids = None  # nothing else begins so
             else:
                 before = before[:-1]
                 num_typed = sum(byte & 0xC0 != 0x80 for byte in typed) + is_cut
@@ -168,7 +164,7 @@ class Infilling:
         older += [self._encode(text) for text in (*extra, prefix[:cut]) if text]
         around = _around(self._tokenizer, before, after)
         tokens = np.concatenate([*older, *around], dtype=np.int32)
-        end = len(tokens) - num_after
+        end = len(tokens)
         stable = tuple(range(end - min(len(before), _RETOKENIZED), end + 1))
         return InfillPrompt(tokens, sum(map(len, older)), stable, first_ids, num_typed)
 

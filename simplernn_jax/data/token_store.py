@@ -145,11 +145,11 @@ def prepare_corpus(
             for corpus in corpora:
                 check_round_trip(tokenizer, config.tokenizer, corpus)
         if config.fim_rate:
-            tokenizer = InfillingTokenizer(tokenizer, config.fim_order)
-    elif config.fim_rate and getattr(tokenizer, "order", "") != config.fim_order:
+            tokenizer = InfillingTokenizer(tokenizer)
+    elif config.fim_rate and not isinstance(tokenizer, InfillingTokenizer):
         raise UserError(
             f"config.data.fim_rate={config.fim_rate:g}: the model to start from was not trained "
-            f"with it and fim_order={config.fim_order}; omit it, or train a new model"
+            "with it; omit it, or train a new model"
         )
     with _disk_errors(cache, config.source):
         stores = [

@@ -138,11 +138,10 @@ class InfillingTokenizer(Tokenizer):
 
     Args:
       base: encodes and decodes the text.
-      order: ``data.fim_order``, in which its model sees prefix and suffix.
     """
 
-    def __init__(self, base: Tokenizer, order: str) -> None:
-        self.base, self.order = base, order
+    def __init__(self, base: Tokenizer) -> None:
+        self.base = base
         self.bos_id, self.eos_id, self.pad_id = base.bos_id, base.eos_id, base.pad_id
         self.vocab_size = base.vocab_size + 3
         self.fim_ids = tuple(range(base.vocab_size, self.vocab_size))
@@ -158,7 +157,7 @@ class InfillingTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """See `Tokenizer.to_json`."""
-        return json.dumps({"kind": "fim", "order": self.order, "base": self.base.to_json()})
+        return json.dumps({"kind": "fim", "base": self.base.to_json()})
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -210,7 +209,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
             return PretrainedTokenizer(values["tokenizer"], **values["special_ids"])
         if kind == "fim":
-            return InfillingTokenizer(tokenizer_from_json(values["base"]), values["order"])
+            return InfillingTokenizer(tokenizer_from_json(values["base"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"the saved tokenizer is corrupted ({error}); restore it from another checkpoint"

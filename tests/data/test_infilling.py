@@ -18,15 +18,13 @@ from simplernn_jax.files import sha256_hex
 from simplernn_jax.training.preparation import tokenize_source
 
 TEXT = "".join(f"def f{n}(ä):\n    return {'x' * (n % 50)}\n\n" for n in range(700))
-BYTES, PREFIX_FIRST = (
-    InfillingTokenizer(load_tokenizer("byte"), order) for order in ("suffix_first", "prefix_first")
-)
+BYTES = InfillingTokenizer(load_tokenizer("byte"))
 SUFFIX, PREFIX, MIDDLE = BYTES.fim_ids
 BOS, EOS = BYTES.bos_id, BYTES.eos_id
 
 
 def restored(ids):
-    """The text of presented bytes in its order, and its prefixes, middles and suffixes."""
+    """The text of presented bytes in its order, and what is before and after its places."""
     text, found, at = bytearray(), [], 0
     ids = ids.tolist()
     while at < len(ids):
@@ -35,10 +33,10 @@ def restored(ids):
             at += 1
             continue
         cuts = [ids.index(mark, at) for mark in (PREFIX, SUFFIX, MIDDLE, EOS)]
-        # With the suffix first, the middle continues the prefix.
-        prefix, suffix, middle = (bytes(ids[a + 1 : b]) for a, b in itertools.pairwise(cuts))
-        found.append((prefix, middle, suffix))
-        text += prefix + middle + suffix
+        nothing, suffix, before = (bytes(ids[a + 1 : b]) for a, b in itertools.pairwise(cuts))
+        assert not nothing
+        found.append((before, suffix))
+        text += before + suffix
         at = cuts[-1] + 1
     return bytes(text).decode(), found
 
@@ -48,19 +46,16 @@ def infilling(tokenizer):
 
 
 @given(text=st.text(max_size=300), rate=st.floats(0, 1), seed=st.integers(0, 2**31))
-@pytest.mark.parametrize("tokenizer", [BYTES, PREFIX_FIRST])
-def test_every_byte_of_any_text_is_presented_once(tokenizer, text, rate, seed):
-    ids = present(tokenizer, text, rate, seed)
+def test_every_byte_of_any_text_is_presented_once(text, rate, seed):
+    ids = present(BYTES, text, rate, seed)
     assert restored(ids)[0] == text
-    assert ids.tolist() == present(tokenizer, text, rate, seed).tolist()
+    assert ids.tolist() == present(BYTES, text, rate, seed).tolist()
 
 
 def test_places_of_the_cursor_are_those_of_completion():
-    _, found = restored(present(PREFIX_FIRST, TEXT * 3, 1.0, 0))
-    is_line = [b"\n" not in middle and suffix[:1] in (b"\n", b"") for _, middle, suffix in found]
-    assert 0.5 < np.mean(is_line) < 0.9
-    for part in range(3):
-        assert 0.01 < np.mean([not parts[part] for parts in found]) < 0.3
+    _, found = restored(present(BYTES, TEXT * 3, 1.0, 0))
+    assert 0.6 < np.mean([suffix[:1] in (b"\n", b"") for _, suffix in found]) < 0.95
+    assert 0.05 < np.mean([not suffix for _, suffix in found]) < 0.4
     half = present(BYTES, TEXT, 0.5, 0)
     # If it changes, so must `_FORMAT` of token stores.
     assert sha256_hex(half.tobytes()).startswith("67a9a2f7f385fb19")
@@ -70,8 +65,7 @@ def test_places_of_the_cursor_are_those_of_completion():
 
 @pytest.mark.parametrize("base", [load_tokenizer("byte"), char_tokenizer("abc\n"), bpe_of(TEXT)])
 def test_ids_of_infilling_come_after_any_tokenizer_and_stand_for_no_text(base):
-    tokenizer = tokenizer_from_json(InfillingTokenizer(base, "prefix_first").to_json())
-    assert tokenizer.order == "prefix_first"
+    tokenizer = tokenizer_from_json(InfillingTokenizer(base).to_json())
     assert tokenizer.fim_ids == tuple(range(base.vocab_size, tokenizer.vocab_size))
     ids = tokenizer.encode("abba\n")
     assert ids.tolist() == base.encode("abba\n").tolist()
@@ -83,9 +77,6 @@ def test_prompt_is_the_presentation_of_training_and_grows_at_its_end():
     found = infilling(BYTES).prompt("a\nb", "\nc", ["x", "y"])
     assert found.tokens.tolist() == [*(BOS, *b"xy", PREFIX, SUFFIX, *b"\nc", MIDDLE, *b"a\nb")]
     assert (found.num_optional, found.stable) == (3, (8, 9, 10, 11))
-    found = infilling(PREFIX_FIRST).prompt("a", "c")
-    assert found.tokens.tolist() == [BOS, PREFIX, *b"a", SUFFIX, *b"c", MIDDLE]
-    assert (found.num_optional, found.stable, found.first_ids) == (1, (2, 3), None)
     prompt, before, moved = infilling(BYTES).prompt, np.zeros(0), 0
     assert prompt("a", "c", with_bos=False).tokens.tolist() == prompt("a", "c").tokens[1:].tolist()
     for end in range(0, 650, 7):
@@ -99,11 +90,10 @@ def test_prompt_is_the_presentation_of_training_and_grows_at_its_end():
         infilling(BYTES.base).prompt("a", "b")
 
 
-@pytest.mark.parametrize("order", ["suffix_first", "prefix_first"])
-def test_the_first_new_token_begins_with_what_was_typed_of_it(order):
+def test_the_first_new_token_begins_with_what_was_typed_of_it():
     text = "def größe(x):\n    return x.größer and 'Größe'\n\nreturned = größer(value)\n" * 9
     base = bpe_of(text)
-    tokenizer, num_healed = InfillingTokenizer(base, order), 0
+    tokenizer, num_healed = InfillingTokenizer(base), 0
     for cut in range(46):
         prompt, ids = infilling(tokenizer).prompt(text[:cut], ")\nreturn"), base.encode(text[:cut])
         is_healed, end = prompt.first_ids is not None, prompt.stable[-1]
@@ -156,13 +146,13 @@ def test_a_store_has_the_documents_as_presented(source, tmp_path, monkeypatch, c
     )
 
 
-def test_each_rate_and_order_has_its_store_and_plain_text_none_of_it(source, tmp_path):
+def test_each_rate_has_its_store_and_plain_text_none_of_it(source, tmp_path):
     cache = tmp_path / "cache"
     plain = prepare(source, cache)
     assert (plain.tokenizer.fim_ids, plain.train.targets) == ((), None)
-    for settings in ({"fim_rate": 0.5}, {"fim_rate": 0.6}, {"fim_order": "prefix_first"}):
-        prepare(source, cache, **{"fim_rate": 0.5} | settings)
-    assert len(stores(cache)) == 4
+    for rate in (0.5, 0.6):
+        prepare(source, cache, fim_rate=rate)
+    assert len(stores(cache)) == 3
     bpe = prepare(source, cache, fim_rate=0.5, tokenizer="bpe:300")
     assert json.loads(bpe.tokenizer.base.to_json())["tokenizer"].strip() == (
         prepare(source, cache, tokenizer="bpe:300").tokenizer.tokenizer_json.strip()

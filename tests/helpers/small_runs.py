@@ -177,7 +177,7 @@ TOKENIZERS = {
     "char": lambda: char_tokenizer("".join(sorted(set(TEXT + "abc<|eos>")))),
     "bpe": lambda: pretrained(byte_level_json("<s>", "</s>")),
     "trained": lambda: bpe_of(TEXT),
-    "fim": lambda: InfillingTokenizer(TOKENIZERS["char"](), "suffix_first"),
+    "fim": lambda: InfillingTokenizer(TOKENIZERS["char"]()),
 }
 
 

@@ -123,7 +123,7 @@ def test_a_tokenizer_of_another_model_is_refused():
 def test_suggestions_continue_the_prefix_and_are_given_once():
     text = "def größe(x):\n    return x.größer and 'Größe'\n\nreturned = größer(value)\n" * 9
     base = bpe_of(text)
-    tokenizer, vocab_size = InfillingTokenizer(base, "suffix_first"), base.vocab_size + 8
+    tokenizer, vocab_size = InfillingTokenizer(base), base.vocab_size + 8
     model = make_model(vocab_size)
     infilling = Infilling(tokenizer, token_bytes(tokenizer, vocab_size))
     banned = [*ids_without_text(tokenizer, vocab_size)]
