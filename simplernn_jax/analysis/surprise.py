@@ -109,6 +109,7 @@ def score(
             left, logits = ids[position:], state.logits
             length = engine.chunk_length(len(left), CHUNK_LENGTHS)
             (((state, hidden),), (count,)) = engine.prefill([state], [left], length)
+            jax.block_until_ready(hidden)  # two programs at a time would slow each other
             targets = np.resize(left[:count], length)
             scores.append(_score(engine.programs, engine.parameters, logits, hidden, targets))
             position += int(count)
@@ -132,9 +133,11 @@ def _score(
     def score_one(row: tuple[jax.Array, ...]) -> Float[Array, "2"]:
         is_first, inputs, target = row
         new = jnp.where(is_first, logits[0], model.logits(inputs[None, None])[0, 0])
-        nats = jax.nn.logsumexp(new) - new
-        excess = nats[target] - jnp.sum(jnp.exp(-nats) * nats)
-        return jnp.stack([nats[target], jnp.maximum(excess, 0)]) / math.log(2)
+        shifted = new - jnp.max(new)
+        weights = jnp.exp(shifted)
+        total = jnp.sum(weights)
+        excess = jnp.sum(weights * shifted) / total - shifted[target]
+        return jnp.stack([jnp.log(total) - shifted[target], jnp.maximum(excess, 0)]) / math.log(2)
 
     # The head at a token predicts the next one.
     rows = jnp.arange(len(targets)) == 0, jnp.roll(hidden[0], 1, axis=0), targets
