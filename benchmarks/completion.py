@@ -89,9 +89,9 @@ def run(workdirs: Sequence[str]) -> Iterator[Table]:
         raise UserError("--workdirs: runs that hold out no text; train with a validation_fraction")
     files = document_texts(corpus.validation, corpus.tokenizer)
     somewhere = [[cursor] for cursor in choose(files, CURSORS)]
-    typed = [[x._replace(at=at) for at in range(len(x.line))] for x in choose(files, LINES, 1)]
+    typed = type_anew(choose(files, LINES, 1))
     # Places of their own for each measurement: the server caches what it has seen.
-    timed = [choose_typing(files, seed) for seed in CLIENTS]
+    timed = [type_anew(choose_places(files, seed)) for seed in CLIENTS]
     quality: list[Row] = []
     latency: list[Row] = []
     for workdir, (tokenizer, config) in configs.items():
@@ -126,23 +126,29 @@ def choose(files: Sequence[str], number: int, seed: int = 0) -> list[Cursor]:
     lines = [(text, line) for text, line in lines if len(line[0].encode()) <= LONGEST]
     found = []
     for text, line in draw.choices(lines, k=number):
-        before = text[max(0, line.start() - CONTEXT) : line.start()]
-        after = text[line.end() : line.end() + CONTEXT]
         at = draw.choice([n for n, character in enumerate(line[0]) if not character.isspace()])
-        found.append(Cursor(before, line[0], after, at))
+        found.append(cut_out(text, *line.span(), at))
     return found
 
 
-def choose_typing(files: Sequence[str], seed: int) -> list[list[Cursor]]:
-    """Choose lines from which on text is typed."""
+def choose_places(files: Sequence[str], seed: int) -> list[Cursor]:
+    """Choose lines from which on text is typed; it takes the place of a line."""
     draw = random.Random(seed)
     found = []
     for text in draw.choices([text for text in files if len(text) > TYPED], k=PLACES):
         start = text.rfind("\n", 0, draw.randrange(len(text) - TYPED)) + 1
-        end = start + TYPED
-        before, after = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
-        found.append([Cursor(before, text[start:end], after, at) for at in range(TYPED)])
+        found.append(cut_out(text, start, start + TYPED, 0))
     return found
+
+
+def cut_out(text: str, start: int, end: int, at: int) -> Cursor:
+    """Make the cursor in a part of a text."""
+    return Cursor(text[max(0, start - CONTEXT) : start], text[start:end], text[end:][:CONTEXT], at)
+
+
+def type_anew(cursors: Sequence[Cursor]) -> list[list[Cursor]]:
+    """Put a cursor before each character of each line."""
+    return [[x._replace(at=at) for at in range(len(x.line))] for x in cursors]
 
 
 def ask(
