@@ -135,7 +135,10 @@ def choose_places(files: Sequence[str], seed: int) -> list[Cursor]:
     """Choose lines from which on text is typed; it takes the place of a line."""
     draw = random.Random(seed)
     found = []
-    for text in draw.choices([text for text in files if len(text) > TYPED], k=PLACES):
+    long = [text for text in files if len(text) > TYPED]
+    if not long:
+        raise UserError(f"--workdirs: runs that hold out no file of over {TYPED} characters")
+    for text in draw.choices(long, k=PLACES):
         start = text.rfind("\n", 0, draw.randrange(len(text) - TYPED)) + 1
         found.append(cut_out(text, start, start + TYPED, 0))
     return found

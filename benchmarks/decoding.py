@@ -163,15 +163,19 @@ def run_lookup(
     if split is None:
         raise UserError(f"{workdir}: has no held-out text; train with validation_fraction above 0")
     begins = [text[:LOOKUP_PROMPT] for text in document_texts(split, tokenizer)]
+    quarters = [(one, one[: len(one) // 4]) for one in begins]
     alike = (re.search(r"(?s).*\n(\s*\S.{8})[^\n]*\n(\1[^\n]*\n){2}", text) for text in begins)
     pages = [
         project.ROOT / "docs" / f"{name}.md" for name in ("attention", "data", "faq", "scaling")
     ]
     prompts = {
-        "edits": [f"{one.replace('self', 'this')}\n{one[: len(one) // 4]}" for one in begins],
+        "edits": [f"{x.replace('self', 'this')}\n{begin}" for x, begin in quarters if "self" in x],
         "code": [match[0] for match in alike if match],
         "prose": [page.read_text("utf-8")[:LOOKUP_PROMPT] for page in pages],
     }
+    for kind, texts in prompts.items():
+        if not texts:
+            raise UserError(f"{workdir}: its held-out text has nothing for {kind}; train on code")
     rows: list[Row] = []
     for kind, temperature in itertools.product(prompts, (0.0, 0.8)):
         ids = [tokenizer.encode(text) for text in prompts[kind][:4]]
@@ -182,10 +186,12 @@ def run_lookup(
 
         kinds = {"lookup": (LOOKUP_TOKENS, True), "plain": (LOOKUP_TOKENS, False), "": (0, False)}
         times = alternate({name: functools.partial(call, *x) for name, x in kinds.items()}, effort)
-        with_drafts, without = (median(times[x]) - median(times[""]) for x in ("lookup", "plain"))
+        medians = {name: np.median(blocks, axis=1) for name, blocks in times.items()}
+        with_drafts, without = (medians[x] - medians[""] for x in ("lookup", "plain"))
         count = len(ids) * LOOKUP_TOKENS
-        row: Row = {"text": kind, "temperature": temperature, "tokens/s": count / with_drafts}
-        row |= {"without": count / without, "ratio": without / with_drafts}
+        row: Row = {"text": kind, "temperature": temperature}
+        row |= {"tokens/s": count / np.median(with_drafts), "without": count / np.median(without)}
+        row["ratio"] = float(np.median(without / with_drafts))
         accepted = sum(x.accepted.sum() for x in call(LOOKUP_TOKENS, True)) / count
         rows.append(row | {"accepted/token": accepted})
     yield Table("decode: lookup", rows)

@@ -25,14 +25,16 @@ TITLE = "minutes: held-out bits/byte by size"
 def run(minutes: Sequence[float], source: str | None, kept: Mapping[str, Table]) -> Iterator[Table]:
     """Train on `source` for each of `minutes`, with the size that is chosen and its neighbors.
 
-    What is in the results, or too slow for the minutes, is left out.
+    Sizes that already have a result, or are too slow for the time, are skipped.
     """
-    path = os.path.expanduser(source or "stdlib")
+    path = os.path.normpath(os.path.expanduser(source or "stdlib"))
     rows = list(kept[TITLE].rows) if TITLE in kept else []
     config = Config()
     config.mesh.data = 1
     config.data.source = os.path.abspath(path) if os.path.exists(path) else path
     for limit in minutes:
+        if not limit:
+            raise UserError("--minutes=0: must be above 0")
         config.train.minutes = limit
         auto_size(chosen := copy.deepcopy(config), "")
         index = [size.width for size in SIZES].index(chosen.model.hidden_dim)

@@ -1,12 +1,14 @@
 """Speed of scoring, and finding injected defects by ``score.py`` and by simpler rankings of lines.
 
-The texts are held-out files or logs of runs. A token, if they are Python, is replaced by another of
-the same text, or a line by one of any of the texts. Recall is the share of texts whose defect is
-among the first 10 or 50 lines, and AUC the share of lines that are ranked below it.
+The texts are held-out files or logs of runs. A token is replaced by another one of the same text,
+or a line by one of any of the texts. Recall is the share of texts whose defect is among the first
+10 or 50 lines, and AUC the share of lines that are ranked below it.
 """
 
 import io
+import itertools
 import random
+import re
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -66,10 +68,11 @@ def run(workdirs: Sequence[str], effort: Effort) -> Iterator[Table]:
             "gzip": by_gzip,
             "length": lambda text: np.array([float(len(line)) for line in text.split("\n")]),
         }
-        tries = [wrong_token(draw.choice(texts), draw) for _ in range(10 * DEFECTS)]
-        tokens = [defect for defect in tries if defect is not None][:DEFECTS]
-        lines = [wrong_line(draw.choice(texts), texts, draw) for _ in range(DEFECTS)]
-        for kind, found in {"tokens": tokens, "lines": lines}.items():
+        defects = {}
+        for kind, make in {"tokens": wrong_token, "lines": wrong_line}.items():
+            tries = (make(draw.choice(texts), texts, draw) for _ in range(10 * DEFECTS))
+            defects[kind] = [*itertools.islice(filter(None, tries), DEFECTS)]
+        for kind, found in defects.items():
             title = f"score: {len(found)} wrong {kind}, {workdir}"
             yield Table(title, compare(found, rankings) if found else [])
 
@@ -87,32 +90,35 @@ def compare_speed(model: LanguageModel, tokenizer: Tokenizer, text: str, effort:
     return {"vocabulary": tokenizer.vocab_size} | row | {"score / prefill": ratio}
 
 
-def wrong_token(text: str, draw: random.Random) -> Defect | None:
-    """Replace a name or operator of Python by another one of the text; None if there is none."""
+def wrong_token(text: str, _: Sequence[str], draw: random.Random) -> Defect | None:
+    """Replace a token by another one of the text, if there is one.
+
+    Of Python, this is a name or an operator in code; of other text, a word.
+    """
+    lines = text.split("\n")
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+        kind = draw.choice((tokenize.NAME, tokenize.OP))
+        spans = [(x.start[0] - 1, x.start[1], x.end[1]) for x in tokens if x.type == kind]
     except (tokenize.TokenError, SyntaxError):
+        words = (re.finditer(r"\w+", line) for line in lines)
+        spans = [(row, *word.span()) for row, found in enumerate(words) for word in found]
+    if len({lines[row][start:end] for row, start, end in spans}) < 2:
         return None
-    kind = draw.choice((tokenize.NAME, tokenize.OP))
-    tokens = [token for token in tokens if token.type == kind]
-    if len({token.string for token in tokens}) < 2:
-        return None
-    token = draw.choice(tokens)
-    new = draw.choice([x.string for x in tokens if x.string != token.string])
-    lines = text.split("\n")
-    (row, start), (_, end) = token.start, token.end
-    lines[row - 1] = lines[row - 1][:start] + new + lines[row - 1][end:]
-    return "\n".join(lines), row - 1
+    at, start, end = draw.choice(spans)
+    others = [lines[row][first:last] for row, first, last in spans]
+    new = draw.choice([other for other in others if other != lines[at][start:end]])
+    lines[at] = lines[at][:start] + new + lines[at][end:]
+    return "\n".join(lines), at
 
 
-def wrong_line(text: str, others: Sequence[str], draw: random.Random) -> Defect:
-    """Replace a line by one of another place of the text, or of another text."""
-    lines = text.split("\n")
-    while True:
-        source = draw.choice([text, draw.choice(others)]).split("\n")
-        at, new = draw.randrange(len(lines)), draw.choice(source)
-        if lines[at].strip() and new.strip() and new.strip() != lines[at].strip():
-            return "\n".join([*lines[:at], new, *lines[at + 1 :]]), at
+def wrong_line(text: str, others: Sequence[str], draw: random.Random) -> Defect | None:
+    """Replace a line by one of another place of the text, or of another text, if it differs."""
+    lines, source = text.split("\n"), draw.choice([text, draw.choice(others)]).split("\n")
+    at, new = draw.randrange(len(lines)), draw.choice(source)
+    if not lines[at].strip() or new.strip() in ("", lines[at].strip()):
+        return None
+    return "\n".join([*lines[:at], new, *lines[at + 1 :]]), at
 
 
 def compare(defects: Sequence[Defect], rankings: dict[str, Ranking]) -> list[Row]:

@@ -125,12 +125,12 @@ def by_x(x: str, curves: Curves) -> list[Row]:
 def draw(panels: Mapping[str, Curves], x: str) -> bytes:
     """A PNG file with curves by title against `x`; a label looks the same in all panels.
 
-    The first panel has all labels. The x axis is logarithmic, and the y axis too unless all values
+    The x axis is logarithmic, and the y axis too unless all values
     are fractions or of one order of magnitude.
     """
     from matplotlib import ticker
 
-    labels = list(next(iter(panels.values())))
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     styles = dict(zip(labels, line_styles(len(labels), 1), strict=True))
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     rows = -(-len(panels) // columns)

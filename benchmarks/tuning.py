@@ -44,7 +44,7 @@ SOURCES = {
 
 def run(base: str, author: str | None, seconds: Iterable[float]) -> Iterator[Table]:
     """Table by text, and one of the personas; `base` is a workdir, `author` another text."""
-    limits = [limit for limit in seconds if 0 < limit < 1e6] or SECONDS
+    limits = [*seconds] if [*seconds] != [0] else SECONDS
     with tempfile.TemporaryDirectory() as folder:
         for name, source in (SOURCES | ({"author": author} if author else {})).items():
             rows: list[Row] = []
@@ -118,7 +118,9 @@ def serve_personas(base: str, path: str) -> Row:
                 body = json.dumps({"prompt": f"{number}:", "max_tokens": 1, "state": state})
                 start = time.perf_counter()
                 connection.request("POST", "/v1/completions", body)
-                connection.getresponse().read()
+                response = connection.getresponse()
+                if response.read() and response.status != 200:
+                    raise ConnectionError(f"a completion from {state} has status {response.status}")
                 return 1e3 * (time.perf_counter() - start)
 
             def megabytes() -> float:

@@ -3,8 +3,8 @@
     python scripts/train.py --config configs/complete.py --workdir runs/complete \\
         --config.data.source=FOLDER
 
-The folder may be a git repository, which is read by its tracked files; without a source, it is
-Python's own standard library. The size of ``configs/base.py``, with sequences that hold a segment
+Of a git repository, the tracked files are read; without a source, it is Python's own standard
+library. The size of ``configs/base.py``, with sequences that hold a segment
 of text and what is around it (docs/data.md, "Filling in the middle"), and tokens of two or three
 characters: bytes were worse by 0.09 bits/byte after half an hour.
 """

@@ -120,9 +120,12 @@ def _workdir() -> str:
 
 def _numbers(flag: flags.FlagHolder[list[str]]) -> list[float]:
     try:
-        return [float(value) for value in flag.value]
+        numbers = [float(value) for value in flag.value]
     except ValueError as error:
         raise UserError(f"--{flag.name}: {error}; list numbers, such as 1,5") from error
+    if not all(0 < number < 1e6 for number in numbers) and numbers != [0]:
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: must be above 0, and below 1e6")
+    return numbers
 
 
 def _requests() -> list[report.Request]:

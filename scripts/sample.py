@@ -84,6 +84,7 @@ def main() -> None:
         max_new_tokens=max_new_tokens,
         on_text=(lambda pieces: _write(pieces[0])) if is_streamed else None,
         lookup=_LOOKUP.value,
+        context=prompt,
         **settings,
     )
     if is_streamed:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from simplernn_jax.cli import command_line
+from simplernn_jax.cli import command_line, process_start
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.files import check_writable, open_file, write_file
 
@@ -76,6 +76,12 @@ def main() -> None:
         raise UserError("no file: name the files to score, or - for standard input")
     if _FOLLOW.value and (_HTML.value is not None or len(names) > 1):
         raise UserError("--follow reads one file, without --html: leave out the others")
+    if _FOLLOW.value and flags.FLAGS["top"].present:
+        raise UserError("--follow prints every surprising line: leave out --top")
+    if flags.FLAGS["quantile"].present and not _FOLLOW.value:
+        raise UserError("--quantile needs --follow")
+    if _FOLLOW.value:
+        process_start.raise_on_signals()  # so that tail ends, too
     if _HTML.value is not None:
         check_writable(_HTML.value)
     paths = {name: command_line.expand_path(name, "FILE") for name in names if name != "-"}

@@ -101,7 +101,9 @@ def _train() -> int:
     if saved and (is_auto or not has_config):
         logging.info("the configuration of this run: %s", saved)
         base = saved
-    elif not has_config and flags.FLAGS["config.train.minutes"].value:
+    elif not has_config and any(
+        flags.FLAGS[f"config.train.{name}"].value for name in ("minutes", "init_from")
+    ):
         base = Config()
     elif not has_config and _WORKDIR.value:
         raise UserError(

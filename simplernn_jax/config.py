@@ -439,6 +439,17 @@ def _check_run(config: Config) -> None:
                 _reject(f"mesh.{axis}", getattr(mesh, axis), "1 with config.train.tune='state'")
 
 
+SET_BY_MINUTES = (
+    "train.epochs",
+    "train.steps",
+    "train.eval_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.held_out_tokens",
+)
+"""Fields that follow from ``train.minutes``, besides warmup_steps, which it may lower."""
+
+
 def by_field(config: Config) -> dict[str, Any]:
     """Return every value by ``section.field``."""
     return {

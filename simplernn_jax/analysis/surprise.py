@@ -37,7 +37,7 @@ _ROWS = 64
 """Rows of logits that are in memory at a time."""
 _EXPECTED_TOKENS = 40
 _KINDS = 1 << 16
-"""Kinds of lines whose averages are kept; others share these."""
+"""Number of running averages, into which kinds of lines are hashed."""
 _RECENT = 10_000
 
 _DATE = rb"\b\d{4}[-/]\d\d[-/]\d\d"
@@ -193,8 +193,12 @@ def cut_units(
         is_counted = np.ones(len(starts), np.bool_)
         for match in mask.finditer(text):
             is_counted[token_of[match.start() : match.end()]] = False
-        bits, excess = np.zeros((2, len(text)))  # at the first byte of each token
-        bits[starts], excess[starts] = block.bits * is_counted, block.excess * is_counted
+        # At the first byte of each token, or at the first of the line that begins within it.
+        places, is_end = block.starts.copy(), np.frombuffer(text, np.uint8) == ord("\n")
+        begins = 1 + np.flatnonzero(is_end[:-1] & ~is_end[1:] & (np.diff(token_of) == 0))
+        places[token_of[begins]] = begins
+        bits, excess = np.zeros((2, len(text)))
+        bits[places], excess[places] = block.bits * is_counted, block.excess * is_counted
         spans: Iterable[tuple[int, int]] = itertools.pairwise([*starts, len(text)])
         if by != "token":
             spans = (match.span() for match in re.finditer(_UNITS[by], text))
@@ -227,7 +231,9 @@ def _expect(averages: np.ndarray, text: bytes, surprise: float) -> float:
 
     `averages` has the counts and sums of kinds, and of all units in the last row.
     """
-    kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", re.sub(rb"[0-9a-fA-F]*\d\w*", b"0", text))
+    # The lookbehind only saves time, in long runs of letters.
+    numbers = re.sub(rb"(?<![0-9a-fA-F])[0-9a-fA-F]*\d\w*", b"0", text)
+    kind = re.sub(rb"[A-Za-z_\x80-\xff]+", b"a", numbers)
     of_kind, of_all = averages[zlib.crc32(kind) % _KINDS], averages[_KINDS]
     expected = (of_kind[1] + of_all[1] / max(of_all[0], 1)) / (of_kind[0] + 1)
     of_kind += 1, surprise

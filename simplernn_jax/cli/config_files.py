@@ -12,7 +12,15 @@ from typing import Any
 
 from absl import flags
 
-from simplernn_jax.config import Config, Scalar, by_field, from_json, types_of, validate
+from simplernn_jax.config import (
+    SET_BY_MINUTES,
+    Config,
+    Scalar,
+    by_field,
+    from_json,
+    types_of,
+    validate,
+)
 from simplernn_jax.errors import UserError, nearest_name
 from simplernn_jax.files import importing, read_file
 from simplernn_jax.project import ROOT
@@ -20,7 +28,6 @@ from simplernn_jax.project import ROOT
 flags.disclaim_key_flags()  # --help lists --config under the script that defines it
 
 _CONFIGS = ROOT / "configs"
-_SET_BY_MINUTES = ("steps", "epochs", "eval_every", "save_every", "sample_every", "held_out_tokens")
 
 
 def config_names() -> list[str]:
@@ -130,9 +137,9 @@ def read_config(default: str | Config = "") -> Config:
       UserError: there is none, or it is invalid.
     """
     path = default or flags.FLAGS["config"].value
-    for name in _SET_BY_MINUTES if flags.FLAGS["config.train.minutes"].value else ():
-        if flags.FLAGS[f"config.train.{name}"].value:
-            raise UserError(f"--config.train.{name}: follows from --minutes; omit one of the two")
+    for name in SET_BY_MINUTES if flags.FLAGS["config.train.minutes"].value else ():
+        if flags.FLAGS[f"config.{name}"].value:
+            raise UserError(f"--config.{name}: follows from --minutes; omit one of the two")
     if not path:
         raise UserError(
             "--config is missing; specify a file such as configs/base.py, or a name: base"

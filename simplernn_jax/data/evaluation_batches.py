@@ -77,7 +77,7 @@ def evaluation_batches(
     Raises:
       UserError: the split has no prediction.
     """
-    starts, counts = _scored_documents(split, limit_tokens)
+    starts, counts = scored_documents(split, limit_tokens)
     batch_size = int(max(1, min(max_batch_size, len(counts), counts.sum() // counts.max())))
     batch_size = round_up(batch_size, divisible_by[0])
     length, places = max(1, batch_tokens // batch_size), counts
@@ -134,7 +134,7 @@ def context_batches(
       UserError: the split has no prediction.
     """
     length, stride = contexts.length, contexts.stride
-    starts, counts = _scored_documents(split, limit_tokens)
+    starts, counts = scored_documents(split, limit_tokens)
     per_document = 1 + np.maximum(0, divide_up(counts - length, stride))
     document = np.repeat(np.arange(len(counts)), per_document)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
@@ -157,7 +157,7 @@ def context_batches(
     return lay_out()
 
 
-def _scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def scored_documents(split: TokenSplit, limit_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose the documents to score; return their starts and numbers of predictions."""
     check_scorable(split)
     starts = split.document_starts

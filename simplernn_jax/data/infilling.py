@@ -10,14 +10,18 @@ prompt of a completion, ``BOS older text <prefix> <suffix> s <middle> p``. In th
 the paper), the middle continues the prefix, and a prompt grows at its end while one types. The ids
 themselves are not targets; text, and the EOS that ends each middle, are.
 
-A prefix may end inside a token of a vocabulary of longer pieces. Token healing takes the last token
-of a prompt away, and the first new one must begin with its bytes: the new text repeats them.
+A prefix may end inside a token of a vocabulary of longer pieces, or inside what becomes a single
+token: "sel" is two tokens, and "self" one. Token healing therefore takes tokens away from the end
+of a prompt, and the new text repeats their bytes; see `heal`.
 """
 
+import bisect
 import functools
 import random
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+import re
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -40,7 +44,11 @@ _MOST_SUFFIX = 192
 """Characters of the suffix in a prompt."""
 _RETOKENIZED = 3
 """Tokens before the cursor that the next character may change."""
-_KEPT, _KEPT_LENGTH = 32, 1 << 16
+_MOST_TYPED = 8
+"""Tokens at the end of a prefix that one new token may replace."""
+_MOST_LINES, _MOST_PREFIX = 200, 8000
+"""Lines and characters of a prefix beyond which a client may send the last ones only."""
+_KEPT, _KEPT_LENGTH = 128, 1 << 16
 """Texts whose ids are kept, and characters of each at most: encoding a page takes as long as eight
 new tokens."""
 
@@ -86,25 +94,75 @@ def _around(tokenizer: Tokenizer, prefix: np.ndarray, suffix: np.ndarray) -> lis
     if not isinstance(tokenizer, InfillingTokenizer):
         raise UserError(
             "this model does not fill in the middle: it was not trained with config.data.fim_rate "
-            "above 0; train one with --config configs/complete.py, or pass no suffix"
+            "above 0; train one with --config configs/complete.py"
         )
     before_suffix, before_prefix, before_middle = (np.array([x]) for x in tokenizer.fim_ids)
     return [before_prefix, before_suffix, suffix, before_middle, prefix]
+
+
+def _settled_start(prefix: str) -> int:
+    """Return where a long prefix is used from: a line of its first half, chosen by its content."""
+    if len(prefix) <= _MOST_PREFIX and prefix.count("\n") <= _MOST_LINES:
+        return 0
+    lines = re.finditer(r"(?<=\n).*\S.*\n", prefix[: len(prefix) // 2])
+    settled = (line.start() for line in lines if zlib.crc32(utf8(line[0])) % 32 == 0)
+    return next(settled, 0)
 
 
 class InfillPrompt(NamedTuple):
     """A prompt for the text between a prefix and a suffix."""
 
     tokens: np.ndarray
-    """[n] int32."""
+    """[n] int32, without the `typed` ones."""
     num_optional: int
     """Tokens at the beginning, with BOS, that are context of the rest."""
     stable: tuple[int, ...]
     """Numbers of tokens at the beginning that are likely to stay while somebody types."""
-    first_ids: np.ndarray | None = None
-    """[m] int64 ids that the first new token may have; None allows all."""
-    num_typed: int = 0
-    """Characters at the beginning of the new text that belong to the prefix."""
+    typed: tuple[int, ...] = ()
+    """Ids at the end of the prefix, whose bytes the new text repeats."""
+    first_ids: tuple[np.ndarray, ...] = ()
+    """For each of them, the ids whose bytes begin with the bytes from it on."""
+    num_typed: tuple[int, ...] = ()
+    """For each of them, the characters from it on."""
+
+
+class _State(Protocol):
+    @property
+    def logits(self) -> Any:
+        """Of the next token, ``[1, vocab]``."""
+
+
+State = TypeVar("State", bound=_State)
+
+
+def heal(
+    prompt: InfillPrompt, state: State, extend: Callable[[State, int], State]
+) -> tuple[State, int, np.ndarray | None]:
+    """Choose how many of the typed tokens stay as they are; the next one begins with the rest.
+
+    What is chosen is the most probable: the product of the probabilities of the tokens that stay,
+    and of all tokens that begin with the rest.
+
+    Args:
+      prompt: of the state.
+      state: after ``prompt.tokens``.
+      extend: returns the state after one more token.
+
+    Returns:
+      The state after the tokens that stay; their number; and the ids that the next one may have, or
+      None if it may have all.
+    """
+    best, kept = -np.inf, 0.0  # logarithms of probabilities
+    chosen: tuple[State, int, np.ndarray | None] = state, 0, None
+    for index, (token, ids) in enumerate(zip(prompt.typed, prompt.first_ids, strict=True)):
+        logits = np.asarray(state.logits, np.float64)[0]
+        logprobs = logits - np.logaddexp.reduce(logits)
+        if len(ids) and (score := kept + np.logaddexp.reduce(logprobs[ids])) > best:
+            best, chosen = score, (state, index, ids)
+        if index + 1 < len(prompt.typed):
+            kept += logprobs[token]
+            state = extend(state, token)
+    return chosen
 
 
 class Infilling:
@@ -117,7 +175,7 @@ class Infilling:
 
     def __init__(self, tokenizer: Tokenizer, bytes_of: Sequence[bytes]) -> None:
         self._tokenizer, self._bytes_of = tokenizer, bytes_of
-        self._ids_like = functools.cache(self._find_ids_like)
+        self._sorted_ids = sorted(range(len(bytes_of)), key=bytes_of.__getitem__)
         self._encode_kept = functools.lru_cache(_KEPT)(tokenizer.encode)
 
     def prompt(
@@ -133,6 +191,8 @@ class Infilling:
 
         One more character of the prefix changes only the end of the prompt, unless the prefix
         passes a multiple of 128 characters: then more of it becomes older text, before the suffix.
+        A prefix of over 200 lines or 8,000 characters is used from a line on that its own text
+        determines: one that begins a line later, as editors send it, has the same prompt.
 
         Args:
           prefix: the text before the cursor.
@@ -144,36 +204,43 @@ class Infilling:
         Raises:
           UserError: the model does not fill in, or a text has no ids.
         """
+        prefix = prefix[_settled_start(prefix) :]
         cut = max(len(prefix) - 1, 0) // _GRID * _GRID
         cut = prefix.rfind("\n", cut - _GRID, cut) + 1 or cut
         if len(suffix) > _MOST_SUFFIX:
             end = suffix.rfind("\n", _MOST_SUFFIX // 2, _MOST_SUFFIX) + 1 or _MOST_SUFFIX
             suffix = suffix[:end]
         before, after = self._tokenizer.encode(prefix[cut:]), self._encode(suffix)
-        first_ids, num_typed = None, 0
-        if len(before):
-            typed = self._bytes_of[before[-1]]
-            first_ids = np.setdiff1d(self._ids_like(typed), [*banned_ids])
-            is_cut = 0x80 <= (typed or b"a")[0] < 0xC0  # inside a character
-            if len(first_ids) < 2:
-                first_ids = None  # nothing else begins so
-            else:
-                before = before[:-1]
-                num_typed = sum(byte & 0xC0 != 0x80 for byte in typed) + is_cut
+        typed = before[max(0, len(before) - _MOST_TYPED) :].tolist()
+        first_ids, num_typed, content, banned = [], [], b"", {*banned_ids}
+        for token in reversed(typed):
+            content = self._bytes_of[token] + content
+            ids = sorted(like for like in self._ids_like(content) if like not in banned)
+            first_ids.append(np.array(ids, np.int64))
+            is_cut = 0x80 <= (content or b"a")[0] < 0xC0  # inside a character
+            num_typed.append(sum(byte & 0xC0 != 0x80 for byte in content) + is_cut)
+        while first_ids and len(first_ids[-1]) < 1 + (len(first_ids) == 1):
+            first_ids.pop()  # nothing else begins so
+        num = len(first_ids)
+        typed, before = typed[len(typed) - num :], before[: len(before) - num]
         older = [np.array([self._tokenizer.bos_id] * with_bos, np.int32)]
         older += [self._encode(text) for text in (*extra, prefix[:cut]) if text]
         around = _around(self._tokenizer, before, after)
         tokens = np.concatenate([*older, *around], dtype=np.int32)
         end = len(tokens)
         stable = tuple(range(end - min(len(before), _RETOKENIZED), end + 1))
-        return InfillPrompt(tokens, sum(map(len, older)), stable, first_ids, num_typed)
+        num_optional = sum(map(len, older))
+        healing = (*typed,), (*reversed(first_ids),), (*reversed(num_typed[:num]),)
+        return InfillPrompt(tokens, num_optional, stable, *healing)
 
     def _encode(self, text: str) -> np.ndarray:
         """Encode a text that stays while somebody types."""
         is_short = len(text) <= _KEPT_LENGTH
         return self._encode_kept(text) if is_short else self._tokenizer.encode(text)
 
-    def _find_ids_like(self, typed: bytes) -> np.ndarray:
+    def _ids_like(self, typed: bytes) -> list[int]:
         """Return the ids whose bytes begin with `typed`; none if it is empty."""
-        is_like = [bool(typed) and content.startswith(typed) for content in self._bytes_of]
-        return np.flatnonzero(is_like)
+        ids, bytes_of = self._sorted_ids, self._bytes_of
+        start = bisect.bisect_left(ids, typed, key=bytes_of.__getitem__)
+        end = bisect.bisect_right(ids, typed, start, key=lambda id: bytes_of[id][: len(typed)])
+        return ids[start:end] if typed else []

@@ -207,6 +207,7 @@ def _tracked_files(root: str) -> frozenset[str] | None:
     if not any(os.path.exists(folder / ".git") for folder in (real, *real.parents)):
         return None
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
     try:
         found = subprocess.run(
             [*_GIT, "-C", real, "ls-files", "-z"],

@@ -202,7 +202,7 @@ def _tokenized(corpus: Corpus, tokenizer: Tokenizer, records: list[Record]) -> P
             continue
         for text, is_target, begins, ends in pieces:
             ids = present(tokenizer, text, *corpus.fim) if corpus.fim else tokenizer.encode(text)
-            if corpus.fim and ends and ids[-1:] == tokenizer.eos_id:
+            if corpus.fim and ends and len(ids) and ids[-1] == tokenizer.eos_id:
                 ids = ids[:-1]  # it ends the document too
             data = ids.astype(dtype).tobytes()
             data = b"".join((bos if begins else b"", data, eos if ends else b""))

@@ -92,7 +92,7 @@ def checked_texts(prompts: Any, batch_size: int) -> list[str]:
 
 
 def checked_prompts(
-    prompts: Prompts | None, vocab_size: int, batch_size: int | None
+    prompts: Prompts | None, vocab_size: int, batch_size: int | None, name: str = "prompt"
 ) -> list[np.ndarray]:
     """Convert the prompts to 1-D int32 arrays, one per sequence.
 
@@ -100,6 +100,7 @@ def checked_prompts(
       prompts: as for `generate`.
       vocab_size: ids are below it.
       batch_size: sequences of the state to prefill, whose prompts may be empty; None without one.
+      name: what they are called in errors.
 
     Raises:
       UserError: says which prompt is wrong, and where.
@@ -111,9 +112,9 @@ def checked_prompts(
         given = [given] if len(given) and np.ndim(given[0]) == 0 else list(given)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"prompts: pass sequences of token ids, or call generate_text ({error})"
+            f"{name}s: pass sequences of token ids, or call generate_text ({error})"
         ) from error
-    checked = [_checked_ids(ids, vocab_size, f"prompt {index}") for index, ids in enumerate(given)]
+    checked = [_checked_ids(ids, vocab_size, f"{name} {index}") for index, ids in enumerate(given)]
     if batch_size is None:
         if not checked:
             raise UserError("prompts: none given; pass at least one")
@@ -121,9 +122,7 @@ def checked_prompts(
             if len(prompt) == 0:
                 raise UserError(f"prompt {index}: has no token; begin it with BOS, or pass a state")
     elif len(checked) != batch_size:
-        raise UserError(
-            f"prompts: {len(checked)} for a state of {batch_size} sequences; pass one for each"
-        )
+        raise UserError(f"{name}s: {len(checked)} for {batch_size} sequences; pass one for each")
     return checked
 
 

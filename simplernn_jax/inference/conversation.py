@@ -81,7 +81,8 @@ class Conversation:
         Raises:
           UserError: a question that the template or the tokenizer rejects, or as for `generate`.
         """
-        asked = self._continue(self._question(question), self.state, max_new_tokens=0).state
+        question = self._question(question)
+        asked = self._continue(question, self.state, max_new_tokens=0).state
         answer, turn = "", StopStrings([self._template.stop])
 
         def show(text: str) -> None:
@@ -96,7 +97,8 @@ class Conversation:
                 raise _TurnEnded
 
         with contextlib.suppress(_TurnEnded):
-            self._continue(None, asked, max_new_tokens=max_new_tokens, on_text=take, **sampling)
+            settings = {"max_new_tokens": max_new_tokens, "on_text": take, **sampling}
+            self._continue(None, asked, context=question, **settings)
             show(turn.finish())
         # Not the state of the generation, which may have gone past the end of the turn.
         said = self._continue(answer + self._template.end_of_turn, asked, max_new_tokens=0)

@@ -63,6 +63,7 @@ def generate(
     state: DecoderState | None = None,
     on_tokens: Callable[[list[np.ndarray]], None] | None = None,
     lookup: bool = True,
+    contexts: Prompts | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens.
 
@@ -95,6 +96,8 @@ def generate(
       lookup: decode faster where text repeats, with the same result: what followed the last tokens
         when they came before is drafted, and several tokens are checked at a time. Used where it
         pays: for few sequences and models that a C function decodes.
+      contexts: tokens before `state`, of each sequence, in which `lookup` searches too: a state
+        knows only the last 64.
 
     Raises:
       UserError: a token outside the vocabulary, an empty prompt without a state, an argument of
@@ -106,17 +109,15 @@ def generate(
     sampling = checked_sampling(vocab_size, temperature, top_k, top_p, seed, eos_id, banned_ids)
     if state is not None:
         check_state(model, state)
-    prompts = checked_prompts(prompts, vocab_size, None if state is None else len(state.position))
+    num_continued = None if state is None else len(state.position)
+    prompts = checked_prompts(prompts, vocab_size, num_continued)
+    earlier = checked_prompts(contexts, vocab_size, len(prompts), "context")
     max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 0, 2**31 - 1)
     check_generation(model, len(prompts), max_new_tokens)
     engine = Engine(model)
     if state is None:
         state = _initial_state(model, prompts)
-    history = None
-    if lookup and use_lookup(engine, len(prompts)):
-        before = zip(np.asarray(state.recent), prompts, strict=True)
-        texts = [np.concatenate([recent[recent >= 0], prompt]) for recent, prompt in before]
-        history = make_history(vocab_size, texts, len(texts))
+    recent = [row[row >= 0] for row in np.asarray(state.recent)]
     state = _prefill(engine, state, prompts)
     check_logits(state.logits)
 
@@ -125,6 +126,10 @@ def generate(
     lengths, accepted = np.zeros((2, len(prompts)), np.int32)
     if not max_new_tokens:
         return Generation(tokens, lengths, state, accepted)
+    history = None
+    if lookup and use_lookup(engine, len(prompts)):
+        texts = [np.concatenate(parts) for parts in zip(earlier, recent, prompts, strict=True)]
+        history = make_history(vocab_size, texts, len(texts))
     finished = np.asarray(state.finished) & bool(sampling.stop_ids)
     sequences = batch_sequences(
         PrefixState(state.layers, state.logits),

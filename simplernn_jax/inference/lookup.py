@@ -31,7 +31,7 @@ from simplernn_jax.inference.sampling import next_token, token_logprobs
 from simplernn_jax.ops.decode import DecoderWeights, decode_tokens
 
 MAX_SEQUENCES = 2
-"""Sequences that are decoded with drafts together, at most; more keep all cores busy without."""
+"""Maximum number of sequences decoded with drafts; more keep all cores busy anyway."""
 RECENT = 1 << 14
 """Tokens of a sequence in which drafts are looked up; also the size of its table."""
 WINDOW = 12

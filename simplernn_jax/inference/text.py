@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from simplernn_jax.data.infilling import Infilling
+from simplernn_jax.data.infilling import Infilling, heal
 from simplernn_jax.data.tokenizer import Tokenizer, ids_without_text, token_bytes
 from simplernn_jax.inference.arguments import check_model, checked_texts
 from simplernn_jax.inference.decode import generate
@@ -39,6 +39,7 @@ def generate_text(
     state: DecoderState | None = None,
     on_text: Callable[[list[str]], None] | None = None,
     lookup: bool = True,
+    context: str = "",
 ) -> Texts:
     """Continue each prompt, as the beginning of a document, up to its end or `max_new_tokens`.
 
@@ -57,6 +58,7 @@ def generate_text(
       state: sequences to continue, from an earlier call with the same model, loaded or forked.
       on_text: called with the new characters of every sequence (whole ones only) as they come.
       lookup: as for `generate`.
+      context: text before `state`, of every sequence, in which `lookup` searches too.
 
     Returns:
       The continuations, a list, and the state after them as its attribute ``state``.
@@ -99,6 +101,7 @@ def generate_text(
             [stream.feed(tokens) for stream, tokens in zip(streams, new, strict=True)]
         ),
         lookup=lookup,
+        contexts=[tokenizer.encode(context)] * len(ids),
     )
     take([stream.finish() for stream in streams])
     return Texts(texts, generation.state)
@@ -123,13 +126,19 @@ def suggest(
     infilling = Infilling(tokenizer, token_bytes(tokenizer, vocab_size))
     banned_ids = ids_without_text(tokenizer, vocab_size)
     prompt = infilling.prompt(prefix, suffix, banned_ids=banned_ids)
-    state = generate(model, [prompt.tokens], max_new_tokens=0).state
-    logits = jnp.asarray(keep_only(state.logits, prompt.first_ids))
-    state = dataclasses.replace(state, logits=logits)
+    settings["context"] = prefix + suffix
+
+    def extend(state: DecoderState | None, tokens: Sequence[int] | np.ndarray) -> DecoderState:
+        return generate(model, [tokens], max_new_tokens=0, state=state).state
+
+    state = extend(None, prompt.tokens)
+    state, num_kept, ids = heal(prompt, state, lambda state, token: extend(state, [token]))
+    state = dataclasses.replace(state, logits=jnp.asarray(keep_only(state.logits, ids)))
     found = [*generate_text(model, tokenizer, state=state, **settings | {"temperature": 0.0})]
     if num > 1:
         found += generate_text(model, tokenizer, state=fork_state(state, num - 1), **settings)
-    return [text[prompt.num_typed :] for text in dict.fromkeys(found)]
+    num_typed = prompt.num_typed[num_kept] if prompt.typed else 0
+    return [text[num_typed:] for text in dict.fromkeys(found)]
 
 
 class TextStream:

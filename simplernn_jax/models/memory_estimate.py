@@ -75,8 +75,9 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     parameters, state_bytes = model_bytes(model)
     shards = sizes["tensor"] * sizes["pipeline"]
     weights = parameters / (sizes["fsdp"] * shards)
-    copies = 2 if config.optimizer.name == "adamw" else 1
-    copies = (1 + copies) * (2 if train.minutes else 1)  # steps are timed on a copy of all
+    moments = 2 if config.optimizer.name == "adamw" else 1
+    copies = {"full": 1 + moments, "state": 1}.get(train.tune, 2)  # with the base of low ranks
+    copies *= 2 if train.minutes else 1  # steps are timed on a copy of all
     device_sequences = data.batch_size / (sizes["data"] * sizes["fsdp"])
     sequences = device_sequences / (train.gradient_accumulation or 1)
     length = (train.bptt_window or data.sequence_length) / sizes["sequence"]

@@ -79,7 +79,7 @@ class ChoiceText:
         """Time of the last event, or of its creation."""
         self._num_logprobs = job.num_logprobs
         self._stream = TextStream(tokenizer, job.text)
-        self._num_typed = 0 if job.infill is None else job.infill.num_typed
+        self._num_typed = job.infill.num_typed[0] if job.infill and job.infill.typed else 0
         """Characters to leave out, which the prompt has."""
         self._stops = StopStrings(job.stops)
         self._is_simple = job.num_logprobs is None and not job.stops

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from simplernn_jax.data.infilling import heal
 from simplernn_jax.inference.arguments import check_logits
 from simplernn_jax.inference.engine import Engine, PrefixState
-from simplernn_jax.inference.sampling import TokenLogprobs, token_logprobs
+from simplernn_jax.inference.sampling import TokenLogprobs, keep_only, token_logprobs
 from simplernn_jax.serving.jobs import Job, Prefilled
 
 GRID = 64
@@ -54,6 +55,8 @@ class Prompt:
     scores: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     left_out: int = 0
     """Tokens left out for lack of time."""
+    kept: list[tuple[np.ndarray, TokenLogprobs | None]] = dataclasses.field(default_factory=list)
+    """Typed tokens that `heal` keeps: the new text begins with them."""
     num_started: int = 0
     """Choices that have a slot, or had one."""
 
@@ -154,6 +157,26 @@ class Prefiller:
         self._seconds = time.monotonic() - began
         return num_tokens
 
+    def heal(self, prompt: Prompt) -> None:
+        """Continue a prefilled prompt by the typed tokens that stay as they are."""
+        job, typed = prompt.job, []
+        if job.infill is None:
+            return
+
+        def extend(state: PrefixState, token: int) -> PrefixState:
+            ids = np.array([token], np.int32)
+            has_scores = job.num_logprobs is not None
+            typed.append((ids, jax.device_get(_score(state.logits, ids)) if has_scores else None))
+            idle, nothing = [self._zero] * (lanes - 1), [ids[:0]] * (lanes - 1)
+            results, _ = self._engine.prefill([state, *idle], [ids, *nothing], length)
+            return results[0][0]
+
+        length = self._engine.chunk_length(1, CHUNK_LENGTHS)
+        lanes = 1 if self._engine.is_native else LANES
+        state, num_kept, ids = heal(job.infill, prompt.state, extend)
+        prompt.state = state._replace(logits=keep_only(state.logits, ids))
+        prompt.kept = typed[:num_kept]
+
     def _leave_out(self, prompt: Prompt, now: float) -> None:
         """Leave out optional tokens for which there is no time, and prefill the rest."""
         job = prompt.job
@@ -208,8 +231,8 @@ _score = jax.jit(token_logprobs)
 class PrefixKeys:
     """Keys of the prefixes of `tokens`; `digest`, a SHA-256, identifies what comes before them.
 
-    A key has the digest of all but the last 1 to `GRID` tokens, and the ids of these, so that the
-    prefixes that a cache holds of a text are found without a digest of each.
+    A key has the digest of all but the last 1 to `GRID` tokens, and the ids of these, so that
+    cached prefixes are found without hashing each one.
     """
 
     def __init__(self, digest: bytes, tokens: np.ndarray) -> None:
@@ -252,8 +275,8 @@ class PrefixCache:
         self._entries: OrderedDict[bytes, PrefixState] = OrderedDict()
         self._size = 0
         """Bytes of a state: all are of one model."""
-        self._num_with = Counter[bytes]()
-        """Entries by the digest in their keys."""
+        self._keys_with: dict[bytes, set[bytes]] = {}
+        """Keys of entries by their digest."""
 
     @property
     def num_bytes(self) -> int:
@@ -266,18 +289,14 @@ class PrefixCache:
 
     def longest(self, keys: PrefixKeys) -> tuple[int, PrefixState | None]:
         """Return the longest cached prefix: its number of tokens and its state, or (0, None)."""
-        length = len(keys.content) // 4
-        for index in reversed(range(len(keys.digests))):
-            if not self._num_with[keys.digests[index]]:
-                continue
-            for position in range(min(length, (index + 1) * GRID), index * GRID, -1):
-                if (found := keys.at(position)) in self._entries:
-                    # An edit further up will need what is before it, too.
-                    for key in [*map(keys.at, range(GRID, position, GRID)), found]:
-                        if key in self._entries:
-                            self._entries.move_to_end(key)
-                    return position, self._entries[found]
-        return 0, None
+        position, state = 0, None
+        for index, digest in enumerate(keys.digests):
+            for key in sorted(self._keys_with.get(digest, ()), key=len):
+                tail = key[_DIGEST_BYTES:]
+                if keys.content.startswith(tail, index * _GRID_BYTES):
+                    position, state = index * GRID + len(tail) // 4, self._entries[key]
+                    self._entries.move_to_end(key)  # an edit further up will need it, too
+        return position, state
 
     def add(self, key: bytes, state: PrefixState) -> None:
         """Add a state, and evict others until all fit."""
@@ -285,16 +304,17 @@ class PrefixCache:
         if key in self._entries or self._size > self.max_bytes:
             return
         self._entries[key] = state
-        self._num_with[key[:_DIGEST_BYTES]] += 1
+        self._keys_with.setdefault(key[:_DIGEST_BYTES], set()).add(key)
         self.evict(self.max_bytes)
 
     def evict(self, max_bytes: int) -> None:
         """Evict the least recently used states until the others fit into `max_bytes`."""
         while self.num_bytes > max_bytes:
-            digest = self._entries.popitem(last=False)[0][:_DIGEST_BYTES]
-            self._num_with[digest] -= 1
-            if not self._num_with[digest]:
-                del self._num_with[digest]
+            key, _ = self._entries.popitem(last=False)
+            alike = self._keys_with[key[:_DIGEST_BYTES]]
+            alike.remove(key)
+            if not alike:
+                del self._keys_with[key[:_DIGEST_BYTES]]
             self.num_evicted += 1
 
 

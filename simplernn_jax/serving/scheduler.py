@@ -33,7 +33,7 @@ from simplernn_jax.inference.lookup import (
     make_history,
     use_lookup,
 )
-from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs, keep_only
+from simplernn_jax.inference.sampling import Penalties, Sampling, TokenLogprobs
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.serving.jobs import Event, Job, NewTokens
 from simplernn_jax.serving.prefill import GRID, MAX_JOBS, Prefiller, PrefixCache, PrefixKeys, Prompt
@@ -199,9 +199,7 @@ class Scheduler:
                 self._prefilling.remove(prompt)
                 self._events.append((prompt.job, prompt.result()))
                 if prompt.job.max_tokens:
-                    if prompt.job.infill is not None:
-                        logits = keep_only(prompt.state.logits, prompt.job.infill.first_ids)
-                        prompt.state = prompt.state._replace(logits=logits)
+                    self._prefiller.heal(prompt)
                     self._ready.append(prompt)
             if not finished:
                 budget -= self._prefiller.advance(self._prefilling)
@@ -214,8 +212,10 @@ class Scheduler:
                 prompt = self._ready[0]
                 new.append((slot, prompt, prompt.num_started))
                 keys = prompt.keys if prompt.caches_new_tokens else None
-                job = prompt.job
-                self._choices[slot] = _Choice(job, prompt.num_started, job.text[-RECENT:], keys)
+                text = np.concatenate([prompt.job.text, *(token for token, _ in prompt.kept)])
+                choice = _Choice(prompt.job, prompt.num_started, text[-RECENT:], keys)
+                choice.parts += prompt.kept
+                self._choices[slot] = choice
                 prompt.num_started += 1
                 if prompt.num_started == prompt.job.num_choices:
                     self._ready.popleft()

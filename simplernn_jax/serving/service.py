@@ -188,7 +188,7 @@ class Service:
         ending_ids = frozenset[int]().union(*map(self._ids_with, stops))
         for text, (tokens, infill) in zip(texts, made, strict=True):
             # The first token may have a stop string in what was typed of it.
-            healed = [] if infill is None or infill.first_ids is None else infill.first_ids.tolist()
+            healed = [] if infill is None else np.concatenate([*infill.first_ids, []]).tolist()
             jobs.append(
                 Job(
                     tokens,

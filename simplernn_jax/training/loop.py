@@ -288,7 +288,7 @@ class Trainer:
             lines.append(f"parameters from {config.train.init_from}")
         if config.train.tune != "full":
             trained = trained_part(run.state.params, run.state.tuned)
-            size = counted(sum(leaf.size for leaf in jax.tree.leaves(trained)), "number")
+            size = counted(sum(leaf.size for leaf in jax.tree.leaves(trained)), "parameter")
             lines.append(f"tuning {config.train.tune}: {size}")
         lines += run.changes
         if run.first_step >= run.total_steps:
@@ -331,9 +331,9 @@ class Trainer:
             if run.config.train.tune != "full":
                 path = save_tuned(run.workdir, run.corpus.tokenizer)
                 lines["tuned"] = f"{path}, {os.path.getsize(path):,} bytes"
-                use += (
-                    f" --load_state {shlex.quote(path)}" if run.config.train.tune == "state" else ""
-                )
+                if run.config.train.tune == "state":
+                    use += "  # then: /load" if script == "chat" else " --load_state"
+                    use += f" {shlex.quote(path)}"
             facts = {"model": self._model} | lines
             curve = plot_loss(run.workdir, self._model)
             lines["report"] = write_report(run, gathered, evaluation, facts, curve, use)

@@ -94,7 +94,7 @@ def measure(run: Run, train_step: TrainStep, evaluator: Evaluator) -> Costs:
 
 
 def plan(config: Config, costs: Costs, left: float, held_out: int) -> None:
-    """Set the `preparation.SCHEDULE_FIELDS` so that the run takes the time that is left.
+    """Set `SET_BY_MINUTES` and the warmup so that the run takes the time that is left.
 
     Args:
       config: with ``train.minutes``; it is changed.
@@ -111,8 +111,10 @@ def plan(config: Config, costs: Costs, left: float, held_out: int) -> None:
     evaluations = max(1, int(min(evaluations, _EVALUATION_SHARE * left / max(once, 1e-9))))
     scored = max(train.eval_tokens, int(_HELD_OUT_SHARE * left / per_token))
     train.held_out_tokens = scored if scored < held_out else 0
-    free = left - END_SECONDS - per_token * min(scored, held_out)
-    free -= evaluations * once * (train.eval_every > 0)
+    at_end = per_token * min(scored, held_out)
+    free = left - END_SECONDS - at_end
+    if train.eval_every:  # the last one is not repeated at the end if both score the same
+        free -= (evaluations - (once == at_end)) * once
     steps = int(free / costs.step)
     if steps < MIN_STEPS:
         before, needed = 60 * train.minutes - free, MIN_STEPS * costs.step
@@ -158,11 +160,11 @@ _BYTE_LEVEL = 2_000_000
 _START_SECONDS = 20
 """Estimated time for start, tokenization and compilation, besides a part of the minutes."""
 _PARAMETERS = 0.2
-"""Most parameters by the square root of the operations of a run. Compute-optimal sizes, with 1.5
+"""Most parameters per square root of the operations of a run. Compute-optimal sizes, with 1.5
 tokens per parameter, have 0.33; on a CPU, smaller ones were measured to be better."""
 _REGULARIZATION = ((12, 0.2, 0.3), (1.5, 0.1, 0.3), (0, 0.0, 0.1))
-"""Passes over the text times parameters per byte of it, from which on dropout and weight decay have
-these values."""
+"""Thresholds of passes over the text times parameters per byte of it, with dropout and weight decay
+from each on."""
 
 
 def choose(seconds: float, num_bytes: int, flops: float) -> Size:

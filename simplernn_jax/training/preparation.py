@@ -16,7 +16,7 @@ from simplernn_jax.checkpoint.folder import (
     read_json,
     read_texts,
 )
-from simplernn_jax.config import Config, differing_fields
+from simplernn_jax.config import SET_BY_MINUTES, Config, differing_fields
 from simplernn_jax.data.batches import steps_per_epoch
 from simplernn_jax.data.chat_template import ChatTemplate, load_template
 from simplernn_jax.data.corpora import absolute_source, parse_mixture
@@ -38,18 +38,6 @@ _TUNABLE_FIELDS = ("model.dropout", "model.precision")
 
 _RESIDUAL_FIELDS = ("model.mlp_dim", "model.tie_embeddings")
 """Fields without an effect on plain layers."""
-
-SCHEDULE_FIELDS = (
-    "train.minutes",
-    "train.epochs",
-    "train.steps",
-    "optimizer.warmup_steps",
-    "train.eval_every",
-    "train.save_every",
-    "train.sample_every",
-    "train.held_out_tokens",
-)
-"""Fields that follow from ``train.minutes``, which is then 0."""
 
 _FIXED_FIELDS = ("optimizer.name", "train.seed", "train.tune")
 """Fields besides model and data in which a resumed run may not differ."""
@@ -94,7 +82,8 @@ def _prepare(config: Config, workdir: str) -> tuple[Config, TokenizedCorpus, nnx
     if config.data.template:
         config.data.template = load_template(config.data.template)
     if saved is not None:
-        for name in SCHEDULE_FIELDS if config.train.minutes else ():  # measured when it began
+        measured = ("train.minutes", "optimizer.warmup_steps", *SET_BY_MINUTES)
+        for name in measured if config.train.minutes else ():  # when it began
             section, _, field = name.partition(".")
             setattr(getattr(config, section), field, getattr(getattr(saved[0], section), field))
         tokenizer = tokenizer_from_json(saved[1])

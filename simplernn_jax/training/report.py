@@ -6,6 +6,7 @@ import lzma
 import os
 import resource
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -13,8 +14,8 @@ import zstandard
 from flax import nnx
 
 from simplernn_jax.array_types import ModelState
-from simplernn_jax.data.batches import document_ends
 from simplernn_jax.data.chat_template import ChatTemplate, TemplateError
+from simplernn_jax.data.evaluation_batches import scored_documents
 from simplernn_jax.data.token_split import TokenSplit
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.errors import UserError, counted, format_bytes
@@ -55,7 +56,8 @@ def write_report(
     """
     config, corpus, workdir = run.config, run.corpus, f"--workdir {shlex.quote(run.workdir)}"
     memory = jax.local_devices()[0].memory_stats() or {}
-    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {
         "text": f"{config.data.source}: {corpus.summary}",
         "tokenizer": f"{config.data.tokenizer}, {counted(corpus.tokenizer.vocab_size, 'id')}",
@@ -66,13 +68,17 @@ def write_report(
     }
     samples = []
     if gathered is not None:
-        facts["SHA-256 of the parameters"] = model_fingerprint(gathered[0])
+        facts[f"SHA-256 of the parameters after step {run.step:,}"] = model_fingerprint(gathered[0])
         for seed in range(config.train.seed, config.train.seed + SAMPLES):
             samples.append([_printable(text) for text in sample(run, gathered, seed)])
-    commands = [use, f"evaluate.py {workdir}"]
+    commands = [use]
+    if evaluation is not None:
+        cache = shlex.quote(config.data.cache_dir)
+        commands.append(f"evaluate.py {workdir}" + f" --cache_dir {cache}" * (cache != "''"))
     if config.train.tune != "state":  # else they take the model without the learned state
-        html = shlex.quote(os.path.join(run.workdir, "html"))
-        commands += [f"serve.py {workdir}", f"export.py {workdir} --format html --out {html}"]
+        kind = "html" if config.model.block == "residual" else "safetensors"
+        out = shlex.quote(os.path.join(run.workdir, kind))
+        commands += [f"serve.py {workdir}", f"export.py {workdir} --format {kind} --out {out}"]
     if not run.stopped_early:
         longer = f"steps={2 * run.step}"
         if config.train.epochs:
@@ -132,17 +138,18 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def text_pieces(split: TokenSplit, tokenizer: Tokenizer) -> Iterator[bytes]:
-    """Yield the text of a split, document after document, in pieces of at most 2**20 tokens."""
-    for start, end in zip(split.document_starts, document_ends(split), strict=True):
-        for piece in range(start, end, 2**20):
+def text_pieces(split: TokenSplit, tokenizer: Tokenizer, limit_tokens: int = 0) -> Iterator[bytes]:
+    """Yield the text that is scored of a split in pieces of at most 2**20 tokens."""
+    for start, count in zip(*scored_documents(split, limit_tokens), strict=True):
+        for piece in range(start, end := start + count + 1, 2**20):
             yield tokenizer.decode_bytes(split.tokens[piece : min(piece + 2**20, end)])
 
 
 def held_out_table(run: Run, evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Compare a model with compressors, of which zstd can refer to the end of the training text.
 
-    The compressors are left out if the text is chats, of which only the answers are scored.
+    They compress the text that the model is scored on, and are left out if it is scored on a part
+    of the tokens, such as the answers of chats.
     """
     corpus, tokenizer = run.corpus, run.corpus.tokenizer
     held_out, train = corpus.validation, corpus.train
@@ -150,13 +157,14 @@ def held_out_table(run: Run, evaluation: Evaluation) -> list[tuple[str, ...]]:
     part = f"{evaluation.predictions / max(held_out.num_predictions, 1):.0%}"
     scored = f"{part} of {held_out.num_bytes:,}"
     rows: list[tuple[str, ...]] = [
-        ("", "bits per byte", "of bytes", "after bytes of training text"),
-        ("this model", f"{evaluation.bits_per_byte:.4f}", scored, "all"),
+        ("", "bits per byte", "bytes of held-out text", "bytes of training text"),
+        (f"this model after step {run.step:,}", f"{evaluation.bits_per_byte:.4f}", scored, "all"),
     ]
-    if run.config.data.template:
+    if held_out.targets is not None:
         return rows
     text = bytearray()
-    for piece in text_pieces(held_out, tokenizer):
+    limit = evaluation.predictions if evaluation.predictions < held_out.num_predictions else 0
+    for piece in text_pieces(held_out, tokenizer, limit):
         text += piece[: COMPRESSED_BYTES - len(text)]
         if len(text) == COMPRESSED_BYTES:
             break

@@ -105,6 +105,8 @@ def test_places_of_tokens_that_have_several_newlines_or_begin_with_one():
     block = ScoredBlock(text, np.zeros(3, np.int32), starts, bits, bits - 1, CHUNKS)
     places = [(unit.text, unit.line, unit.column) for unit in cut(block, by="token")]
     assert places == [("ab", 1, 1), ("cd", 4, 2)]
+    # The second token belongs to the line whose indentation it has.
+    assert [(unit.text, unit.bits) for unit in cut(block)] == [("ab", 2), (" cd", 4)]
 
 
 def test_a_unit_is_as_surprising_as_its_most_surprising_character():

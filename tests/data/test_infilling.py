@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small_data import bpe_of, char_tokenizer, stores, write
 
 from simplernn_jax.config import Config, DataConfig, validate
 from simplernn_jax.data import load_tokenizer, open_corpus, prepare_corpus, tokenizer_from_json
-from simplernn_jax.data.infilling import Infilling, present
+from simplernn_jax.data.infilling import Infilling, InfillPrompt, heal, present
 from simplernn_jax.data.tokenizer import InfillingTokenizer, ids_without_text, token_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.files import sha256_hex
@@ -101,26 +102,74 @@ def test_prompt_is_the_presentation_of_training_and_grows_at_its_end():
         infilling(BYTES.base).prompt("a", "b")
 
 
-def test_the_first_new_token_begins_with_what_was_typed_of_it():
+@pytest.mark.parametrize(("lines", "characters"), [(256, 10**5), (900, 9000)])
+def test_prompts_of_the_last_lines_or_characters_begin_alike(lines, characters):
+    text, found = "".join(f"    value_{n} = {n}\n" for n in range(1500)), set()
+    for start in range(0, 8000, 50):
+        part = "".join(text[start:].splitlines(keepends=True)[:lines])[:characters]
+        found.add(BYTES.decode(infilling(BYTES).prompt(part, "").tokens[:99]))
+    assert 1 < len(found) < 20  # of 160
+    assert all(start.startswith("    value_") for start in found)
+
+
+def test_what_was_typed_of_a_token_is_taken_away():
     text = "def größe(x):\n    return x.größer and 'Größe'\n\nreturned = größer(value)\n" * 9
     base = bpe_of(text)
-    tokenizer, num_healed = InfillingTokenizer(base), 0
+    tokenizer, found = InfillingTokenizer(base), []
+    contents = [base.decode_bytes([i]) for i in range(base.vocab_size)]
     for cut in range(46):
         prompt, ids = infilling(tokenizer).prompt(text[:cut], ")\nreturn"), base.encode(text[:cut])
-        is_healed, end = prompt.first_ids is not None, prompt.stable[-1]
-        kept = ids[:-1] if is_healed else ids
-        assert prompt.tokens[end - len(kept) : end].tolist() == kept.tolist()
-        before = base.decode_bytes(kept).decode("utf-8", "ignore")
-        assert text[:cut] == before + text[len(before) :][: prompt.num_typed]
-        if is_healed:
-            num_healed += 1
-            typed = base.decode_bytes(ids[-1:])
-            is_like = [base.decode_bytes([i]).startswith(typed) for i in range(base.vocab_size)]
-            assert prompt.first_ids.tolist() == np.flatnonzero(is_like).tolist()
-            banned = prompt.first_ids[1:]  # without them, there is nothing to heal
-            found = infilling(tokenizer).prompt(text[:cut], ")\nreturn", (), banned)
-            assert found.first_ids is None
-    assert num_healed > 20
+        end, num = prompt.stable[-1], len(prompt.typed)
+        kept = ids[: len(ids) - num].tolist()
+        assert prompt.tokens[end - len(kept) : end].tolist() == kept
+        assert prompt.typed == (*ids[len(kept) :],)
+        for index, (first_ids, length) in enumerate(
+            zip(prompt.first_ids, prompt.num_typed, strict=True)
+        ):
+            typed = base.decode_bytes(prompt.typed[index:])
+            is_like = [content.startswith(typed) for content in contents]
+            assert first_ids.tolist() == np.flatnonzero(is_like).tolist()
+            before = base.decode_bytes(ids[: len(kept) + index]).decode("utf-8", "ignore")
+            assert text[:cut] == before + text[len(before) :][:length]
+        found.append(num)
+        for more in range(num + 1, min(8, len(ids)) + 1):  # no token begins with more
+            typed = base.decode_bytes(ids[-more:])
+            assert sum(content.startswith(typed) for content in contents) <= (more == 1)
+        if num == 1:
+            banned = prompt.first_ids[0][1:].tolist()  # without them, there is nothing to heal
+            assert infilling(tokenizer).prompt(text[:cut], ")\nreturn", (), banned).typed == ()
+    assert {0, 1, 2} <= {*found}
+    assert infilling(BYTES).prompt("abc", "").typed == ()
+
+
+@given(seed=st.integers(0, 2**31), num=st.integers(0, 4))
+def test_the_most_probable_way_to_write_what_was_typed_is_chosen(seed, num):
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(scale=3, size=(num + 1, 1, 9)).astype(np.float32)
+    typed = draw.integers(0, 9, num).tolist()
+    ids = [np.flatnonzero(draw.random(9) < 0.4) for _ in range(num)]
+
+    class State(NamedTuple):
+        index: int = 0
+
+        @property
+        def logits(self):
+            return logits[self.index]
+
+    prompt = InfillPrompt(np.zeros(1), 0, (), (*typed,), (*ids,), (1,) * num)
+    state, kept, first_ids = heal(prompt, State(), lambda state, _: State(state.index + 1))
+    softmax = np.exp(logits[:, 0].astype(np.float64))
+    softmax /= softmax.sum(axis=1, keepdims=True)
+    ways = [
+        np.prod([softmax[i, typed[i]] for i in range(n)]) * softmax[n, ids[n]].sum()
+        for n in range(num)
+    ]
+    assert state.index == kept
+    if not any(map(len, ids)):
+        assert (kept, first_ids) == (0, None)
+    else:
+        assert ways[kept] == pytest.approx(max(ways))
+        assert first_ids is ids[kept]
 
 
 @pytest.fixture

@@ -205,5 +205,5 @@ def test_one_text_is_read_by_every_sequence(model, state):
     each = generate_text(model, BYTES, ["né", "né"], state=state, max_new_tokens=3, **DRAWN)
     ids = generate(model, [BYTES.encode("né")] * 2, state=state, max_new_tokens=3, **DRAWN).state
     chex.assert_trees_all_equal(both.state, each.state, ids)
-    with pytest.raises(UserError, match="prompts: 3 for a state of 2 sequences"):
+    with pytest.raises(UserError, match="prompts: 3 for 2 sequences"):
         generate_text(model, BYTES, ["a", "b", "c"], state=state, max_new_tokens=3)

@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -132,10 +134,18 @@ def test_suggestions_continue_the_prefix_and_are_given_once():
         best, *others = suggest(model, tokenizer, prefix, ")\nreturn", 5, **fields)
         assert len({best, *others}) == 1 + len(others) > 1
         prompt = infilling.prompt(prefix, ")\nreturn")
-        logits = generate(model, [prompt.tokens], max_new_tokens=0).state.logits
-        first = prompt.first_ids[np.argmax(np.asarray(logits)[0, prompt.first_ids])]
+        ways = {}
+        for number, ids in enumerate(prompt.first_ids):
+            tokens = np.array([*prompt.tokens, *prompt.typed[:number]])
+            logprobs = np.asarray(jax.nn.log_softmax(model(jnp.asarray(tokens[None]))[0][0]))
+            before = logprobs[np.arange(-number - 1, -1), tokens[len(tokens) - number :]].sum()
+            first = ids[np.argmax(logprobs[-1, ids])]
+            ways[before + np.logaddexp.reduce(logprobs[-1, ids])] = number, first
+        number, first = ways[max(ways)]
+        typed = [*base.encode(prefix)[: -len(prompt.typed)], *prompt.typed[:number], first]
         settings = {"max_new_tokens": 5, "eos_id": tokenizer.eos_id, "banned_ids": banned}
-        rest = generate(model, [[*prompt.tokens, first]], **settings).sequences()[0]
-        assert tokenizer.decode([*base.encode(prefix)[:-1], first, *rest]) == prefix + best
+        tokens = [*prompt.tokens, *prompt.typed[:number], first]
+        rest = generate(model, [tokens], **settings).sequences()[0]
+        assert tokenizer.decode([*typed, *rest]) == prefix + best
     with pytest.raises(UserError, match="fim_rate"):
         suggest(model, base, "a", "b", **fields)

@@ -85,6 +85,8 @@ def test_bad_input_is_one_line(workdir, tmp_path):
         ([*of, "--mask=words", "x"], "mask"),
         ([*of, "--follow", "x", "y"], "--follow reads one file"),
         ([*of, "--follow", "--html=z", "x"], "--follow reads one file"),
+        ([*of, "--follow", "--top=1", "x"], "--follow prints every surprising line"),
+        ([*of, "--quantile=0.5", "x"], "--quantile needs --follow"),
         ([*of, "--html=no/z", "x"], "no/z: its folder does not exist"),
         ([*of, "missing"], "missing: no such file"),
         ([*of, "."], "not a regular file"),

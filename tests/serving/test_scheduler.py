@@ -196,7 +196,7 @@ def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional, n
     first_ids = np.array([7, 9])
 
     def job(tokens, num_optional, **options):
-        infill = InfillPrompt(tokens, num_optional, (), first_ids)
+        infill = InfillPrompt(tokens, num_optional, (), (9,), (first_ids,), (1,))
         options |= {"max_tokens": 9, "num_logprobs": 2, "infill": infill}
         return Job(tokens, Sampling(seed=3), **options)
 
@@ -210,6 +210,19 @@ def test_a_prompt_without_time_leaves_out_its_context(scheduler, num_optional, n
     assert run(scheduler, [patient])[0] != expected
     assert patient.tokens.tolist() == tokens.tolist()
     assert expected[3, 0][0][0] in first_ids
+
+
+def test_typed_tokens_that_stay_are_the_first_new_ones(scheduler):
+    tokens, few, none = tokens_of(0, 70), np.array([6, 9]), np.array([], np.int64)
+
+    def found(tokens, *healing):
+        infill = InfillPrompt(tokens, 0, (), *healing)
+        job = Job(tokens, Sampling(seed=3), max_tokens=9, num_logprobs=2, infill=infill)
+        return joined(collect(scheduler, job))
+
+    one = found(np.append(tokens, np.int32(5)), (6,), (few,), (1,))
+    assert found(tokens, (5, 6), (none, few), (2, 1)) == [5, *one]
+    assert one[0] in few
 
 
 @needs_compiler
@@ -296,6 +309,13 @@ def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
     cache.add(keys[3].at(1), (states[3], states[3]))
     assert (cache.longest(keys[1])[0], cache.longest(keys[0])[0]) == (0, 1)
     assert (cache.num_bytes, cache.num_evicted) == (240, 1)
+    tokens = np.arange(2 * GRID, dtype=np.int32)
+    for length in (7, 70, 99):
+        cache.add(PrefixKeys(bytes(32), tokens[:length]).last, (states[0], states[0]))
+    keys[:2] = (PrefixKeys(bytes(32), tokens[:length]) for length in (80, 8))
+    assert [cache.longest(key)[0] for key in keys[:2]] == [70, 7]
+    cache.add(keys[3].at(1), (states[3], states[3]))  # in place of 99: 7 was used with 70
+    assert [cache.longest(key)[0] for key in keys[:2]] == [70, 7]
     cache.add(b"large", (np.zeros(31), np.zeros(0)))
     assert cache.num_bytes == 240
 

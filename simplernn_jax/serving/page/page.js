@@ -138,7 +138,7 @@ function drop(before, node) {
 }
 
 function edit(before, { role, content }) {
-  edited = { before, role };
+  edited = { before, role, draft: edited?.draft ?? $("prompt").value };
   $("prompt").value = content;
   show();
   $("prompt").focus();
@@ -195,7 +195,7 @@ function viewOf(message) {
 
 // Show the chosen versions, up to the one that is edited, and keep them for a reload of the page.
 function show() {
-  history.replaceState(tree, "");
+  if (!isRunning) history.replaceState(tree, "");  // else a reload would keep an empty answer
   messages = [];
   const nodes = [];
   for (let before = tree; before !== edited?.before && before.next.length; before = messages.at(-1)) {
@@ -297,8 +297,8 @@ function setMode(chat) {
 $("form").onsubmit = (event) => { event.preventDefault(); guarded(() => run(isChat ? converse : complete)); };
 $("prompt").onkeydown = (event) => {
   if (event.key === "Escape" && edited) {
+    $("prompt").value = edited.draft;
     edited = null;
-    $("prompt").value = "";
     show();
   }
   const sends = isChat ? !event.shiftKey : event.ctrlKey || event.metaKey;
