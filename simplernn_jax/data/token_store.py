@@ -143,7 +143,7 @@ def prepare_corpus(
         else:
             tokenizer = load_tokenizer(config.tokenizer, *corpora)
             for corpus in corpora:
-                check_round_trip(tokenizer, config.tokenizer, corpus)
+                check_round_trip(tokenizer, config.tokenizer, corpus, config.fim_rate > 0)
         if config.fim_rate:
             tokenizer = InfillingTokenizer(tokenizer)
     elif config.fim_rate and not isinstance(tokenizer, InfillingTokenizer):

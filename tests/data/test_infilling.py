@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from small_data import bpe_of, char_tokenizer, stores, write
+from tokenizers import decoders, models, pre_tokenizers
 
 from simplernn_jax.config import Config, DataConfig, validate
 from simplernn_jax.data import load_tokenizer, open_corpus, prepare_corpus, tokenizer_from_json
@@ -232,3 +234,13 @@ def test_what_cannot_be_filled_in_is_one_line(source, tmp_path):
     config = DataConfig(source=str(source), fim_rate=0.5)
     with pytest.raises(UserError, match=r"fim_rate=0\.5: the model to start from was not trained"):
         prepare_corpus(config, 0, str(tmp_path / "cache"), tokenizer=BYTES.base)
+    vocabulary = [("<u>", 0.0), ("a", -1.0), ("\u2581", -1.0)]
+    metaspace = tokenizers.Tokenizer(models.Unigram(vocabulary, 0))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    metaspace.decoder = decoders.Metaspace(prepend_scheme="always")
+    metaspace.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "a.txt", "a aa")
+    fields = {"source": str(tmp_path / "a.txt"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    prepare_corpus(DataConfig(**fields), 0, str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"'a aa' comes back as 'a  aa' at character 2"):
+        prepare_corpus(DataConfig(**fields, fim_rate=0.5), 0, str(tmp_path / "cache"))

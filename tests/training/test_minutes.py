@@ -57,9 +57,11 @@ def test_too_few_minutes_are_rejected_with_the_least_that_suffice():
     assert planned(least, 60 * least - 29).train.steps >= MIN_STEPS
 
 
-def test_measuring_leaves_the_run_as_it_was_and_compiles_the_step_once(tmp_path):
+@pytest.mark.parametrize("mesh", [{}, {"data": 1, "fsdp": 2}])
+def test_measuring_leaves_the_run_as_it_was_and_compiles_the_step_once(tmp_path, mesh):
     source = write_corpus(tmp_path / "text")
-    config = small_config(source=source, minutes=0.01, validation_fraction=0.3, sample_tokens=2)
+    fields = {"source": source, "minutes": 0.01, "validation_fraction": 0.3, "sample_tokens": 2}
+    config = small_config(**fields, **mesh)
     with Run(config, str(tmp_path / "run")) as run:
         before, position = jax.device_get(run.state), run.position
         step = make_train_step(run.config, run.optimizer, run.mesh, with_steps=True)
