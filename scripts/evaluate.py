@@ -5,7 +5,7 @@
     python scripts/evaluate.py --workdir runs/base --source book.txt
 
 Every prediction counts once, with the state carried within each document, or, with --window, in
-overlapping contexts from a zero state. --source scores another text than the run's.
+overlapping contexts from the initial state. --source scores another text than the run's.
 """
 
 import bootstrap
@@ -36,7 +36,7 @@ _BOUNDS = {"lower_bound": 0, "upper_bound": 2**31 - 1}
 _WINDOW = flags.DEFINE_integer(
     "window",
     0,
-    "Context length in tokens for sliding-window scoring, each context from a zero state; "
+    "Context length in tokens for sliding-window scoring, each from the initial state; "
     "0 carries the state across each document.",
     **_BOUNDS,
 )

@@ -19,7 +19,7 @@ _MIN_DOCUMENTS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """Overlapping contexts, each from a zero state, for a model without a carried state.
+    """Overlapping contexts, each from the initial state, for a model without a carried state.
 
     A context begins every `stride` tokens of a document. The first one scores all its predictions,
     each other one only its last `stride`, which no earlier context scores and which see at least
