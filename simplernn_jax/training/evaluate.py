@@ -145,7 +145,7 @@ class Evaluator:
           split: the text to score.
           limit_tokens: number of targets to score, a deterministic subset; 0 scores all.
           reset_every: reset the state every `reset_every` tokens of a document; 0 never resets.
-          contexts: if given, documents are scored in overlapping contexts, each from the initial state.
+          contexts: if given, documents are scored in overlapping ones, each from the initial state.
           initial: a learned initial state, leaves ``[1, ...]``; None: the model's.
 
         Raises:
