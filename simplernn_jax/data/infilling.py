@@ -124,6 +124,8 @@ class InfillPrompt(NamedTuple):
     """For each of them, the ids whose bytes begin with the bytes from it on."""
     num_typed: tuple[int, ...] = ()
     """For each of them, the characters from it on."""
+    is_full: bool = False
+    """True if one more character will make more of the prefix older text."""
 
 
 class _State(Protocol):
@@ -231,7 +233,8 @@ class Infilling:
         stable = tuple(range(end - min(len(before), _RETOKENIZED), end + 1))
         num_optional = sum(map(len, older))
         healing = (*typed,), (*reversed(first_ids),), (*reversed(num_typed[:num]),)
-        return InfillPrompt(tokens, num_optional, stable, *healing)
+        is_full = len(prefix) > 0 and len(prefix) % _GRID == 0
+        return InfillPrompt(tokens, num_optional, stable, *healing, is_full)
 
     def _encode(self, text: str) -> np.ndarray:
         """Encode a text that stays while somebody types."""

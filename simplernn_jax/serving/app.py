@@ -1,6 +1,7 @@
 """The HTTP application: the page, and the operations of the API."""
 
 import asyncio
+import contextlib
 import importlib.resources
 import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -121,7 +122,19 @@ class Api:
         """Fill in the text between a prefix and a suffix."""
         body, answer = await self._submit(request, InfillRequest)
         (piece,) = await unless_disconnected(request.receive, answer.pieces())
-        return json_response(infill_body(body, self._service.model_name, piece.text, answer))
+        response = json_response(infill_body(body, self._service.model_name, piece.text, answer))
+        (job,) = answer.jobs
+        if job.infill is not None and job.infill.is_full and job.max_tokens:
+            response.background = BackgroundTask(self._prefill_ahead, body)
+        return response
+
+    async def _prefill_ahead(self, body: InfillRequest) -> None:
+        """Prefill the prompt with one more character, which begins differently."""
+        ahead = msgspec.structs.replace(body, prompt=body.prompt + " ", n_predict=0)
+        with contextlib.suppress(RequestError):
+            _, answer = await self._service.answer(InfillRequest, msgspec.json.encode(ahead))
+            answer.submit()
+            await answer.pieces()
 
     async def _complete(
         self,

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import itertools
+import re
+import time
 
 import pytest
 from processes import serving
@@ -50,6 +52,23 @@ def test_one_more_character_costs_a_step_or_two(server):
         assert found["timings/prompt_n"] + found["tokens_cached"] > 1000
         assert found["timings/prompt_n"] <= most
         typed, most = typed + character, 4  # the last tokens of a word may be others
+
+
+@needs_compiler
+def test_a_prompt_that_will_begin_differently_is_prefilled_ahead(server):
+    def num_prompt_tokens():
+        text = server.send("GET", "/metrics")[2].decode()
+        return float(re.search(r"(?m)^simplernn_prompt_tokens_total (\S+)", text)[1])
+
+    body = {"input_prefix": "dcba\n" * 51, "n_predict": 1}  # 255 characters
+    before, length = num_prompt_tokens(), infill(server, **body, prompt="a")["tokens_evaluated"]
+    deadline = time.monotonic() + 60
+    while num_prompt_tokens() < before + 2 * length - 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = infill(server, **body, prompt="ab")
+    assert found["timings"]["prompt_n"] <= 4
+    assert found["tokens_cached"] > length - 4
 
 
 def test_a_client_prepares_the_context_of_its_next_request(server):
