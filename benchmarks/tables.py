@@ -125,8 +125,8 @@ def by_x(x: str, curves: Curves) -> list[Row]:
 def draw(panels: Mapping[str, Curves], x: str) -> bytes:
     """A PNG file with curves by title against `x`; a label looks the same in all panels.
 
-    The x axis is logarithmic, and the y axis too unless all values
-    are fractions or of one order of magnitude.
+    The x axis is logarithmic, and the y axis too unless all values are fractions or of one order of
+    magnitude.
     """
     from matplotlib import ticker
 
