@@ -289,12 +289,15 @@ class PrefixCache:
 
     def longest(self, keys: PrefixKeys) -> tuple[int, PrefixState | None]:
         """Return the longest cached prefix: its number of tokens and its state, or (0, None)."""
-        position, state = 0, None
+        position, state, length = 0, None, len(keys.content) // 4
         for index, digest in enumerate(keys.digests):
-            for key in sorted(self._keys_with.get(digest, ()), key=len):
+            start, alike = index * GRID, self._keys_with.get(digest, set())
+            if len(alike) > GRID:  # such as all short texts
+                alike = alike & {*map(keys.at, range(start + 1, min(length, start + GRID) + 1))}
+            for key in sorted(alike, key=len):
                 tail = key[_DIGEST_BYTES:]
-                if keys.content.startswith(tail, index * _GRID_BYTES):
-                    position, state = index * GRID + len(tail) // 4, self._entries[key]
+                if keys.content.startswith(tail, 4 * start):
+                    position, state = start + len(tail) // 4, self._entries[key]
                     self._entries.move_to_end(key)  # an edit further up will need it, too
         return position, state
 

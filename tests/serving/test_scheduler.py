@@ -318,6 +318,11 @@ def test_prefix_cache_is_bounded_and_forgets_the_least_recently_used():
     assert [cache.longest(key)[0] for key in keys[:2]] == [70, 7]
     cache.add(b"large", (np.zeros(31), np.zeros(0)))
     assert cache.num_bytes == 240
+    cache = PrefixCache(max_bytes=100 * 80)
+    for token in range(100):  # all with the same digest
+        cache.add(PrefixKeys(bytes(32), tokens[token:][: 1 + token % 9]).last, states[:2])
+    assert cache.longest(PrefixKeys(bytes(32), tokens[40:])) == (5, states[:2])
+    assert cache.longest(PrefixKeys(bytes(32), tokens[101:])) == (0, None)
 
 
 @needs_compiler
