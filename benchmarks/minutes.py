@@ -73,6 +73,6 @@ def table(rows: Sequence[Row]) -> Table:
     panels: dict[str, dict[str, dict[str, float]]] = {}
     rows = sorted(rows, key=lambda row: (row["text"], row["minutes"], row["parameters"]))
     for row in rows:
-        curve = panels.setdefault(row["text"], {}).setdefault(f"{row['minutes']:g} minutes", {})
+        curve = panels.setdefault(row["text"], {}).setdefault(f"{row['minutes']:g} min", {})
         curve[str(row["parameters"] // 1000)] = row["bits/byte"]
     return Table(TITLE, rows, panels, "thousands of parameters", "minutes")

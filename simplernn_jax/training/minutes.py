@@ -159,7 +159,7 @@ SIZES = (
 _BYTE_LEVEL = 2_000_000
 _START_SECONDS = 20
 """Estimated time for start, tokenization and compilation, besides a part of the minutes."""
-_PARAMETERS = 0.2
+_PARAMETERS = 0.15
 """Most parameters per square root of the operations of a run. Compute-optimal sizes, with 1.5
 tokens per parameter, have 0.33; on a CPU, smaller ones were measured to be better."""
 _REGULARIZATION = ((12, 0.2, 0.3), (1.5, 0.1, 0.3), (0, 0.0, 0.1))
