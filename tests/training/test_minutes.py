@@ -92,7 +92,7 @@ def test_a_run_of_a_minute_resumes_with_its_schedule(tmp_path, monkeypatch):
 
 
 def test_more_time_text_or_speed_never_choose_a_smaller_model():
-    seconds, sizes, speeds = (15, 60, 300, 1800), [10**n for n in range(3, 10)], (1e10, 1e11, 1e13)
+    seconds, sizes, speeds = (15, 60, 300, 1800), [10**n for n in range(3, 10)], (1e10, 1e11, 1e14)
     chosen = [[[choose(a, b, c).width for c in speeds] for b in sizes] for a in seconds]
     assert all(np.all(np.diff(chosen, axis=axis) >= 0) for axis in range(3))
     assert {np.min(chosen), np.max(chosen)} == {SIZES[0].width, SIZES[-1].width}
