@@ -5,6 +5,7 @@ or a line by one of any of the texts. Recall is the share of texts whose defect 
 10 or 50 lines, and AUC the share of lines that are ranked below it.
 """
 
+import functools
 import io
 import itertools
 import random
@@ -90,26 +91,41 @@ def compare_speed(model: LanguageModel, tokenizer: Tokenizer, text: str, effort:
     return {"vocabulary": tokenizer.vocab_size} | row | {"score / prefill": ratio}
 
 
-def wrong_token(text: str, _: Sequence[str], draw: random.Random) -> Defect | None:
+def wrong_token(text: str, others: Sequence[str], draw: random.Random) -> Defect | None:
     """Replace a token by another one of the text, if there is one.
 
-    Of Python, this is a name or an operator in code; of other text, a word.
+    It is a name or an operator if any text is Python, else a word.
     """
-    lines = text.split("\n")
-    try:
-        tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
-        kind = draw.choice((tokenize.NAME, tokenize.OP))
-        spans = [(x.start[0] - 1, x.start[1], x.end[1]) for x in tokens if x.type == kind]
-    except (tokenize.TokenError, SyntaxError):
+    lines, spans = text.split("\n"), python_tokens(text)
+    if spans is None:
+        if any(python_tokens(other) for other in others):
+            return None
         words = (re.finditer(r"\w+", line) for line in lines)
-        spans = [(row, *word.span()) for row, found in enumerate(words) for word in found]
-    if len({lines[row][start:end] for row, start, end in spans}) < 2:
+        spans = [(0, row, *word.span()) for row, found in enumerate(words) for word in found]
+    kind = draw.choice([tokenize.NAME, tokenize.OP]) if spans and spans[0][0] else 0
+    strings = [
+        (lines[row][start:end], row, start, end) for k, row, start, end in spans if k == kind
+    ]
+    if len({string for string, *_ in strings}) < 2:
         return None
-    at, start, end = draw.choice(spans)
-    others = [lines[row][first:last] for row, first, last in spans]
-    new = draw.choice([other for other in others if other != lines[at][start:end]])
+    old, at, start, end = draw.choice(strings)
+    new = draw.choice([string for string, *_ in strings if string != old])
     lines[at] = lines[at][:start] + new + lines[at][end:]
     return "\n".join(lines), at
+
+
+@functools.cache
+def python_tokens(text: str) -> list[tuple[int, int, int, int]] | None:
+    """Kind, line, start and end of the names and operators of Python; None of other text."""
+    try:
+        tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+    except (tokenize.TokenError, SyntaxError):
+        return None
+    return [
+        (x.type, x.start[0] - 1, x.start[1], x.end[1])
+        for x in tokens
+        if x.type in (tokenize.NAME, tokenize.OP)
+    ]
 
 
 def wrong_line(text: str, others: Sequence[str], draw: random.Random) -> Defect | None:
