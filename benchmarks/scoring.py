@@ -5,6 +5,7 @@ or a line by one of any of the texts. Recall is the share of texts whose defect 
 10 or 50 lines, and AUC the share of lines that are ranked below it.
 """
 
+import ast
 import functools
 import io
 import itertools
@@ -103,9 +104,8 @@ def wrong_token(text: str, others: Sequence[str], draw: random.Random) -> Defect
         words = (re.finditer(r"\w+", line) for line in lines)
         spans = [(0, row, *word.span()) for row, found in enumerate(words) for word in found]
     kind = draw.choice([tokenize.NAME, tokenize.OP]) if spans and spans[0][0] else 0
-    strings = [
-        (lines[row][start:end], row, start, end) for k, row, start, end in spans if k == kind
-    ]
+    spans = [span for span in spans if span[0] == kind]
+    strings = [(lines[row][start:end], row, start, end) for _, row, start, end in spans]
     if len({string for string, *_ in strings}) < 2:
         return None
     old, at, start, end = draw.choice(strings)
@@ -116,10 +116,11 @@ def wrong_token(text: str, others: Sequence[str], draw: random.Random) -> Defect
 
 @functools.cache
 def python_tokens(text: str) -> list[tuple[int, int, int, int]] | None:
-    """Kind, line, start and end of the names and operators of Python; None of other text."""
+    """Kind, line, start and end of the names and operators of Python; None if it is no Python."""
     try:
+        ast.parse(text)
         tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
-    except (tokenize.TokenError, SyntaxError):
+    except (SyntaxError, ValueError, RecursionError):
         return None
     return [
         (x.type, x.start[0] - 1, x.start[1], x.end[1])
