@@ -120,7 +120,7 @@ def python_tokens(text: str) -> list[tuple[int, int, int, int]] | None:
     try:
         ast.parse(text)
         tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
-    except (SyntaxError, ValueError, RecursionError):
+    except (tokenize.TokenError, SyntaxError, ValueError, RecursionError):
         return None
     return [
         (x.type, x.start[0] - 1, x.start[1], x.end[1])
