@@ -150,7 +150,7 @@ def draw(panels: Mapping[str, Curves], x: str) -> bytes:
             values = [y for curve in curves.values() for y in curve.values()]
             top = max(1, *values)
             if top <= max(1, 10 * min(values)):
-                bottom = 0.0 if 2 * min(values) < top else min(values)
+                bottom = min(values) if min(values) < top <= 2 * min(values) else 0.0
                 margin = 0.03 * (top - bottom)
                 axes.set_ylim(bottom - margin, top + margin)
                 axes.yaxis.set_major_formatter("{x:,g}")

@@ -16,16 +16,28 @@ pytestmark = pytest.mark.oldest_python
 CODE = "import os\n\n\ndef first(path):\n    return os.stat(path).st_size == 1\n" * 3
 
 
-def test_a_defect_changes_one_line():
-    draw = random.Random(0)
-    others = ["x = 1\ny = 2\n", CODE]
+LOG = "12:00 start of apt\n12:01 it's done\n" * 3
+
+
+@pytest.mark.parametrize("text", [CODE, LOG])
+@pytest.mark.parametrize("make", [scoring.wrong_token, scoring.wrong_line])
+def test_a_defect_changes_one_line(text, make):
+    draw, number = random.Random(0), 0
     for _ in range(50):
-        defects = scoring.wrong_token(CODE, draw), scoring.wrong_line(CODE, others, draw)
-        for text, wrong in defects:
-            pairs = zip(CODE.split("\n"), text.split("\n"), strict=True)
-            assert [n for n, (old, new) in enumerate(pairs) if old != new] == [wrong]
-    assert scoring.wrong_token("'''", draw) is None
-    assert scoring.wrong_token("# x = 1", draw) is None
+        if (found := make(text, [text.swapcase(), text], draw)) is None:
+            continue
+        changed, wrong = found
+        pairs = zip(text.split("\n"), changed.split("\n"), strict=True)
+        assert [n for n, (old, new) in enumerate(pairs) if old != new] == [wrong]
+        number += 1
+    assert number > 5
+
+
+def test_no_token_is_replaced_if_there_is_no_other():
+    draw = random.Random(0)
+    for text in ("word word", "# x = 1"):
+        assert scoring.wrong_token(text, [text], draw) is None
+    assert scoring.wrong_token(LOG, [LOG, CODE], draw) is None  # of Python, only code
 
 
 def test_all_tables_of_a_run(tmp_path, monkeypatch):
