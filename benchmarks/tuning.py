@@ -69,7 +69,7 @@ def tune(
     Returns:
       Rows of what it was before, none unless `with_before`, and columns of the result.
     """
-    fields: Row = {"learning_rate": 1e-2} if kind == "full" else {}
+    fields: Row = {"name": "muon", "learning_rate": 5e-3} if kind == "full" else {}
     fields |= {"source": source, "split": "position", "batch_size": 8, "sequence_length": CONTEXT}
     fields |= {"init_from": base, "tune": kind, "minutes": seconds / 60, "warmup_steps": 20}
     config = change(Config(), **fields)

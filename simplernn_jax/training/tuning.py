@@ -32,7 +32,7 @@ from simplernn_jax.inference.state import DecoderState, empty_state
 from simplernn_jax.models import LanguageModel
 from simplernn_jax.models.language_model import abstract_model
 
-LEARNING_RATES = {"state": 10.0, "lora": 0.03}
+LEARNING_RATES = {"state": 10.0, "lora": 0.015}
 """Defaults of ``optimizer.learning_rate``."""
 
 
