@@ -158,13 +158,18 @@ def heal(
     chosen: tuple[State, int, np.ndarray | None] = state, 0, None
     for index, (token, ids) in enumerate(zip(prompt.typed, prompt.first_ids, strict=True)):
         logits = np.asarray(state.logits, np.float64)[0]
-        logprobs = logits - np.logaddexp.reduce(logits)
-        if len(ids) and (score := kept + np.logaddexp.reduce(logprobs[ids])) > best:
+        logprobs = logits - _log_sum(logits)
+        if len(ids) and (score := kept + _log_sum(logprobs[ids])) > best:
             best, chosen = score, (state, index, ids)
         if index + 1 < len(prompt.typed):
             kept += logprobs[token]
             state = extend(state, token)
     return chosen
+
+
+def _log_sum(logprobs: np.ndarray) -> float:
+    highest = logprobs.max()
+    return float(highest + np.log(np.exp(logprobs - highest).sum()))
 
 
 class Infilling:
