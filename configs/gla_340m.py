@@ -5,7 +5,7 @@
 
 341.7M parameters (arXiv:2312.06635, section 5.1; flash-linear-attention's ``gla_340M.json``), for a
 tokenizer of 32,000 ids. 30,720 steps of 524,288 tokens are 16.1B (the paper: 15B). Each device
-holds 0.5 GB of parameters and optimizer state, and two sequences at a time; docs/gla.md has its
+holds 0.5 GB of parameters and optimizer state, and two sequences at a time; docs/mixers.md has its
 memory.
 """
 

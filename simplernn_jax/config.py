@@ -66,7 +66,7 @@ class ModelConfig(_Fields):
     block: str = _one_of(("plain", "residual", "swiglu"), "residual")
     """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
     pre-norm block with a short convolution and an MLP; ``swiglu``: the pre-norm block of Llama and
-    of gated linear attention (docs/gla.md)."""
+    of gated linear attention (docs/mixers.md)."""
     num_layers: int = _number(4, at_least=1, at_most=1024)
     """Number of blocks."""
     hidden_dim: int = _number(128, at_least=1, at_most=_MAX_SIZE)
@@ -77,8 +77,8 @@ class ModelConfig(_Fields):
     """Total value channels of all heads; divisible by num_heads."""
     num_heads: int = _number(4, at_least=1)
     """Number of heads of the recurrence or of attention."""
-    mlp_dim: int = _number(512, at_least=1, at_most=_MAX_SIZE)
-    """Inner width of the MLP (not of the plain block)."""
+    mlp_dim: int = _number(512, at_most=_MAX_SIZE)
+    """Inner width of the MLP (not of the plain block); 0: none (swiglu block only)."""
     tie_embeddings: bool = True
     """Use the embedding as the head (not of the plain block)."""
     dropout: float = _number(0.0, below=1)
@@ -88,13 +88,13 @@ class ModelConfig(_Fields):
     recurrent states, norms, softmax and loss are always float32; cached keys and values have this
     dtype."""
     mixer: str = "simple_rnn"
-    """Token mixer, ``simple_rnn``, ``attention``, ``gla``, or one from your own file
-    (docs/architecture.md): one name for all layers, or a comma-separated list (or Python list) with
-    one per layer."""
+    """Token mixer, ``simple_rnn``, ``attention``, ``gla``, ``retnet``, ``hgrn2``, ``mamba2``,
+    ``gated_delta_net``, or one from your own file (docs/architecture.md): one name for all layers,
+    or a comma-separated list (or Python list) with one per layer."""
     mixer_options: dict[str, Scalar] = dataclasses.field(default_factory=dict, hash=False)
     """Options of the mixers, on the command line as ``name=value,name=value``. Attention has
     ``context`` (1024): the tokens of its sliding window and KV cache, the current one included. For
-    gla's see docs/gla.md; your own mixers have their own."""
+    others see docs/mixers.md; your own mixers have their own."""
     norm_epsilon: float = _number(1e-6, at_least=1e-12)
     """Added to the mean square by every norm; positive (swiglu block only)."""
 
@@ -221,7 +221,7 @@ class TrainConfig(_Fields):
     init_from: str = ""
     """Parameters that this run starts from (fine-tuning), with a fresh optimizer at step 0: the
     workdir of a run or its export (safetensors, huggingface); weights of the original PyTorch
-    project (.pt, .safetensors); or the folder of a flash-linear-attention model (gla). Their
+    project (.pt, .safetensors); or the folder of a flash-linear-attention model. Their
     model and tokenizer replace defaults of this configuration; fields that it sets must agree."""
     minutes: float = _number(0.0, at_most=_MAX_SIZE)
     """Wall time of the whole command (also ``--minutes``), in place of steps and epochs: a new run
@@ -375,6 +375,8 @@ def _check_model(model: ModelConfig) -> None:
     if model.block != "swiglu" and model.norm_epsilon != ModelConfig.norm_epsilon:
         allowed = f"{ModelConfig.norm_epsilon} with config.model.block={model.block!r}"
         _reject("model.norm_epsilon", model.norm_epsilon, allowed)
+    if model.block == "residual" and not model.mlp_dim:
+        _reject("model.mlp_dim", 0, "at least 1 with config.model.block='residual'")
     for name, value in model.mixer_options.items():
         is_scalar = isinstance(value, bool | int | str) or (
             isinstance(value, float) and abs(value) <= _MAX_FLOAT

@@ -37,7 +37,7 @@ def load(name):
         (
             "model.mixer",
             "atention",
-            r"one of attention, gla, simple_rnn; did you mean 'attention'\?",
+            r"one of attention, .*, simple_rnn; did you mean 'attention'\?",
         ),
         ("model.mixer", ["attention", "simple_rnn"], "each of config.model.num_layers=4 layers"),
         ("model.mixer_options", {"method": "scn"}, "method=scn .* one of auto, fused"),

@@ -31,7 +31,7 @@ from simplernn_jax.data.tokenizer import load_tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import generate, load_state, save_state
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.gla_checkpoint import load_gla_checkpoint, to_fla_config
+from simplernn_jax.models.fla_checkpoint import load_fla_checkpoint, to_fla_config
 from simplernn_jax.models.pytorch_weights import named_weights, read_pytorch_weights
 from simplernn_jax.training.metrics import FILE_NAME, read_metrics
 
@@ -202,7 +202,7 @@ def _run_readers(folder: Path) -> Iterator[Reader]:
     yield _of_file("metrics", run / FILE_NAME, lambda: read_metrics(str(run)))
     yield _of_file("state", path, read_state)
     yield _of_file("weights", weights, lambda: read_pytorch_weights(str(weights)))
-    yield _of_file("settings of fla", fla / "config.json", lambda: load_gla_checkpoint(str(fla)))
+    yield _of_file("settings of fla", fla / "config.json", lambda: load_fla_checkpoint(str(fla)))
 
 
 def _as_text(content: bytes) -> str:

@@ -32,7 +32,15 @@ from simplernn_jax.array_types import (
     Values,
 )
 from simplernn_jax.errors import UserError
-from simplernn_jax.models import Attention, GatedLinearAttention, GLAState, LanguageModel, SimpleRNN
+from simplernn_jax.models import (
+    HGRN2,
+    Attention,
+    GatedLinearAttention,
+    GLAState,
+    LanguageModel,
+    RetNet,
+    SimpleRNN,
+)
 from simplernn_jax.models.mixers.attention import KVCache, cached_in_order
 from simplernn_jax.ops import gated_linear_recurrence
 from simplernn_jax.ops.attention import apply_rope, sliding_attention
@@ -41,7 +49,7 @@ from simplernn_jax.ops.checks import accumulator_dtype
 MAX_ERROR = 1e-5
 """Largest relative error of an exact map in float32."""
 
-Recurrent = SimpleRNN | GatedLinearAttention
+Recurrent = SimpleRNN | GatedLinearAttention | RetNet | HGRN2
 """Mixers with the state of `gated_linear_recurrence`."""
 
 Mixer = Recurrent | Attention
@@ -65,7 +73,7 @@ def find_mixers(model: LanguageModel) -> list[Mixer]:
         if not isinstance(mixer, Recurrent | Attention):
             raise UserError(
                 f"layer {number} has the mixer {type(mixer).__name__}, which cannot be explained; "
-                "use a model of simple_rnn, attention or gla"
+                "use a model of simple_rnn, attention, gla, retnet or hgrn2"
             )
     return mixers
 

@@ -35,7 +35,7 @@ from simplernn_jax.data.tokenizer import (
 from simplernn_jax.errors import UserError, one_line
 from simplernn_jax.export import example
 from simplernn_jax.models import LanguageModel
-from simplernn_jax.models.gla_checkpoint import is_fla, to_fla_config
+from simplernn_jax.models.fla_checkpoint import is_fla, to_fla_config
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.models.mixers.token_mixer import complete_options
 from simplernn_jax.models.pytorch_weights import Weights

@@ -134,18 +134,20 @@ class SwiGLUBlock(PlainBlock):
     """Pre-norm block: h = x + mixer(norm(x)), n = norm(h), h + W_down(silu(W_gate n) * W_up n).
 
     Its MLP is SwiGLU (arXiv:2002.05202). With ``mixer="gla"`` it is the layer of
-    flash-linear-attention.
+    flash-linear-attention. With ``mlp_dim=0`` it ends after the mixer, as the layer of Mamba-2.
     """
 
     def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
         """Initialize the parameters; `mixer` is the name of a registered one."""
         self.mixer_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
         super().__init__(config, mixer, rngs=rngs)
+        self.dropout_rate, self.has_mlp = config.dropout, config.mlp_dim > 0
+        if not self.has_mlp:
+            return
         self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_epsilon)
         self.mlp_gate = _mlp_in(config, rngs)
         self.mlp_up = _mlp_in(config, rngs)
         self.mlp_down = _mlp_out(config, rngs, kernel_init(config))
-        self.dropout_rate = config.dropout
 
     def __call__(
         self,
@@ -158,6 +160,8 @@ class SwiGLUBlock(PlainBlock):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y, state = self.mixer.mix(self.mixer_norm(x), state, segment_ids)
         x = x + dropout(y, self.dropout_rate, keys[0])
+        if not self.has_mlp:
+            return x, state
         hidden = self.mlp_norm(merge_tokens(x))
         gate, up = fused_dense(hidden, [self.mlp_gate, self.mlp_up])
         y = self.mlp_down(_swiglu(gate, up)).reshape(x.shape)

@@ -43,8 +43,8 @@ class LanguageModel(nnx.Module):
     N(0, 1), layers without norm or residual, an LM head with bias. The others are pre-norm residual
     blocks, for deep models, with a final norm before the LM head, which may be tied to the
     embedding: ``block="residual"`` is `ResidualBlock`, ``block="swiglu"`` is `SwiGLUBlock`. Each
-    layer has any registered mixer; ``block="swiglu", mixer="gla"`` is `GLAForCausalLM` of
-    flash-linear-attention.
+    layer has any registered mixer; with ``block="swiglu"``, some are models of
+    flash-linear-attention (docs/mixers.md).
     """
 
     def __init__(
@@ -76,6 +76,8 @@ class LanguageModel(nnx.Module):
             config.vocab_size, config.hidden_dim, init=normal, rngs=rngs
         )
         layers = _make_layers(config, rngs)
+        for index, layer in enumerate(layers):
+            layer.mixer.initialize_depth(index, len(layers))
         self.starts_from_zero = all(layer.mixer.starts_from_zero for layer in layers)
         self.layers = LayerStack(layers) if stack_layers else LayerList(layers)
         self.final_scale = None if plain else nnx.Param(jnp.ones(config.hidden_dim, jnp.float32))

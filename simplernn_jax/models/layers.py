@@ -17,6 +17,7 @@ from simplernn_jax.array_types import Activations, ConvState, LogicalAxes, Segme
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.ops.checks import accumulator_dtype
 from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.parallel.collectives import axis_size, psum
 from simplernn_jax.parallel.sequence import sharded_convolution
 from simplernn_jax.parallel.tensor import add_bias, fused_projection, lookup
 
@@ -125,16 +126,23 @@ def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
 
 
 class RMSNorm(nnx.Module):
-    """``scale * x / sqrt(mean(x^2) + epsilon)`` (arXiv:1910.07467), float32."""
+    """``scale * x / sqrt(mean(x^2) + epsilon)`` (arXiv:1910.07467), float32.
 
-    def __init__(self, features: int, epsilon: float):
+    The features may be sharded over ``tensor``, if `axis` is their logical axis.
+    """
+
+    def __init__(self, features: int, epsilon: float, *, axis: str | None = None):
         """Initialize the scale with ones."""
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(features, PARAM_DTYPE))
+        self.features, self.epsilon, self.axis = features, epsilon, axis
+        self.scale = nnx.Param(jnp.ones(features, PARAM_DTYPE), axes=LogicalAxes(axis))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize ``[..., D]`` along the last axis."""
-        y = rms_norm(x, epsilon=self.epsilon)
+        """Normalize ``[..., D]``, or this device's shard of it, along the last axis."""
+        if self.axis is None or axis_size("tensor") == 1:
+            y = rms_norm(x, epsilon=self.epsilon)
+        else:
+            total = psum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), "tensor")
+            y = x * lax.rsqrt(total / self.features + self.epsilon)
         return y * jnp.expand_dims(self.scale[...], range(y.ndim - 1))
 
 
@@ -159,6 +167,7 @@ class ShortConvolution(nnx.Module):
         normalize: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         axis: str | None = None,
+        use_bias: bool = False,
     ):
         """Initialize ``weights[n]``, which multiplies the input n tokens earlier.
 
@@ -169,12 +178,15 @@ class ShortConvolution(nnx.Module):
           normalize: apply `rms_norm` to the inputs first.
           activation: f; None is the identity.
           axis: logical axis of the channels.
+          use_bias: add a bias, initially 0, before the activation.
         """
         self.width, self.features = width, features
         self.normalize, self.activation = normalize, activation
         self.channel_axes = () if axis is None else (None, axis)
         weights = _identity_init(rngs.params(), (width, features), PARAM_DTYPE)
         self.weights = nnx.Param(weights, axes=LogicalAxes(*self.channel_axes))
+        bias = nnx.Param(jnp.zeros(features, PARAM_DTYPE), axes=LogicalAxes(axis))
+        self.bias = bias if use_bias else None
 
     def initial_state(self, batch_size: int) -> ConvState:
         """Return zeros ``[B, W - 1, D]``, float32 (float64 under x64)."""
@@ -206,6 +218,7 @@ class ShortConvolution(nnx.Module):
         weights = self.weights[...]
         weights = weights.astype(accumulator_dtype(weights, state))  # a state under x64 is float64
         y, state = sharded_convolution(x, weights, state, segment_ids, normalize=self.normalize)
+        y = y if self.bias is None else add_bias(y, self.bias[...])
         return y if self.activation is None else self.activation(y), state
 
 

@@ -45,6 +45,8 @@ _FLA_MODULES = {
     "output_gate_proj": "g_proj",
     "gate_down_proj": "gk_proj.0",
     "gate_up_proj": "gk_proj.1",
+    "decay_proj": "a_proj",
+    "strength_proj": "b_proj",
     "out_proj": "o_proj",
     "head_norm": "g_norm_swish_gate",
     "convolutions": "",

@@ -27,8 +27,8 @@ from simplernn_jax.data.token_store import TokenizedCorpus, TokenSplit, find_cor
 from simplernn_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference.loading import is_exported, load_model
-from simplernn_jax.models import LanguageModel, load_gla_checkpoint
-from simplernn_jax.models.gla_checkpoint import is_hugging_face_folder
+from simplernn_jax.models import LanguageModel, load_fla_checkpoint
+from simplernn_jax.models.fla_checkpoint import is_hugging_face_folder
 from simplernn_jax.models.pytorch_weights import load_pytorch_weights
 from simplernn_jax.parallel.distributed import check_same, run_on_coordinator_first
 from simplernn_jax.training.tuning import LEARNING_RATES
@@ -250,7 +250,7 @@ def _start_from(config: Config) -> tuple[LanguageModel, Tokenizer | None]:
         if os.path.isfile(path):
             model = load_pytorch_weights(path)
         elif is_hugging_face_folder(path) and not is_exported(path):
-            model = load_gla_checkpoint(path)
+            model = load_fla_checkpoint(path)
         else:
             model, tokenizer, initial = load_model(path)
     except UserError as error:

@@ -31,7 +31,7 @@ from simplernn_jax.export.formats import (
     rounded_weights,
 )
 from simplernn_jax.inference import Conversation, generate, generate_text
-from simplernn_jax.models import load_gla_checkpoint
+from simplernn_jax.models import load_fla_checkpoint
 from simplernn_jax.models.pytorch_weights import model_from_weights, named_weights
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 89).astype(np.int32)
@@ -226,7 +226,7 @@ def test_the_example_answers_a_message(tmp_path):
 def test_an_export_of_gla_is_a_checkpoint_of_flash_linear_attention(tmp_path, fields):
     original = trained(GLA | fields)
     find_format("safetensors").write(original, tmp_path)
-    again = load_gla_checkpoint(str(tmp_path))
+    again = load_fla_checkpoint(str(tmp_path))
     assert again.config == original.model.config
     chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(original.model, nnx.Param))
     for format_name in ("html", "huggingface", "onnx"):

@@ -1,4 +1,4 @@
-"""Mixers in the whole program: gla, and the example of docs/architecture.md, from outside."""
+"""Mixers in the whole program; `decay` is the example of docs/architecture.md, from outside."""
 
 import functools
 import re
@@ -53,7 +53,22 @@ SIZES = {
     "mixer_options": {"short_convolution": 4, "min_log_gate": -0.06},
     "norm_epsilon": 1e-5,
 }
-MESHES = ("fsdp 2, sequence 2, tensor 2", "pipeline 2, tensor 2")
+OTHERS = {
+    "retnet": {"mixer_options": {}},
+    "hgrn2": {"mixer_options": {}},
+    "mamba2": {"mixer_options": {"short_convolution": 3}, "mlp_dim": 0},
+    "gated_delta_net": {"mixer_options": {"short_convolution": 2}},
+}
+MESHES = [
+    ("gla", "fsdp 2, sequence 2, tensor 2"),
+    ("gla", "pipeline 2, tensor 2"),
+    ("retnet", "sequence 2, tensor 2"),
+    ("hgrn2", "fsdp 2, tensor 2"),
+    ("mamba2", "fsdp 2, sequence 2, tensor 2"),
+    ("gated_delta_net", "pipeline 2, tensor 2"),
+    ("gated_delta_net", "data 2, fsdp 2"),
+    ("decay", "data 2, fsdp 2"),
+]
 DECAY = {
     "mixer": "decay",
     "mixer_options": {"half_life": 3.0},
@@ -87,8 +102,9 @@ def usual_promotion(request):
 
 
 def config_of(mixer, **fields):
-    if mixer == "gla":
-        return small_config("swiglu", **SIZES | fields)
+    if mixer != "decay":
+        others = {"mixer": mixer} | OTHERS.get(mixer, {})
+        return small_config("swiglu", **SIZES | others | fields)
     return small_config("residual", **DECAY | fields)
 
 
@@ -122,9 +138,7 @@ def three_steps(mixer, mesh_name=None):
     return run_steps(*compiled, map(make_batch, range(3)))
 
 
-@pytest.mark.parametrize(
-    ("mixer", "mesh_name"), [*(("gla", name) for name in MESHES), ("decay", "data 2, fsdp 2")]
-)
+@pytest.mark.parametrize(("mixer", "mesh_name"), MESHES)
 def test_steps_on_a_mesh_equal_one_device(mixer, mesh_name):
     with jax.enable_x64(True):
         losses, state = three_steps(mixer, mesh_name)
@@ -161,7 +175,10 @@ def test_a_mixer_rejects_the_mesh_axes_that_it_does_not_support():
 
 
 @pytest.mark.oldest_python
-@pytest.mark.parametrize(("mixer", "carried"), [("gla", "convolutions/key"), ("decay", "mixer")])
+@pytest.mark.parametrize(
+    ("mixer", "carried"),
+    [("gla", "convolutions/key"), ("gated_delta_net", "recurrent"), ("decay", "mixer")],
+)
 def test_a_run_resumes_bit_exactly_and_generates(tmp_path, monkeypatch, plugin, mixer, carried):
     source = write_corpus(tmp_path / "text")
     config = config_of(mixer, source=source, mode="stream", save_every=3, steps=8)
@@ -193,7 +210,7 @@ def model_of(mixer):
 
 
 @pytest.mark.oldest_python
-@pytest.mark.parametrize("mixer", ["gla", "decay"])
+@pytest.mark.parametrize("mixer", ["gla", *OTHERS, "decay"])
 def test_the_server_generates_the_same_tokens(mixer):
     model = model_of(mixer)
     prompt = np.random.default_rng(5).integers(0, 31, 70, np.int32)
@@ -208,13 +225,16 @@ def test_the_server_generates_the_same_tokens(mixer):
 
 
 @pytest.mark.oldest_python
-def test_the_attention_map_is_exact():
-    model = model_of("gla")
+@pytest.mark.parametrize("mixer", ["gla", "retnet", "hgrn2"])
+def test_the_attention_map_is_exact(mixer):
+    model = model_of(mixer)
     tokens = np.random.default_rng(6).integers(0, 31, 27, np.int32)
     _, state = model(jnp.asarray(tokens[None, :9]))
     layers = decompose_layers(model, tokens[9:], state)
     assert len(layers) == 2
     assert all(is_exact(layer, is_float32=True) for layer in layers)
+    if mixer != "gla":
+        return
     # Without the state of the convolutions, the first tokens have other keys.
     changed = jax.tree.map(np.zeros_like, state)
     without = decompose_layers(model, tokens[9:], changed)

@@ -16,7 +16,7 @@ from simplernn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Tr
 from simplernn_jax.errors import UserError
 from simplernn_jax.export.exporting import new_folder
 from simplernn_jax.export.formats import TrainedModel, find_format
-from simplernn_jax.models.gla_checkpoint import to_fla_config
+from simplernn_jax.models.fla_checkpoint import to_fla_config
 from simplernn_jax.models.pytorch_weights import named_weights
 from simplernn_jax.parallel.named_leaves import in_layout_of
 from simplernn_jax.training.loop import train

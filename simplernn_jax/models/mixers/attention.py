@@ -157,11 +157,15 @@ class Attention(MultiHeadLayer, TokenMixer):
 def _check(config: ModelConfig) -> None:
     if not 1 <= (context := int(config.mixer_options["context"])) < 2**31:
         reject_option("context", context, "at least 1 and below 2**31")
+    check_rotary(config)
+
+
+def check_rotary(config: ModelConfig) -> None:
+    """Raise `UserError` if a head has an odd number of key channels."""
     if config.key_dim // config.num_heads % 2:
         raise UserError(
             f"config.model.key_dim={config.key_dim} is invalid: expected an even number for each "
-            f"of model.num_heads={config.num_heads} with attention, whose rotary embedding takes "
-            "pairs of channels"
+            f"of model.num_heads={config.num_heads}: the rotary embedding takes pairs of channels"
         )
 
 

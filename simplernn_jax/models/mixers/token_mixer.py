@@ -64,6 +64,9 @@ class TokenMixer(nnx.Module):
             state = jax.tree.map(lambda s: vary_like(s, x), self.initial_state(x.shape[0]))
         return self(x, state, segment_ids)
 
+    def initialize_depth(self, layer: int, num_layers: int) -> None:
+        """Adapt initial values to the layer's place, 0 to num_layers - 1; does nothing here."""
+
     def state_axes(self) -> Any:
         """Return the `LogicalAxes` of each array of the state, in its structure."""
         graph, params = nnx.split(self)

@@ -1,4 +1,4 @@
-"""The gla block against flash-linear-attention itself, whose checkpoints it reads."""
+"""Models against flash-linear-attention itself, whose checkpoints are read."""
 
 import dataclasses
 import functools
@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from gla_reference import (
+from fla_reference import (
     SETTINGS,
     VARIANTS,
     draw_tokens,
@@ -18,14 +17,16 @@ from gla_reference import (
     recorded_logits,
     save_checkpoint,
 )
+from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.errors import UserError
-from simplernn_jax.models import GLAState, LanguageModel, load_gla_checkpoint
+from simplernn_jax.models import GLAState, LanguageModel, load_fla_checkpoint
 from simplernn_jax.ops.segments import reset_state
 
-# Of the largest logit: float32 matmuls of a Xeon with AMX come to 3.2e-6, of a Zen 3 to 3.1e-6.
-TOLERANCE = 5e-6
+# Of the largest logit: float32 matmuls of a Xeon with AMX come to 3.2e-6 with gla, of a Zen 3 to
+# 3.1e-6; mamba2 and gated_deltanet come to 5.4e-6 on the Xeon.
+TOLERANCE = 1e-5
 CONFIG = ModelConfig(
     block="swiglu",
     mixer="gla",
@@ -47,7 +48,7 @@ def loaded(variant, folder_of):
     """The model of one of `VARIANTS`, with the weights in one file or three."""
     settings = SETTINGS | VARIANTS[variant]
     files = 1 + 2 * (variant == "plain")
-    return load_gla_checkpoint(
+    return load_fla_checkpoint(
         save_checkpoint(folder_of(variant), settings, draw_weights(settings), files)
     )
 
@@ -64,8 +65,9 @@ def test_logits_are_those_of_fla(variant, folder_of):
     chex.assert_type(logits, jnp.float32)
     expected = recorded_logits(variant)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-    has_convolutions = "convolutions" in variant
-    assert all((layer.convolutions is not None) == has_convolutions for layer in state)
+    if variant.split(",")[0] in ("plain", "convolutions", "clamped"):
+        has_convolutions = "convolutions" in variant
+        assert all((layer.convolutions is not None) == has_convolutions for layer in state)
 
 
 def test_the_state_continues_and_segments_reset_it(folder_of):
@@ -135,7 +137,7 @@ SHARD = "model-00002-of-00003.safetensors"
 def load(folder, files=1, weights=None, **settings):
     settings = SMALL | settings
     weights = draw_weights(settings) if weights is None else weights
-    return load_gla_checkpoint(save_checkpoint(folder, settings, weights, files))
+    return load_fla_checkpoint(save_checkpoint(folder, settings, weights, files))
 
 
 def rejection(*arguments, **options):
@@ -150,7 +152,7 @@ def test_defaults_are_those_of_fla(tmp_path):
     """The folder of a model of 340M parameters has no weights: its configuration comes first."""
     (tmp_path / "config.json").write_text('{"model_type": "gla", "hidden_size": 1024}')
     with pytest.raises(UserError, match=f"holds neither model.safetensors nor {INDEX}"):
-        load_gla_checkpoint(str(tmp_path))
+        load_fla_checkpoint(str(tmp_path))
     weights = draw_weights(SMALL | {"intermediate_size": 256})
     config = load(tmp_path, 1, weights, intermediate_size=None, hidden_ratio=5).config
     assert config.mlp_dim == 256  # int(8 * 5 * 2 / 3) = 26, to the next multiple of 256
@@ -167,7 +169,10 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'gla' can be loaded"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only gla, retnet, hgrn2, mamba2, "),
+        ({"model_type": "mamba2", "n_groups": 2}, "n_groups is 2; only 1 is supported"),
+        ({"model_type": "mamba2", "num_heads": 3}, "head_dim and num_heads do not fit 16"),
+        ({"model_type": "gated_deltanet", "num_v_heads": 4}, "num_v_heads differs from num_heads"),
         ({"attn": {"layers": [1]}}, "attn is {'layers': [1]}; only None is supported"),
         ({"num_kv_heads": 3}, "num_kv_heads differs from num_heads"),
         ({"clamp_min": 0.5}, "clamp_min is 0.5; only negative values"),
@@ -191,7 +196,7 @@ def test_settings_that_do_not_change_the_model_are_ignored(tmp_path):
 def test_missing_and_corrupt_files(tmp_path):
     def assert_rejected(message):
         with pytest.raises(UserError, match=message) as caught:
-            load_gla_checkpoint(str(tmp_path))
+            load_fla_checkpoint(str(tmp_path))
         assert "\n" not in str(caught.value)
 
     assert_rejected("config.json: cannot be read")
