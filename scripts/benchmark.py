@@ -23,6 +23,8 @@ docs/benchmarks.md has a command for each:
                its neighbors
     tune       held-out loss of a state, low-rank updates and all parameters of --workdir after
                --seconds (15,60,240) on another author (--source) and language; 100 states served
+    mixers     held-out loss of all mixers after --seconds (60) and after as many steps, recall,
+               state tracking, and speed; --source for another text
     scoring    score.py: speed relative to prefill, and recall of 200 wrong tokens and lines in
                held-out files or logs of the runs in --workdirs
 
@@ -41,7 +43,17 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import completion, decoding, minutes, scaling, scoring, serving, training, tuning
+from benchmarks import (
+    completion,
+    decoding,
+    minutes,
+    mixers,
+    scaling,
+    scoring,
+    serving,
+    training,
+    tuning,
+)
 from benchmarks.attention import MEASUREMENTS, aspects
 from benchmarks.baselines import report
 from benchmarks.baselines.trainers import LABELS
@@ -62,10 +74,12 @@ _ONLY = flags.DEFINE_list(
 )
 _CONFIGS = flags.DEFINE_list("configs", ["base"], "baselines: such as tiny,shakespeare.")
 _SOURCE = flags.DEFINE_string(
-    "source", None, "baselines, minutes: text of all; tune: text of the author."
+    "source", None, "baselines, minutes: text of all; mixers: another text; tune: of the author."
 )
 _SECONDS = flags.DEFINE_list(
-    "seconds", ["0"], "baselines, tune: seconds each; 0: the steps of settings, or defaults."
+    "seconds",
+    ["0"],
+    "baselines, mixers, tune: seconds each; 0: the steps of settings, or defaults.",
 )
 _SEEDS = flags.DEFINE_integer("seeds", 1, "baselines: number of seeds.", lower_bound=1)
 _PROGRAMS = flags.DEFINE_list("programs", [], f"baselines: programs, any of {', '.join(LABELS)}.")
@@ -89,6 +103,7 @@ BENCHMARKS: dict[str, Callable[[Effort, Results], Iterator[Table]]] = {
     "completion": lambda *_: completion.run(_WORKDIRS.value),
     "minutes": lambda _, results: minutes.run(_numbers(_MINUTES), _SOURCE.value, results.tables),
     "tune": lambda *_: tuning.run(_workdir(), _SOURCE.value, _numbers(_SECONDS)),
+    "mixers": lambda effort, _: mixers.run(effort, _SOURCE.value, _numbers(_SECONDS)),
     "scoring": lambda effort, _: scoring.run(_WORKDIRS.value, effort),
 }
 _ARGUMENTS = command_line.Arguments(" ".join(BENCHMARKS))

@@ -55,7 +55,7 @@ def gated_delta_rule(
         is reset to zero.
       method: ``"chunkwise"``: matmuls over chunks of time. ``"scan"``: one token at a time.
         ``"auto"``: chunkwise, except for a single token.
-      chunk_size: tokens per chunk.
+      chunk_size: tokens per chunk, a power of two.
 
     Returns:
       ``(output, final_state)``: ``[B, T, H, V]`` in the dtype of v, and ``[B, H, K, V]`` in the
@@ -73,8 +73,10 @@ def gated_delta_rule(
     if initial_state is not None:
         check_array("initial_state", initial_state, "B H K V", FLOATING, sizes)
     check_segment_ids(segment_ids, sizes)
-    if method not in METHODS or chunk_size < 1:
-        raise ValueError(f"{method=}, {chunk_size=}: must be one of {', '.join(METHODS)}, above 0")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size={chunk_size}: must be a power of two")
     dtype = accumulator_dtype(q, k, v, log_gate, beta)
     inputs: Any = tuple(jnp.asarray(x, dtype) for x in (q, k, v, log_gate, beta))
     if initial_state is None:
@@ -87,7 +89,7 @@ def gated_delta_rule(
     if method == "scan" or (method == "auto" and q.shape[1] == 1):
         output, state = scan(*inputs)
     else:
-        output, state = chunkwise(min(chunk_size, q.shape[1]), *inputs)
+        output, state = chunkwise(chunk_size, *inputs)
     return output.astype(v.dtype), state
 
 
@@ -127,6 +129,8 @@ def chunkwise(
 ) -> tuple[jax.Array, RecurrentState]:
     """Compute `scan` by chunks of `size` tokens."""
     length = q.shape[1]
+    while size >= 2 * length:
+        size //= 2
     log_gate = jnp.where(reset[..., None], 0, log_gate)  # nothing decays into a segment
 
     def chunks(x: jax.Array) -> jax.Array:
@@ -166,8 +170,42 @@ def _within(
     keys = beta[..., None] * k
     below = jnp.tril((keys @ jnp.matrix_transpose(k)) * between, -1)
     rhs = jnp.concatenate([beta[..., None] * v, from_start * keys], axis=-1)
-    solved = jax.scipy.linalg.solve_triangular(below, rhs, lower=True, unit_diagonal=True)
-    u, w = jnp.split(solved, [v.shape[-1]], axis=-1)
+    u, w = jnp.split(_unit_lower_inverse(below) @ rhs, [v.shape[-1]], axis=-1)
     attention = (q @ jnp.matrix_transpose(k)) * between
     total = from_start[..., -1:, :]
     return from_start * q, to_end * k, attention, u, w, total
+
+
+@jax.custom_vjp
+def _unit_lower_inverse(below: jax.Array) -> jax.Array:
+    """Return the inverse of I + A for A ``[..., C, C]`` zero above and on the diagonal.
+
+    C is a power of two. Inverses of blocks of 1, 2, 4, ... on the diagonal, from
+    ``[[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]``. (JAX's batched triangular solver
+    for CPUs hangs if two of them run at once: each waits for threads of one pool.)
+    """
+    size = below.shape[-1]
+    inverse = jnp.ones((*below.shape[:-2], size, 1, 1), below.dtype)
+    width = 1
+    while width < size:
+        pairs = size // (2 * width)
+        blocks = below.reshape(*below.shape[:-2], pairs, 2, width, pairs, 2, width)
+        corner = jnp.stack([blocks[..., i, 1, :, i, 0, :] for i in range(pairs)], axis=-3)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        bottom = jnp.concatenate([-second @ corner @ first, second], axis=-1)
+        inverse, width = jnp.concatenate([top, bottom], axis=-2), 2 * width
+    return inverse[..., 0, :, :]
+
+
+def _inverse_fwd(below: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse = _unit_lower_inverse(below)
+    return inverse, inverse
+
+
+def _inverse_bwd(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    transposed = jnp.matrix_transpose(inverse)
+    return (jnp.tril(-transposed @ cotangent @ transposed, -1),)
+
+
+_unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
