@@ -48,6 +48,8 @@ def split_text(place: str) -> tuple[str, str]:
     lines = command_line.read_text(None, found[1], name="file").split("\n")
     if not 0 <= line < len(lines) or not 0 <= column <= len(lines[line]):
         what = f"no such place in {counted(len(lines), 'line')}"
+        if 0 <= line < len(lines):
+            what = f"line {line + 1} has {counted(len(lines[line]), 'character')}"
         raise UserError(f"{place}: {what}; lines and columns begin with 1")
     before = "\n".join([*lines[:line], lines[line][:column]])
     return before, "\n".join([lines[line][column:], *lines[line + 1 :]])

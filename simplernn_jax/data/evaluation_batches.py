@@ -188,7 +188,7 @@ def _target_places(
 def check_scorable(split: TokenSplit) -> None:
     """Raise `UserError` if a split has nothing to predict."""
     if not split.num_predictions:
-        what = "follows another in its document" if split.targets is None else "is the assistant's"
+        what = "is a target" if split.targets is not None else "follows another in its document"
         raise UserError(
             f"nothing to score: the {split.name} split has {counted(len(split.tokens), 'token')} "
             f"and none of them {what}; use more text or a larger "

@@ -117,6 +117,7 @@ def suggest(
 ) -> list[str]:
     """Suggest what is between a prefix and a suffix: by greedy decoding, and by `num` - 1 samples.
 
+    Greedy text ends before `RepeatedLines`.
     `settings` are others of `generate_text`. Equal suggestions are given once.
 
     Raises:
@@ -138,6 +139,8 @@ def suggest(
     if num > 1:
         found += generate_text(model, tokenizer, state=fork_state(state, num - 1), **settings)
     num_typed = prompt.num_typed[num_kept] if prompt.typed else 0
+    repeats = RepeatedLines()
+    found[0] = repeats.feed(found[0]) + repeats.finish()
     return [text[num_typed:] for text in dict.fromkeys(found)]
 
 
@@ -202,3 +205,37 @@ class StopStrings:
         """Return the rest, to which `text` is the last addition."""
         text = self.feed(text)
         return text if self.has_ended else text + self.held_back
+
+
+class RepeatedLines:
+    """Text up to a line that repeats the one before, or two that repeat the two before.
+
+    Greedy decoding of a small model often goes on so for ever. A line is held back until it ends.
+    """
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        """True once a repetition was found."""
+        self._lines: list[str] = []
+        """The last ones, without blank ones."""
+        self._held_back = ""
+
+    def feed(self, text: str) -> str:
+        """Return the lines that are complete."""
+        *lines, self._held_back = (self._held_back + text).split("\n")
+        returned = ""
+        for line in lines:
+            if line.strip():
+                self._lines = [*self._lines[-3:], line]
+            one, two = self._lines[-2:], self._lines[-4:]
+            if line.strip() and (
+                (len(one) == 2 and one[0] == line) or (len(two) == 4 and two[:2] == two[2:])
+            ):
+                self.has_ended = True
+                return returned
+            returned += f"{line}\n"
+        return returned
+
+    def finish(self) -> str:
+        """Return the rest."""
+        return "" if self.has_ended else self._held_back

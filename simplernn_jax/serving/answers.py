@@ -16,7 +16,7 @@ import jax
 from simplernn_jax.data.tokenizer import Tokenizer
 from simplernn_jax.inference.engine import PrefixState
 from simplernn_jax.inference.sampling import IMPOSSIBLE, TokenLogprobs
-from simplernn_jax.inference.text import StopStrings, TextStream
+from simplernn_jax.inference.text import RepeatedLines, StopStrings, TextStream
 from simplernn_jax.serving.jobs import Event, Job, NewTokens, Prefilled
 from simplernn_jax.serving.requests import (
     ChatRequest,
@@ -82,7 +82,8 @@ class ChoiceText:
         self._num_typed = job.infill.num_typed[0] if job.infill and job.infill.typed else 0
         """Characters to leave out, which the prompt has."""
         self._stops = StopStrings(job.stops)
-        self._is_simple = job.num_logprobs is None and not job.stops
+        self._repeats = RepeatedLines() if job.ends_at_repeats else None
+        self._is_simple = job.num_logprobs is None and not job.stops and not self._repeats
         self._stop_ids = frozenset(job.sampling.stop_ids)
         self._offset = len(job.echoed)
         """Characters returned."""
@@ -102,12 +103,18 @@ class ChoiceText:
             decoded = self._stream.feed([t for t in several if t not in self._stop_ids])
             num_typed = min(self._num_typed, len(decoded))
             self._num_typed -= num_typed
-            text += self._stops.feed(decoded[num_typed:])
-            if self._stops.has_ended:
-                return self._take(text, "stop")
+            text += self._lines(self._stops.feed(decoded[num_typed:]))
+            if self._stops.has_ended or (self._repeats and self._repeats.has_ended):
+                return self._take(text + self._last_line(), "stop")
         if reason is not None:
-            text += self._stops.finish(self._stream.finish())
+            text += self._lines(self._stops.finish(self._stream.finish())) + self._last_line()
         return self._take(text, reason)
+
+    def _lines(self, text: str) -> str:
+        return text if self._repeats is None else self._repeats.feed(text)
+
+    def _last_line(self) -> str:
+        return "" if self._repeats is None else self._repeats.finish()
 
     @property
     def stopping_word(self) -> str:

@@ -75,6 +75,8 @@ class Job:
     """Text of the prompt, if the answer begins with it."""
     stops: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text, which does not contain them."""
+    ends_at_repeats: bool = False
+    """Whether a text ends before `RepeatedLines`."""
     ending_ids: frozenset[int] = frozenset()
     """Ids whose text has one of `stops` in it: no token after one of them is needed."""
     cached_at: tuple[int, ...] | None = None

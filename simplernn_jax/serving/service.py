@@ -201,6 +201,7 @@ class Service:
                     scores_prompt=bool(request.echo) and num_logprobs is not None,
                     echoed=text,
                     stops=stops,
+                    ends_at_repeats=isinstance(request, InfillRequest) and not request.temperature,
                     ending_ids=ending_ids.difference(healed),
                     infill=infill,
                     cached_at=infill and infill.stable,

@@ -292,7 +292,10 @@ class Trainer:
             lines.append(f"tuning {config.train.tune}: {size}")
         lines += run.changes
         if run.first_step >= run.total_steps:
-            lines.append("all steps are done; raise --config.train.steps or epochs for more")
+            lines.append(
+                "all steps are done; raise --config.train.steps or epochs for more (--minutes is "
+                "only for a new --workdir)"
+            )
         elif run.stopped_early:
             lines.append(run.history.reason())
         for line in lines:
@@ -325,6 +328,8 @@ class Trainer:
                 )
         lines |= run.history.summary(stopped_early=run.stopped_early)
         script, prompt = ("chat", "") if run.config.data.template else ("sample", " --prompt TEXT")
+        if run.config.data.fim_rate:
+            script, prompt = "complete", " FILE:LINE:COLUMN"
         use = f"{script}.py --workdir {shlex.quote(run.workdir)}{prompt}"
         gathered = gather(run, run.state)
         if is_coordinator():

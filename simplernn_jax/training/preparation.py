@@ -279,6 +279,7 @@ def _fill(config: Config, initial: Config) -> None:
     for field in dataclasses.fields(config.model):
         if f"model.{field.name}" not in _tunable(config) and not config.model.is_given(field.name):
             setattr(config.model, field.name, getattr(initial.model, field.name))
-    if not config.data.is_given("tokenizer"):
-        config.data.tokenizer = initial.data.tokenizer
+    for name in ("tokenizer", "fim_rate"):
+        if not config.data.is_given(name):
+            setattr(config.data, name, getattr(initial.data, name))
     config_lib.validate(config)

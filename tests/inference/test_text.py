@@ -15,7 +15,7 @@ from simplernn_jax.data.infilling import Infilling
 from simplernn_jax.data.tokenizer import InfillingTokenizer, ids_without_text, token_bytes
 from simplernn_jax.errors import UserError
 from simplernn_jax.inference import TextStream, generate, generate_text
-from simplernn_jax.inference.text import StopStrings, suggest
+from simplernn_jax.inference.text import RepeatedLines, StopStrings, suggest
 
 BYTES = load_tokenizer("byte", None)
 TEXT = "aß€😀 שלום\n漢字"
@@ -149,3 +149,22 @@ def test_suggestions_continue_the_prefix_and_are_given_once():
         assert tokenizer.decode([*typed, *rest]) == prefix + best
     with pytest.raises(UserError, match="fim_rate"):
         suggest(model, base, "a", "b", **fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb\nb\nb\n", "a\nb\n"),
+        ("a\n\nb\n\nb", "a\n\nb\n\nb"),  # the last line may go on
+        ("a\n\nb\n\nb\nc", "a\n\nb\n\n"),
+        ("a\nb\na\nb\na\nb\n", "a\nb\na\n"),
+        ("\n\n\n}\n  }\n", "\n\n\n}\n  }\n"),
+    ],
+)
+def test_repeated_lines_end_a_text(text, expected):
+    for size in (1, 2, 100):
+        repeats, found = RepeatedLines(), ""
+        for start in range(0, len(text), size):
+            if not repeats.has_ended:
+                found += repeats.feed(text[start : start + size])
+        assert found + repeats.finish() == expected

@@ -29,7 +29,8 @@ def test_suggestions_for_a_place_and_wrong_places(tmp_path):
         "scripts/complete.py",
         ([run], "FILE:LINE:COLUMN"),
         ([run, f"{text}:1:1", f"{text}:1:2"], "no such file"),
-        *(([run, f"{text}:{place}"], "no such place in 4 lines") for place in ("5:1", "2:6")),
+        ([run, f"{text}:5:1"], "no such place in 4 lines"),
+        ([run, f"{text}:2:6"], "line 2 has 4 characters"),
         ([run, f"{tmp_path}/binary:1:1"], "invalid UTF-8 at byte 0"),
         ([f"{text}:1:1"], "no --workdir"),
     )
