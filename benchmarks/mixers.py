@@ -10,6 +10,7 @@ so that the mixers have none.
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 """Options by name, which begins with the mixer's."""
 SECONDS = 60.0
-RATES = (3e-2, 1e-2)
-"""Of Muon, for synthetic tasks."""
+RATES = (("muon", 3e-2), ("muon", 1e-2))
+"""For synthetic tasks."""
 STATE = "SimpleRNN 32 x 32"
 PAIRS = (8, 16, 32, 64)
 TRACKED, LONGER = 32, 4
@@ -104,6 +105,11 @@ def permutations(count: int) -> np.ndarray:
     return np.array([[index[tuple(b[i] for i in a)] for b in elements] for a in elements])
 
 
+def small_config(name: str) -> Config:
+    """A small model for synthetic tasks."""
+    return with_mixer(synthetic.variant(STATE, 512), name)
+
+
 def task_rows(names: Sequence[str] = tuple(MIXERS)) -> Iterator[Row]:
     """Accuracy of each mixer on synthetic tasks, in percent; the best rate by training loss."""
     stages = [
@@ -124,11 +130,7 @@ def task_rows(names: Sequence[str] = tuple(MIXERS)) -> Iterator[Row]:
     for name in names:
         row: Row = {"mixer": name}
         for stages, tests in tasks:
-            trials = []
-            for rate in RATES:
-                config = with_mixer(synthetic.variant(STATE, 512), name)
-                trials.append(synthetic.train(config, stages, "muon", rate))
-            best = min(trials, key=lambda trial: np.nan_to_num(trial.loss, nan=np.inf))
+            _, best = synthetic.train_best(partial(small_config, name), stages, RATES)
             row |= {test: 100 * synthetic.accuracy(best, each, 256) for test, each in tests.items()}
         print(f"  {row}", flush=True)
         yield row

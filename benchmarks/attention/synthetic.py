@@ -8,7 +8,8 @@ An answer of a task is a target that never appears as an input: ``loss_mask`` is
 queries. Every sequence starts from a zero state.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -167,6 +168,19 @@ def train(config: Config, stages: Sequence[Stage], optimizer: str, rate: float) 
     return Trained(config, state.params, float(np.mean(losses)))
 
 
+def train_best(
+    make_config: Callable[[], Config], stages: Sequence[Stage], rates: Iterable[tuple[str, float]]
+) -> tuple[str, Trained]:
+    """Train at every learning rate; return the name and result of the lowest training loss.
+
+    `rates` are pairs of optimizer and rate.
+    """
+    trials = {f"{name} {rate:g}": train(make_config(), stages, name, rate) for name, rate in rates}
+    best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
+    print(f"  {best} of {', '.join(trials)}", flush=True)
+    return best, trials[best]
+
+
 def accuracy(trained: Trained, task: Task, sequences: int) -> float:
     """Fraction of answers that are the likeliest token, over at least `sequences` sequences."""
     graph, _ = abstract_model(trained.config.model)
@@ -199,17 +213,13 @@ def evaluate(
     rows: list[Row] = []
     curves: dict[str, dict[str, dict[str, float]]] = {title: {} for title in tests}
     for name in names:
-        trials = {
-            f"{optimizer} {rate:g}": train(variant(name, context), stages, optimizer, rate)
-            for optimizer, rate in rates
-            if optimizer == "muon" or name == PLAIN
-        }
-        best = min(trials, key=lambda trial: np.nan_to_num(trials[trial].loss, nan=np.inf))
-        print(f"  {name}: {best} of {', '.join(trials)}", flush=True)
-        parameters = count_parameters(trials[best].config)
+        tried = [pair for pair in rates if pair[0] == "muon" or name == PLAIN]
+        print(f"  {name}:", flush=True)
+        best, trained = train_best(partial(variant, name, context), stages, tried)
+        parameters = count_parameters(trained.config)
         rows.append({"model": name, "parameters": parameters, "best rate": best})
         for title, by_x in tests.items():
-            scores = {str(x): accuracy(trials[best], task, sequences) for x, task in by_x.items()}
+            scores = {str(x): accuracy(trained, task, sequences) for x, task in by_x.items()}
             curves[title][name] = scores
     return rows, {**curves}
 

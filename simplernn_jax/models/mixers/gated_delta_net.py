@@ -55,8 +55,8 @@ class GatedDeltaNet(MultiHeadRecurrence):
         """Initialize the parameters; see the base class."""
         super().__init__(config, rngs=rngs)
         sizes: Any = (config.hidden_dim, config.num_heads, ("embed", "heads"))
-        self.decay_proj = Dense(*sizes, **dense_options(config, rngs))
-        self.strength_proj = Dense(*sizes, **dense_options(config, rngs))
+        options = dense_options(config, rngs)
+        self.decay_proj, self.strength_proj = Dense(*sizes, **options), Dense(*sizes, **options)
         axes, shape = LogicalAxes("heads"), (config.num_heads,)
         self.A_log = nnx.Param(decay_init(0, 16)(rngs.params(), shape, PARAM_DTYPE), axes=axes)
         self.dt_bias = nnx.Param(time_step_init(rngs.params(), shape, PARAM_DTYPE), axes=axes)
