@@ -17,7 +17,7 @@ def get_config() -> Config:
     config = Config()
     config.data.batch_size = 8
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 1.6e-2
+    config.optimizer.learning_rate = 1.2e-2
     config.optimizer.warmup_steps = 100
     config.train.steps = 5600
     config.train.eval_every = 1400

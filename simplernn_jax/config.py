@@ -63,10 +63,11 @@ class ModelConfig(_Fields):
 
     vocab_size: int = _number(259, at_least=1)
     """Size of embedding and head; a run raises it to the tokenizer's if that is larger."""
-    block: str = _one_of(("plain", "residual", "swiglu"), "residual")
-    """``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``residual``:
-    pre-norm block with a short convolution and an MLP; ``swiglu``: the pre-norm block of Llama and
-    of gated linear attention (docs/mixers.md)."""
+    block: str = _one_of(("parallel", "plain", "residual", "swiglu"), "parallel")
+    """``parallel``: pre-norm block whose mixer and MLP both read a short convolution of the tokens;
+    ``residual``: the same with the MLP after the mixer, the default of earlier versions;
+    ``plain``: the bare layer of the original PyTorch project (docs/pytorch.md); ``swiglu``: the
+    pre-norm block of Llama and of gated linear attention (docs/mixers.md)."""
     num_layers: int = _number(4, at_least=1, at_most=1024)
     """Number of blocks."""
     hidden_dim: int = _number(128, at_least=1, at_most=_MAX_SIZE)
@@ -106,6 +107,11 @@ class ModelConfig(_Fields):
         if name == "mixer_options" and isinstance(value, dict):
             value = dict(value)  # not shared with a copy
         super().__setattr__(name, value)
+
+    @property
+    def is_convolved(self) -> bool:
+        """Whether the blocks have a short convolution."""
+        return self.block in ("parallel", "residual")
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -154,16 +160,17 @@ class DataConfig(_Fields):
     validation_fraction: float = _number(0.05, below=1)
     """Fraction held out for validation, in [0, 1); 0 trains on all of the text."""
     mode: str = _one_of(("window", "stream", "document"), "window")
-    """``window``: random windows from a zero state; ``stream``: contiguous sequences whose state is
+    """``window``: windows from a zero state; ``stream``: contiguous sequences whose state is
     carried from batch to batch (truncated BPTT); ``document``: padded documents."""
     batch_size: int = _number(16, at_least=1)
     """Sequences of one optimizer step; divisible by data * fsdp, times gradient_accumulation if
     that is set."""
     sequence_length: int = _number(256, at_least=1)
     """Tokens per sequence."""
-    stride: int = 0
+    stride: int | None = _number(None, at_least=0)
     """Tokens from one window to the next, at most sequence_length (window mode): sliding windows,
-    each once an epoch in random order. 0 draws windows at random positions."""
+    each once an epoch in random order. None: sequence_length, so that an epoch has every token
+    once. 0 draws windows at random positions, as None does for a mixture."""
     reset_probability: float = _number(0.0, at_most=1)
     """Probability that a sequence's carried state is reset before a batch (stream mode)."""
     encoding_errors: str = _one_of(ENCODING_ERRORS, "strict")
@@ -375,8 +382,8 @@ def _check_model(model: ModelConfig) -> None:
     if model.block != "swiglu" and model.norm_epsilon != ModelConfig.norm_epsilon:
         allowed = f"{ModelConfig.norm_epsilon} with config.model.block={model.block!r}"
         _reject("model.norm_epsilon", model.norm_epsilon, allowed)
-    if model.block == "residual" and not model.mlp_dim:
-        _reject("model.mlp_dim", 0, "at least 1 with config.model.block='residual'")
+    if model.is_convolved and not model.mlp_dim:
+        _reject("model.mlp_dim", 0, f"at least 1 with config.model.block={model.block!r}")
     for name, value in model.mixer_options.items():
         is_scalar = isinstance(value, bool | int | str) or (
             isinstance(value, float) and abs(value) <= _MAX_FLOAT
@@ -391,7 +398,7 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_data(data: DataConfig) -> None:
     length = data.sequence_length
-    if data.stride > length:
+    if (data.stride or 0) > length:
         allowed = f"at most config.data.sequence_length={length}, or some text is skipped"
         _reject("data.stride", data.stride, allowed)
     if data.stride and data.mode != "window":

@@ -30,7 +30,7 @@ def load(name):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model.block", "residul", r"one of plain, residual, swiglu; did you mean 'residual'\?"),
+        ("model.block", "residul", r"one of parallel, plain, .*; did you mean 'residual'\?"),
         ("model.key_dim", 126, "divisible by config.model.num_heads=4"),
         ("model.dropout", 1.0, "below 1"),
         ("model.num_layers", 0, "at least 1"),

@@ -42,7 +42,7 @@ def edits(folder: Path, count: int, seed: int) -> Iterator[Case]:
 @functools.cache
 def _model(mixer: str) -> LanguageModel:
     sizes: dict[str, Any] = dict.fromkeys(("hidden_dim", "key_dim", "value_dim", "mlp_dim"), 8)
-    config = ModelConfig(block="residual", mixer=mixer, num_heads=1, vocab_size=VOCAB, **sizes)
+    config = ModelConfig(block="parallel", mixer=mixer, num_heads=1, vocab_size=VOCAB, **sizes)
     return LanguageModel(config, rngs=nnx.Rngs(0))
 
 

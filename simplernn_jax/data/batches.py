@@ -74,17 +74,24 @@ def steps_per_epoch(split: TokenSplit, data_config: DataConfig) -> int:
         )
     if is_stream:
         return divide_up(divide_up(num_tokens, batch_size), length)
-    if data_config.stride:
-        return divide_up(divide_up(num_tokens, data_config.stride), batch_size)
+    if stride := _stride(split, data_config):
+        return divide_up(divide_up(num_tokens, stride), batch_size)
     return divide_up(num_tokens, batch_size * length)
+
+
+def _stride(split: TokenSplit, data_config: DataConfig) -> int:
+    """Return the tokens from one window to the next, 0 for windows at random positions."""
+    if data_config.stride is not None:
+        return data_config.stride
+    return 0 if len(split.parts or ()) > 1 else data_config.sequence_length
 
 
 class BatchSource:
     """Random-access source whose item ``i`` is the `Batch` of optimizer step ``i``.
 
-    ``window``: B examples of T tokens, each beginning anywhere; `reset` everywhere. With a stride,
-    one begins every `stride` tokens of the ring, and an epoch has all of them once, in a random
-    order; its last batch is filled up with the first ones.
+    ``window``: B examples of T tokens; `reset` everywhere. One begins every `stride` tokens of the
+    ring of documents, from a random position in each epoch, and an epoch has all of them once, in a
+    random order; the next epoch begins within a batch. With a stride of 0 they begin anywhere.
 
     ``stream``: the documents form a ring, rotated by a random amount each epoch and cut into B
     sequences of equal length (within one token). Batch j of an epoch holds tokens j T to (j+1) T
@@ -121,6 +128,7 @@ class BatchSource:
         weighted = zip(split.parts or (split,), split.weights or (1.0,), strict=True)
         used = [(part, weight) for part, weight in weighted if weight]
         self._until = np.cumsum([weight for _, weight in used])[:-1]
+        data_config = dataclasses.replace(data_config, stride=_stride(split, data_config))
         self._is_drawn = data_config.mode == "window" and not data_config.stride
         counts = np.full(len(used), self._batch_size)
         self._first = np.zeros_like(counts)
@@ -193,11 +201,13 @@ class _SourceBatches:
         if not self._config.stride:
             draws = _random_draws(self._seed, _EXAMPLES, index)
             return draws.integers(0, num_tokens, self._batch_size)
-        epoch, step = divmod(index, self._steps_per_epoch)
-        turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
-        places = step * self._batch_size + np.arange(self._batch_size)
-        nth = self._order(epoch).take(places, mode="wrap")
-        return (turn + nth * self._config.stride) % num_tokens
+        starts = np.empty(self._batch_size, np.int64)
+        epochs, places = divmod(index * self._batch_size + np.arange(len(starts)), self._pieces)
+        for epoch in np.unique(epochs):
+            turn = _random_draws(self._seed, _ROTATION, epoch).integers(0, num_tokens)
+            nth = self._order(epoch)[places[epochs == epoch]]
+            starts[epochs == epoch] = (turn + nth * self._config.stride) % num_tokens
+        return starts
 
     def _stream_batch(self, index: int, sequences: np.ndarray) -> Batch:
         epoch, step = divmod(index, self._steps_per_epoch)
@@ -262,7 +272,7 @@ def _shares(used: Sequence[tuple[TokenSplit, float]], batch_size: int) -> np.nda
             raise UserError(
                 f"the {part.name} split has a probability of {weight:.3g}, less than a sequence of "
                 f"config.data.batch_size={batch_size}: use larger batches, a larger weight, or "
-                "random windows, whose source is drawn"
+                "config.data.mode=window without a stride, which draws each source"
             )
     return counts
 

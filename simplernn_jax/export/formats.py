@@ -83,8 +83,8 @@ def find_format(name: str) -> ModuleType:
 def check_architecture(format_name: str, model: LanguageModel) -> None:
     """Raise `UserError` for a model that the programs of this format do not have."""
     block, mixers = model.config.block, {*model.config.mixers}
-    supported = {"plain": {"simple_rnn"}, "residual": {"simple_rnn", "attention"}}
-    if not mixers <= supported.get(block, set()):
+    convolved = {"simple_rnn", "attention"} if model.config.is_convolved else set()
+    if not mixers <= ({"simple_rnn"} if block == "plain" else convolved):
         raise UserError(
             f"--format={format_name}: not possible with model.block={block!r} and "
             f"model.mixer={model.config.mixer!r}; use safetensors or stablehlo"

@@ -31,7 +31,8 @@ def quantize_model(model: LanguageModel, quantize: str) -> LanguageModel:
 
     Raises:
       UserError: not a model, another value, or a model that is not decoded in fewer bits here: only
-        residual blocks of SimpleRNN with a float32 state are, on one CPU device with a C compiler.
+        parallel or residual blocks of SimpleRNN with a float32 state are, on one CPU device with a
+        C compiler.
     """
     check_model(model)
     if quantize not in QUANTIZATIONS:
@@ -40,8 +41,8 @@ def quantize_model(model: LanguageModel, quantize: str) -> LanguageModel:
         return model
     if not decodes_natively(model):
         raise UserError(
-            f"quantize={quantize}: only models of residual blocks with simple_rnn and a float32 "
-            "state are quantized, on a single CPU device with a C compiler; use none"
+            f"quantize={quantize}: only models of parallel or residual blocks with simple_rnn "
+            "and a float32 state are quantized, on a single CPU device with a C compiler; use none"
         )
     result = nnx.clone(model)
     for _, part in nnx.iter_graph(result):
@@ -59,12 +60,12 @@ _rounded = jax.jit(rounded, static_argnums=1)
 def decodes_natively(model: LanguageModel) -> bool:
     """Return whether the C function decodes `model` here.
 
-    It decodes residual blocks whose mixers are all SimpleRNN, on a single CPU device.
+    It decodes parallel and residual blocks of SimpleRNN, on a single CPU device.
     """
     config, embedding = model.config, model.embedding.embedding[...]
     return (
         type(model) is LanguageModel
-        and config.block == "residual"
+        and config.is_convolved
         and set(config.mixers) == {"simple_rnn"}
         and isinstance(model.layers, nnx.List)
         and config.norm_epsilon == EPSILON
@@ -113,6 +114,7 @@ def decoder_weights(model: LanguageModel, kind: str) -> DecoderWeights:
         bias=jnp.pad(jnp.stack(bias), [(0, 0), (0, padding)]),
         final_scale=model.final_scale[...],
         head_bias=head_bias,
+        parallel=jnp.full(1, float(model.config.block == "parallel")),
     )
 
 

@@ -42,9 +42,9 @@ class LanguageModel(nnx.Module):
     ``block="plain"`` is the original PyTorch implementation's model (docs/pytorch.md): embedding
     N(0, 1), layers without norm or residual, an LM head with bias. The others are pre-norm residual
     blocks, for deep models, with a final norm before the LM head, which may be tied to the
-    embedding: ``block="residual"`` is `ResidualBlock`, ``block="swiglu"`` is `SwiGLUBlock`. Each
-    layer has any registered mixer; with ``block="swiglu"``, some are models of
-    flash-linear-attention (docs/mixers.md).
+    embedding: ``block="parallel"`` is `ParallelBlock`, ``"residual"`` is `ResidualBlock`, and
+    ``"swiglu"`` is `SwiGLUBlock`. Each layer has any registered mixer; with ``block="swiglu"``,
+    some are models of flash-linear-attention (docs/mixers.md).
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class LanguageModel(nnx.Module):
         check_segment_ids(segment_ids, sizes)
         check_ids(tokens, self.config.vocab_size)
         x = self.embedding(tokens)
-        if self.config.block == "residual":
+        if self.config.is_convolved:
             # Scale to unit variance; a tied head needs 1/sqrt(D) initialization.
             x = x * self.config.hidden_dim**0.5
         x, state = self.layers(x, state, segment_ids, dropout_key, remat=self.remat)

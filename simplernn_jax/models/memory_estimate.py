@@ -83,7 +83,7 @@ def estimate_training(config: Config, sizes: dict[str, int]) -> Estimate:
     length = (train.bptt_window or data.sequence_length) / sizes["sequence"]
     channels = _widest(model) / shards
     if sizes["pipeline"] == 1:
-        num_mlp = {"plain": 0, "residual": 1, "swiglu": 2}[model.block] * (train.remat == "none")
+        num_mlp = {"plain": 0, "swiglu": 2}.get(model.block, 1) * (train.remat == "none")
         saved = model.hidden_dim + num_mlp * model.mlp_dim / sizes["tensor"]
         channels += model.num_layers * saved
     else:  # stages save only the inputs of their chunks

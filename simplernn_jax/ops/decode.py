@@ -1,4 +1,4 @@
-"""Decoding with residual SimpleRNN blocks as one C function; see `cpu/decode.c`."""
+"""Decoding with parallel or residual SimpleRNN blocks as one C function; see `cpu/decode.c`."""
 
 from typing import NamedTuple
 
@@ -38,6 +38,8 @@ class DecoderWeights(NamedTuple):
     """[D]"""
     head_bias: jax.Array
     """[vocab]"""
+    parallel: jax.Array
+    """[1]; 1 where the MLP reads the input of the recurrence, 0 where it follows it."""
 
     @property
     def mlp_dim(self) -> int:

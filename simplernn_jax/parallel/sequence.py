@@ -49,7 +49,7 @@ AXIS = "sequence"
 
 def min_shard_tokens(model: ModelConfig) -> int:
     """Return the fewest tokens per shard: a convolution takes its past inputs from one other."""
-    widths = int(model.mixer_options.get("short_convolution", 0)), 4 * (model.block == "residual")
+    widths = int(model.mixer_options.get("short_convolution", 0)), 4 * model.is_convolved
     return max(*widths, 2) - 1
 
 

@@ -76,7 +76,7 @@ def write_report(
         cache = shlex.quote(config.data.cache_dir)
         commands.append(f"evaluate.py {workdir}" + f" --cache_dir {cache}" * (cache != "''"))
     if config.train.tune != "state":  # else they take the model without the learned state
-        kind = "html" if config.model.block == "residual" else "safetensors"
+        kind = "html" if config.model.is_convolved else "safetensors"
         out = shlex.quote(os.path.join(run.workdir, kind))
         commands += [f"serve.py {workdir}", f"export.py {workdir} --format {kind} --out {out}"]
     if not run.stopped_early:

@@ -108,7 +108,7 @@ TOKENS = np.random.default_rng(2).integers(0, 30, 7)
 TARGET = 11
 
 
-@pytest.mark.parametrize(("block", "filling"), [("plain", 0), ("residual", 0.3)])
+@pytest.mark.parametrize(("block", "filling"), [("plain", 0), ("parallel", 0.3)])
 def test_gradient_times_input_equals_the_slope_of_scaling(block, filling):
     mixer = "simple_rnn" if block == "plain" else "simple_rnn,attention"
     options = {"mixer": mixer, "mixer_options": {"context": 5}, "tie_embeddings": False}

@@ -32,7 +32,7 @@ VALUE_PICTURES = ["loss_by_position", "contributions"]
 
 def fields_of(mixer):
     layers = {"num_layers": mixer.count(",") + 1, "mixer": mixer, "mixer_options": {"context": 11}}
-    return {"block": "residual", "num_heads": 2, **layers}
+    return {"block": "parallel", "num_heads": 2, **layers}
 
 
 @functools.cache

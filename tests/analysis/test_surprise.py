@@ -41,7 +41,7 @@ def cut(*blocks, by="line", **options):
     return list(cut_units(blocks, by, **options))
 
 
-@pytest.mark.parametrize(("block", "name"), [("residual", "bpe"), ("plain", "byte")])
+@pytest.mark.parametrize(("block", "name"), [("parallel", "bpe"), ("plain", "byte")])
 def test_bits_are_those_of_the_model_across_chunks_and_blocks(block, name):
     """Of a model that a C function decodes, and of one that XLA decodes."""
     tokenizer, text = TOKENIZERS[name](), 30 * TEXT  # more than a chunk

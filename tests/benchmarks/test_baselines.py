@@ -29,7 +29,7 @@ def small(tmp_path_factory):
         text = " ".join(draw.choices(WORDS, k=words))
         (folder / "texts" / f"{number}.txt").write_text(text)
     config = small_config(
-        "residual",
+        "parallel",
         **{"source": str(folder / "texts"), "tokenizer": "char", "vocab_size": 20},
         **{"validation_fraction": 0.5, "sequence_length": 11, "batch_size": 3, "steps": 5},
     )

@@ -144,7 +144,7 @@ def test_a_cached_prefix_is_continued(trained, monkeypatch):
 
 def test_a_step_on_a_mesh_is_measured_by_kind(monkeypatch):
     fields = {"vocab_size": 264, "mlp_dim": 8, "num_heads": 4, "batch_size": 8, "data": 1}
-    config = small_runs.small_config("residual", **fields)
+    config = small_runs.small_config("parallel", **fields)
     monkeypatch.setattr(scaling.config_files, "load_config", lambda _: config)
     monkeypatch.setattr(scaling, "NAMES", ("tiny",))
     monkeypatch.setattr(scaling, "on_simulated_devices", lambda _, call, **given: call(**given))

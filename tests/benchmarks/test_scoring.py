@@ -44,7 +44,7 @@ def test_all_tables_of_a_run(tmp_path, monkeypatch):
     for name in "abcd":
         write(tmp_path / "texts" / f"{name}.py", f"{name} = 1\n{CODE}")
     source = str(tmp_path / "texts")
-    config = small_config("residual", source=source, validation_fraction=0.5)
+    config = small_config("parallel", source=source, validation_fraction=0.5)
     save_untrained(config, tmp_path / "run")
     monkeypatch.setattr(scoring, "DEFECTS", 3)
     monkeypatch.setattr(scoring, "LINES", (10, 40))

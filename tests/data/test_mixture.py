@@ -24,7 +24,7 @@ from simplernn_jax.files import read_sealed, write_sealed
 from simplernn_jax.training.preparation import open_saved_corpus
 
 VARIANTS = [
-    {"mode": "window"},
+    {"mode": "window"},  # random positions
     {"mode": "window", "stride": 7},
     {"mode": "stream", "reset_probability": 0.3},
     {"mode": "document"},

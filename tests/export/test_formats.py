@@ -119,7 +119,7 @@ def test_an_export_is_a_model(tmp_path, workdir, run):
 
 
 def test_the_example_prints_text_without_this_package(tmp_path):
-    original = trained(MODELS["residual"])
+    original = trained(MODELS["parallel"])
     find_format("stablehlo").write(original, tmp_path)
     prompt = "a prompt of more than 64 bytes, so that both programs are called: é"
     (tmp_path / "simplernn_jax").mkdir()

@@ -49,7 +49,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     make = TOKENIZERS.get(request.param, lambda: pretrained(splitting_tokenizer()))
     tokenizer = make()
-    find_format("html").write(trained(MODELS["residual"], tokenizer), folder)
+    find_format("html").write(trained(MODELS["parallel"], tokenizer), folder)
     return tokenizer, find_format("html").load(folder)
 
 
@@ -114,7 +114,7 @@ def test_samples_follow_the_probabilities(pair):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A model with random parameters and its page."""
-    original = trained(MODELS["residual"], workdir="a <b> run")
+    original = trained(MODELS["parallel"], workdir="a <b> run")
     folder = tmp_path_factory.mktemp("page")
     find_format("html").write(original, folder)
     return original.model, original.tokenizer, folder / FILE
@@ -127,7 +127,7 @@ def exported_chat(tmp_path_factory):
     turns = itertools.product([("a", "yes"), ("bc", "no")], repeat=3)
     talks = [{"messages": talk(*three)} for three in turns]
     source = write(folder / "a.jsonl", records(*talks))
-    config = small_config("residual", source=str(source), template="roles", **CHAT)
+    config = small_config("parallel", source=str(source), template="roles", **CHAT)
     train(config, str(folder / "run"))
     model, tokenizer, config = load_model(str(folder / "run"))
     tokens = np.arange(70, dtype=np.int32)
@@ -164,7 +164,7 @@ def test_greedy_text_is_that_of_the_model(page, exported):
     assert text == generate_text(model, tokenizer, prompt, max_new_tokens=200)[0]
     assert "tokens/s" in page.locator("#speed").text_content()
     assert page.title() == "a <b> run"
-    page.locator("#text .token").nth(3).hover()
+    page.locator("#text .token:visible").nth(3).hover()
     assert page.locator("#alternatives tr").count() == 6
     assert page.locator("#alternatives .chosen").count() == 1
 

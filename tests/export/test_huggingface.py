@@ -188,7 +188,7 @@ def test_loss_and_gradients(exported):
 
 
 def test_a_trained_copy_comes_back(tmp_path):
-    original = trained(MODELS["residual"])
+    original = trained(MODELS["parallel"])
     write(original, tmp_path / "a")
     model = load(tmp_path / "a")
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_trained_copy_comes_back(tmp_path):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokenizers(tmp_path, kind):
     ours = TOKENIZERS[kind]()
-    write(trained(MODELS["residual"], ours), tmp_path / "out")
+    write(trained(MODELS["parallel"], ours), tmp_path / "out")
     theirs = load_tokenizer(tmp_path / "out")
     library = library_tokenizer(ours)  # of the other formats
     library.encode_special_tokens = True
@@ -239,7 +239,7 @@ def test_chat_template(tmp_path):
         "\n{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    original = trained(MODELS["residual"], template=template, workdir=str(tmp_path / "my run"))
+    original = trained(MODELS["parallel"], template=template, workdir=str(tmp_path / "my run"))
     write(original, tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out")
     messages = [{"role": "user", "content": "hi"}]
@@ -253,7 +253,7 @@ def test_chat_template(tmp_path):
 
 
 def test_the_end_of_a_turn_is_no_text(tmp_path):
-    original = trained(MODELS["residual"], template=load_template("roles"))
+    original = trained(MODELS["parallel"], template=load_template("roles"))
     bias = original.model.head.bias
     bias[...] = bias[...].at[4].set(1e3)  # the model ends its turn at once
     write(original, tmp_path / "out")
@@ -313,7 +313,7 @@ def test_what_a_model_card_states(tmp_path):
 
 
 def test_a_stated_license_and_languages(tmp_path):
-    original = trained(MODELS["residual"], template=load_template("roles"))
+    original = trained(MODELS["parallel"], template=load_template("roles"))
     stated = dataclasses.replace(original, license="cc-by-4.0", languages=("en", "no"))
     header, html = card_of(stated, tmp_path / "out")
     assert header["license"] == "cc-by-4.0"

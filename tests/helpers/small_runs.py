@@ -163,8 +163,11 @@ MODELS = {
         **{"block": "plain", "num_layers": 2, "num_heads": 1, "hidden_dim": 8},
         **{"key_dim": 5, "value_dim": 7},
     },
-    "residual": {"num_layers": 1, "tie_embeddings": False},
-    "hybrid": {"mixer": "simple_rnn,attention", "num_layers": 2, "mixer_options": {"context": 13}},
+    "parallel": {"num_layers": 1, "tie_embeddings": False},
+    "hybrid": {
+        **{"block": "residual", "num_layers": 2, "mixer": "simple_rnn,attention"},
+        "mixer_options": {"context": 13},
+    },
 }
 """Fields of the model by the name of a case."""
 

@@ -20,7 +20,7 @@ SETTINGS = {"max_new_tokens": 3000, "temperature": 1.0}
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return save_untrained_chat(tmp_path_factory.mktemp("run"), block="residual", num_layers=2)
+    return save_untrained_chat(tmp_path_factory.mktemp("run"), block="parallel", num_layers=2)
 
 
 @pytest.fixture

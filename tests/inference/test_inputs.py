@@ -35,7 +35,7 @@ TEXTS = {"prompts": [3, b"a", {"a": 1}, [1], ["a", b"b"], "\ud800"]}
 
 @functools.cache
 def model():
-    return small_model("residual")
+    return small_model("parallel")
 
 
 def cases(table):

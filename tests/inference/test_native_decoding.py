@@ -31,7 +31,8 @@ KINDS = [("small", "none"), ("small", "int4"), *(("wide", kind) for kind in QUAN
 
 @functools.cache
 def make_model(sizes="small", quantize="none", **fields):
-    fields = {"tie_embeddings": sizes == "wide"} | fields
+    wide = {"tie_embeddings": True, "block": "parallel"}
+    fields = (wide if sizes == "wide" else {"tie_embeddings": False, "block": "residual"}) | fields
     config = ModelConfig(vocab_size=VOCAB, num_layers=2, **SIZES[sizes], **fields)
     return quantize_model(LanguageModel(config, rngs=nnx.Rngs(0)), quantize)
 
@@ -182,7 +183,7 @@ def test_a_bfloat16_model_keeps_its_precision():
 def test_other_models_are_not_quantized(fields):
     model = make_model(**fields)
     assert not decodes_natively(model)
-    with pytest.raises(UserError, match="quantize=int8: only models of residual blocks"):
+    with pytest.raises(UserError, match="quantize=int8: only models of parallel or residual"):
         quantize_model(model, "int8")
     with pytest.raises(UserError, match="must be one of none, bfloat16, int8, int4"):
         quantize_model(model, "int2")

@@ -26,7 +26,7 @@ ROWS = 37
 @functools.cache
 def make_model(vocab_size=BYTES.vocab_size + 300):
     """A model with ids that the tokenizer lacks."""
-    return small_model("residual", vocab_size=vocab_size)
+    return small_model("parallel", vocab_size=vocab_size)
 
 
 def word_pieces():

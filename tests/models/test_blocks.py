@@ -1,4 +1,4 @@
-"""The residual block against its equations, and its parts: cell and dropout."""
+"""Parallel and residual blocks against their equations, and its parts: cell and dropout."""
 
 import chex
 import jax
@@ -10,14 +10,14 @@ from processes import run_python
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models import SimpleRNN, SimpleRNNCell
-from simplernn_jax.models.blocks import ResidualBlock
+from simplernn_jax.models.blocks import BLOCKS
 from simplernn_jax.models.layers import dropout
 from simplernn_jax.ops import gated_linear_recurrence
 
 BATCH, LENGTH, WIDTH, HEADS = 2, 11, 14, 2
 
 
-def block_of(precision):
+def block_of(name, precision):
     config = ModelConfig(
         vocab_size=29,
         num_layers=1,
@@ -28,7 +28,7 @@ def block_of(precision):
         mlp_dim=17,
         precision=precision,
     )
-    return ResidualBlock(config, "simple_rnn", rngs=nnx.Rngs(0))
+    return BLOCKS[name](config, "simple_rnn", rngs=nnx.Rngs(0))
 
 
 def normalised(x):
@@ -36,7 +36,7 @@ def normalised(x):
 
 
 def by_hand(block, x):
-    """The equations of `ResidualBlock`, all in float32."""
+    """The equations of `ResidualBlock` or `ParallelBlock`, all in float32."""
     cell = block.mixer.cell
 
     def linear(layer, x):
@@ -58,13 +58,15 @@ def by_hand(block, x):
     y = normalised(y).reshape(BATCH, LENGTH, -1)
     y = y * jax.nn.silu(linear(cell.output_gate_proj, u))
     x = x + linear(cell.out_proj, y)
-    return x + linear(block.mlp_out, jax.nn.relu(linear(block.mlp_in, normalised(x))) ** 2)
+    hidden = linear(block.mlp_in, u if block.is_parallel else normalised(x))
+    return x + linear(block.mlp_out, jax.nn.relu(hidden) ** 2)
 
 
 # Operands of bfloat16 have 8 bits, and an entry is a sum of several roundings.
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-5), ("bfloat16", 3e-2)])
-def test_value_and_gradients(precision, limit):
-    graph, params = nnx.split(block_of(precision))
+@pytest.mark.parametrize("name", ["parallel", "residual"])
+def test_value_and_gradients(name, precision, limit):
+    graph, params = nnx.split(block_of(name, precision))
     # Away from where it starts, at zero biases and a convolution that is none.
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * draw.normal(size=leaf.shape), params)

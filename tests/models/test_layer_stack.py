@@ -43,7 +43,7 @@ def make_batch(seed):
 def config_of(sizes=(), dtype="float32", **fields):
     shape = {"num_layers": LAYERS, "num_heads": 2, "mlp_dim": 12, "vocab_size": VOCAB}
     rows = {"batch_size": SIZE, "sequence_length": LENGTH, "mode": "stream"}
-    config = small_config("residual", **(shape | rows | fields))
+    config = small_config("parallel", **(shape | rows | fields))
     config.model.precision = dtype  # float64 is for tests: `validate` knows nothing of it
     config.mesh = MeshConfig(**({"data": 1} | dict(sizes)))
     return config

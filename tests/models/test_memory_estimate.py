@@ -116,7 +116,7 @@ def test_xla_analyzes_the_step_if_the_estimate_is_close(mesh, monkeypatch):
 
 @pytest.mark.parametrize(("context", "expected"), [(256, 32), (2**16 - 99, 4), (2**20, 1)])
 def test_the_states_of_sequences_that_are_scored_together_are_bounded(context, expected):
-    config = small_config("residual", key_dim=128, value_dim=128, num_heads=4)
+    config = small_config("parallel", key_dim=128, value_dim=128, num_heads=4)
     config.model.mixer, config.model.mixer_options = "attention", {"context": context}
     assert evaluation_sequences(config.model, 32) == expected
     assert evaluation_sequences(config.model, 3) == min(3, expected)

@@ -105,7 +105,7 @@ def config_of(mixer, **fields):
     if mixer != "decay":
         others = {"mixer": mixer} | OTHERS.get(mixer, {})
         return small_config("swiglu", **SIZES | others | fields)
-    return small_config("residual", **DECAY | fields)
+    return small_config("parallel", **DECAY | fields)
 
 
 gla_config = functools.partial(config_of, "gla")

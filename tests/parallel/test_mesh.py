@@ -73,7 +73,7 @@ def test_sizes_that_do_not_make_up_the_devices(sizes, message):
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(sizes, fields, message):
-    config = small_config("residual", **fields)
+    config = small_config("parallel", **fields)
     mesh = make_mesh(MeshConfig(**sizes), EIGHT)
     with pytest.raises(UserError, match=message):
         check_fits(config, mesh)
@@ -82,7 +82,7 @@ def test_sizes_that_do_not_divide_are_refused(sizes, fields, message):
 @pytest.mark.parametrize("mixer", ["simple_rnn", "attention"])
 def test_a_device_holds_its_share_of_every_array(mixer):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    config = small_config("residual", mode="stream", tie_embeddings=False, mixer=mixer)
+    config = small_config("parallel", mode="stream", tie_embeddings=False, mixer=mixer)
     optimizer = make_optimizer(config.optimizer, 10)
     state = jax.eval_shape(lambda: init_train_state(config, optimizer))
     specs = jax.tree.leaves(state_specs(config, optimizer, mesh))

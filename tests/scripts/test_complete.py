@@ -10,7 +10,7 @@ TEXT = "abc é\nda b\n\nc"
 
 
 def test_suggestions_for_a_place_and_wrong_places(tmp_path):
-    workdir = untrained_run(tmp_path, block="residual", fim_rate=0.5)
+    workdir = untrained_run(tmp_path, block="parallel", fim_rate=0.5)
     (tmp_path / "a:b").write_bytes(TEXT.encode())
     (tmp_path / "binary").write_bytes(b"\x89PNG\0")
     run, text = f"--workdir={workdir}", f"{tmp_path}/a:b"

@@ -17,7 +17,7 @@ def explain(*arguments, stdin=""):
 
 def test_writes_a_page_its_pictures_and_its_numbers(tmp_path):
     config = small_config(
-        "residual",
+        "parallel",
         source=write_corpus(tmp_path / "text"),
         validation_fraction=0.3,
         num_layers=2,

@@ -14,7 +14,7 @@ SCRIPT = ROOT / "scripts" / "score.py"
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("scored"), block="residual")
+    return untrained_run(tmp_path_factory.mktemp("scored"), block="parallel")
 
 
 def test_prints_the_most_surprising_units_of_all_files_and_writes_a_page(workdir, tmp_path):

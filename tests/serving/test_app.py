@@ -25,7 +25,7 @@ from simplernn_jax.serving.worker import Worker
 @pytest.fixture
 def service(tmp_path):
     """A service whose worker does not run."""
-    model = small_model("residual")
+    model = small_model("parallel")
     worker = Worker(model, num_slots=2, cache_bytes=0, max_waiting=1)
     states = StateFolder(str(tmp_path), model, ByteTokenizer(), 1 << 30)
     return Service(worker, ByteTokenizer(), model.config.vocab_size, "base", states)
@@ -139,7 +139,7 @@ def test_other_sites_are_rejected_and_told_which_flag_allows_them(service):
 
 
 def test_a_failed_reload_is_tried_again(service):
-    model = small_model("residual")
+    model = small_model("parallel")
     newest = "newer"
     service._load_other = lambda in_use: None if in_use == newest else (newest, model)
 

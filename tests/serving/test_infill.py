@@ -28,7 +28,7 @@ LLAMA_VIM = {
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return untrained_run(folder, block="residual", tokenizer="bpe:290", fim_rate=0.5)
+    return untrained_run(folder, block="parallel", tokenizer="bpe:290", fim_rate=0.5)
 
 
 @pytest.fixture(scope="module")

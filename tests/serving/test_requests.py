@@ -28,7 +28,7 @@ from simplernn_jax.serving.worker import Worker
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     """A service whose worker does not run."""
-    model, folder = small_model("residual"), tmp_path_factory.mktemp("states")
+    model, folder = small_model("parallel"), tmp_path_factory.mktemp("states")
     worker = Worker(model, num_slots=2, cache_bytes=0, max_waiting=1)
     states = StateFolder(str(folder), model, ByteTokenizer(), 1 << 30)
     template = mock.Mock(render=mock.Mock(return_value="a"), stop="\4")

@@ -132,7 +132,7 @@ def test_alone_together_and_from_the_cache_are_the_same_bits(model):
 
 @pytest.fixture(scope="module")
 def native_model():
-    return small_model("residual", vocab_size=VOCAB)
+    return small_model("parallel", vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_typed_tokens_that_stay_are_the_first_new_ones(scheduler):
 def test_a_job_gets_the_same_alone_among_31_others_and_without_drafts(monkeypatch):
     """Also after a learned state, and in a server with fewer slots."""
     # With as many ids, XLA orders the sums of a softmax over 1 or 2 sequences in another way.
-    model = quantize_model(small_model("residual", vocab_size=259), "int8")
+    model = quantize_model(small_model("parallel", vocab_size=259), "int8")
 
     def make_job(seed):
         draw, state = np.random.default_rng(seed), empty_state(model, 1)

@@ -367,7 +367,7 @@ def test_key_drain_and_reload(tmp_path):
 
 @needs_compiler
 def test_an_answer_is_not_prefilled_again_even_after_a_restart(tmp_path):
-    workdir, flags = untrained_run(tmp_path, block="residual"), [f"--state_dir={tmp_path}/states"]
+    workdir, flags = untrained_run(tmp_path, block="parallel"), [f"--state_dir={tmp_path}/states"]
     settings = {"temperature": 0, "max_tokens": 90, "ignore_eos": True}
     settings["banned_token_ids"] = [*range(97), *range(123, 256)]
 

@@ -24,7 +24,7 @@ COUNT = STATES_PER_FILE + 3
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model("residual")
+    return small_model("parallel")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_files_that_cannot_be_used_are_ignored(saved, model, caplog):
     (warning,) = caplog.messages
     assert "3 files of the prefix cache ignored" in warning
     assert "corrupted" in warning
-    assert not loaded(folder, small_model("residual", vocab_size=31))
+    assert not loaded(folder, small_model("parallel", vocab_size=31))
 
 
 @needs_compiler

@@ -33,7 +33,7 @@ SGD = optax.sgd(1.0)
 
 
 def config_of(sizes=(), **fields):
-    shape = {"block": "residual", "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
+    shape = {"block": "parallel", "num_layers": 2, "num_heads": 2, "mlp_dim": 12}
     rows = {"vocab_size": VOCAB, "batch_size": SIZE, "sequence_length": LENGTH, "mode": "stream"}
     # float64 is for tests: `validate` knows nothing of it.
     return small_config(**shape | rows | {"precision": "float64"} | dict(sizes) | fields)

@@ -20,7 +20,7 @@ from simplernn_jax.training import evaluate
 from simplernn_jax.training.evaluate import Evaluator
 
 CONFIG = small_config(
-    "residual",
+    "parallel",
     vocab_size=203,
     num_layers=2,
     mixer="attention,simple_rnn",
@@ -65,7 +65,7 @@ def evaluation(limit_tokens=0, split=SPLIT):
 
 def test_a_mesh_scores_as_one_device(monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 60)
-    config = small_config("residual", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
+    config = small_config("parallel", vocab_size=204, num_heads=2, mlp_dim=12, num_layers=2)
     config.model.mixer, config.model.mixer_options = "simple_rnn,attention", {"context": 9}
     params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
     alone = Evaluator(config, PAD)(params, SPLIT)

@@ -43,7 +43,7 @@ def test_schedule_of_a_run_that_ends_in_its_warmup_is_finite_and_positive(total_
     assert all(0 < value <= 0.5 for value in values)
 
 
-@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize("block", ["plain", "parallel"])
 def test_only_matrices_of_dense_layers_are_decayed(block):
     _, params = abstract_model(small_config(block, tie_embeddings=False).model)
     mask = jax.tree_util.tree_flatten_with_path(decay_mask(params))[0]

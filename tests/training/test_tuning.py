@@ -51,7 +51,7 @@ FILES = dict(zip(KINDS, ("state.safetensors", "adapter.safetensors"), strict=Tru
 
 def config_of(tune, precision="float64", **fields):
     rows = {"vocab_size": 12, "batch_size": 4, "sequence_length": 24, "init_from": "x"}
-    return small_config("residual", **SIZES, **rows, precision=precision, tune=tune, **fields)
+    return small_config("parallel", **SIZES, **rows, precision=precision, tune=tune, **fields)
 
 
 def start(config):
@@ -124,13 +124,13 @@ def test_gradients_are_those_of_the_definition(tune, mesh, layers):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("base"), block="residual", dropout=0.1, **SIZES)
+    return untrained_run(tmp_path_factory.mktemp("base"), block="parallel", dropout=0.1, **SIZES)
 
 
 def tuning(base, tmp_path, tune, **fields):
     fields = {"steps": 4, "name": "muon", "init_from": str(base), "tune": tune} | fields
     source = write_corpus(tmp_path / "texts", seed=1)
-    return small_config("residual", source=source, **SIZES | {"dropout": 0.1} | fields)
+    return small_config("parallel", source=source, **SIZES | {"dropout": 0.1} | fields)
 
 
 @pytest.mark.parametrize("tune", KINDS)
@@ -191,7 +191,7 @@ def test_what_does_not_fit_the_model_is_rejected(base, tmp_path):
     ):
         with pytest.raises(UserError, match=problem):
             train(tuning(base, tmp_path, **fields), tmp_path / "rejected")
-    attention = untrained_run(tmp_path, block="residual", mixer="attention", dropout=0.1, **SIZES)
+    attention = untrained_run(tmp_path, block="parallel", mixer="attention", dropout=0.1, **SIZES)
     with pytest.raises(UserError, match="no recurrent state, but a cache; use lora:8"):
         train(tuning(attention, tmp_path, "state", mixer="attention"), tmp_path / "rejected")
 

@@ -78,7 +78,7 @@ class LanguageModel {
     this.linear(name + "out_proj", o, n);
     for (let i = 0; i < D; i++) x[i] += n[i];
     normalize(x, n, 0, D);
-    this.linear(name + "mlp_in", n, mlp);
+    this.linear(name + "mlp_in", this.config.block === "parallel" ? y : n, mlp);
     for (let i = 0; i < mlp.length; i++) mlp[i] = mlp[i] > 0 ? mlp[i] * mlp[i] : 0;
     this.linear(name + "mlp_out", mlp, n);
     for (let i = 0; i < D; i++) x[i] += n[i];

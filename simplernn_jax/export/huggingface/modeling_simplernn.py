@@ -39,7 +39,7 @@ class SimpleRNNConfig(PretrainedConfig):
     def __init__(
         self,
         vocab_size=259,
-        block="residual",
+        block="parallel",
         num_layers=4,
         hidden_dim=128,
         key_dim=128,
@@ -213,7 +213,8 @@ class SimpleRNNLayer(nn.Module):
         y = self.convolution(rms_norm(x) * is_token[..., None], layer)
         heads = rms_norm(self.mix(y, is_token, layer)).flatten(2)
         x = x + self.out_proj(heads * functional.silu(self.output_gate_proj(y)))
-        return x + self.mlp_out(self.mlp_in(rms_norm(x)).relu().square())
+        y = y if self.config.block == "parallel" else rms_norm(x)
+        return x + self.mlp_out(self.mlp_in(y).relu().square())
 
     def mix(self, x, is_token, layer):
         """Mix the tokens: [B, T, D] to [B, T, H, V]."""

@@ -1,12 +1,13 @@
-/* Tokens of a language model of residual SimpleRNN blocks, for any number of sequences.
+/* Tokens of a language model of SimpleRNN in parallel or residual blocks, for any number of sequences.
 
    Per layer, with the norm n(x) = x / sqrt(mean(x^2) + EPSILON), C the short convolution, and S the
    state of a head:
 
      q, k, v, g, r = in_proj(C(n(x)))               (r: pre-activation of the output gate)
      S = diag(sigmoid(g)) S + sigmoid(k) v^T        y = n(S^T q) * r sigmoid(r)
-     x = x + out_proj(y)                            x = x + mlp_out(max(mlp_in(n(x)), 0)^2)
+     x' = x + out_proj(y)                           x = x' + mlp_out(max(mlp_in(m), 0)^2)
 
+   where m is C(n(x)) in parallel blocks, n(x') in the others;
    before them x = embedding * sqrt(D), after them logits = head(n(x) * final_scale).
 
    Each output is summed in the order of its inputs: a sequence's results are the same bits whatever
@@ -24,7 +25,7 @@
 typedef struct {
   int64_t active, length, rows; /* sequences with tokens, most tokens of one, and tokens in all */
   int64_t layers, dim, heads, key_dim, value_dim, mlp_dim, vocab, width;
-  int format;
+  int format, is_parallel;
   Matrix embedding, in_proj, out_proj, mlp_in, mlp_out, head;
   const float *convolution, *bias, *final_scale, *head_bias;
   const int32_t *tokens, *num_tokens, *slots; /* slots: before each token and after the last one */
@@ -205,6 +206,7 @@ static int64_t items_of(const Decoder *d, int phase) {
     case PROJECT: return d->in_proj.panels * blocks;
     case RECUR: return d->active * d->heads;
     case MIX: return d->out_proj.panels * blocks;
+    case NORM: return d->is_parallel ? 0 : blocks;
     case MLP_IN: return d->mlp_in.panels * blocks;
     case MLP_OUT: return d->mlp_out.panels * blocks;
     case HEAD: return d->head.panels * divided(d->num_outputs, BLOCK);
@@ -301,11 +303,11 @@ static void run_group(const void *task, int64_t g, void *scratch) {
   for (int64_t i = 0; i < items; i++) run_item(&d, i, scratch);
 }
 
-#define STATES 20 /* arguments before the states */
+#define STATES 21 /* arguments before the states */
 #define WEIGHTS_PER_THREAD (1 << 20) /* multiplied by one row: about 20 microseconds */
 
 /* (tokens [N, T], num_tokens, logits, embedding, in_proj, out_proj, mlp_in, mlp_out, head,
-   convolution, bias, final_scale, head_bias, slots [N, T + 1], states ...) -> (logits, inputs of the
+   convolution, bias, final_scale, head_bias, parallel, slots [N, T + 1], states ...) -> (logits, inputs of the
    head [N, T, D], workspace, states ...), where each matrix is two arguments, values and scales. Logits
    and states have an axis of slots in front. */
 XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
@@ -347,7 +349,9 @@ XLA_FFI_Error *simplernn_decode(XLA_FFI_CallFrame *frame) {
   d.bias = shared_argument(&call, 16, "bias", SHAPE(L, d.width));
   d.final_scale = shared_argument(&call, 17, "final_scale", SHAPE(D));
   d.head_bias = shared_argument(&call, 18, "head_bias", SHAPE(d.vocab));
-  d.slots = checked(&call, buffer_at(&call, 0, 19, "slots"), "slots", XLA_FFI_DataType_S32, 1,
+  const float *parallel = shared_argument(&call, 19, "parallel", SHAPE(1));
+  d.is_parallel = is_valid(&call) && *parallel != 0;
+  d.slots = checked(&call, buffer_at(&call, 0, 20, "slots"), "slots", XLA_FFI_DataType_S32, 1,
                     SHAPE(d.length + 1));
   const int64_t per_row = 2 * D + d.width + outputs + M + 4;
   d.final = result(&call, 1, "final", SHAPE(d.length, D));
