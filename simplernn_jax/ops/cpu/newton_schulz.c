@@ -7,9 +7,8 @@
    where a, b, c are `COEFFICIENTS`. As XLA's operations, of which there are some 15 per matrix,
    `base` takes 1.4 times as long to its first step, and 2 to 4 % longer per step.
 
-   With AMX, which multiplies bfloat16 some ten times as fast as float32, each operand is the sum of
-   two numbers of bfloat16, and three products replace one: it has 16 bits in place of 24, of sums in
-   float32. Threads take whole matrices, and one thread computes a matrix in one order: results are
+   With AMX, which multiplies bfloat16 some ten times as fast as float32, operands are rounded to
+   bfloat16, as in the reference implementation of Muon; sums and X are float32. Threads take whole matrices, and one thread computes a matrix in one order: results are
    deterministic.
 
    Arguments and results are the same number of float32 arrays [..., m, n], row-major. */
@@ -51,23 +50,10 @@ typedef uint32_t __attribute__((may_alias)) Group;
 #ifdef HAS_AMX
 #define GROUP 2
 #define GROUPS 16 /* contracted by one instruction */
-#define PARTS 2   /* whose sum is the operand; the second part is small */
-#define PRODUCTS 3
 #else
 #define GROUP 1
 #define GROUPS 1
-#define PARTS 1
-#define PRODUCTS 1
 #endif
-
-/* Parts of the left and the right operand of each product, the largest last. */
-static const int LEFT[] = {1, 0, 0}, RIGHT[] = {0, 1, 0};
-
-/* An operand: `size` groups of its first part, then the groups of its second part. */
-typedef struct {
-  Group *groups;
-  int64_t size;
-} Operand;
 
 static inline int64_t rounded_up(int64_t n, int64_t to) { return divided(n, to) * to; }
 
@@ -75,23 +61,19 @@ static inline int64_t rounded_up(int64_t n, int64_t to) { return divided(n, to) 
 static inline int64_t groups_of(int64_t k) { return rounded_up(divided(k, GROUP), GROUPS); }
 
 /* Rows of groups [m, groups_of(k)] of a matrix, m x k: in `memory`, or the matrix itself. */
-static Operand rows_of(Operand memory, const float *from, int64_t m, int64_t k) {
+static Group *rows_of(Group *memory, const float *from, int64_t m, int64_t k) {
 #ifndef HAS_AMX
-  return (Operand){(Group *)from, 0};
+  return (Group *)from;
 #else
   const int64_t groups = groups_of(k);
-  Group *to = memory.groups;
+  Group *to = memory;
   for (int64_t i = 0; i < m; i++, from += k, to += groups) {
     memset(to + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
-    memset(to + memory.size + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
     for (int64_t j = 0; j < k; j += LANES) {
       const __mmask16 inside = k - j < LANES ? (1 << (k - j)) - 1 : -1;
       const __m512 x = _mm512_maskz_loadu_ps(inside, from + j);
-      const __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
-      const __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-      const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, rounded));
-      _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, high);
-      _mm256_mask_storeu_epi16((uint16_t *)(to + memory.size) + j, inside, low);
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+      _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, rounded);
     }
   }
   return memory;
@@ -121,17 +103,15 @@ static void transpose(float *to, int64_t to_stride, const float *from, int64_t f
 }
 
 /* From rows of groups [n, groups] to panels [n / COLUMNS, groups, COLUMNS]. */
-static void to_panels(Operand operand, Operand rows, int64_t n, int64_t groups) {
-  for (int part = 0; part < PARTS; part++) {
-    const float *from = (const float *)(rows.groups + part * rows.size);
-    float *to = (float *)(operand.groups + part * operand.size);
-    for (int64_t i = 0; i < n; i += COLUMNS)
-      transpose(to + i * groups, COLUMNS, from + i * groups, groups, least(COLUMNS, n - i), groups);
-  }
+static void to_panels(Group *panels, const Group *rows, int64_t n, int64_t groups) {
+  const float *from = (const float *)rows;
+  float *to = (float *)panels;
+  for (int64_t i = 0; i < n; i += COLUMNS)
+    transpose(to + i * groups, COLUMNS, from + i * groups, groups, least(COLUMNS, n - i), groups);
 }
 
-/* `to_panels_of_transpose` of one part. */
-static void transpose_groups(Group *to, const Group *from, int64_t m, int64_t k) {
+/* From rows of groups of a matrix, m x k, to the panels of its transpose. */
+static void to_panels_of_transpose(Group *to, const Group *from, int64_t m, int64_t k) {
   const int64_t stride = groups_of(k) * GROUP, groups = groups_of(m);
   for (int64_t first = 0; first < k; first += COLUMNS)
     for (int64_t j = 0; j < groups; j++, to += COLUMNS)
@@ -151,33 +131,23 @@ static void transpose_groups(Group *to, const Group *from, int64_t m, int64_t k)
 #endif
 }
 
-/* From rows of groups of a matrix, m x k, to the panels of its transpose. */
-static void to_panels_of_transpose(Operand operand, Operand rows, int64_t m, int64_t k) {
-  for (int part = 0; part < PARTS; part++)
-    transpose_groups(operand.groups + part * operand.size, rows.groups + part * rows.size, m, k);
-}
-
 /* Sums of ROWS rows, `groups` apart, times the columns of a panel. */
-static void multiply_rows(Operand rows, Operand panel, int64_t groups, float *sums) {
+static void multiply_rows(const Group *p, const Group *q, int64_t groups, float *sums) {
   Lanes tile[ROWS][2] = {0};
-  for (int product = 3 - PRODUCTS; product < 3; product++) {
-    const Group *p = rows.groups + LEFT[product] * rows.size;
-    const Group *q = panel.groups + RIGHT[product] * panel.size;
-    for (int64_t j = 0; j < groups; j++, q += COLUMNS) {
-      const Lanes left = ((const FloatsAt *)q)[0], right = ((const FloatsAt *)q)[1];
+  for (int64_t j = 0; j < groups; j++, q += COLUMNS) {
+    const Lanes left = ((const FloatsAt *)q)[0], right = ((const FloatsAt *)q)[1];
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; i++) {
+    for (int i = 0; i < ROWS; i++) {
 #ifdef HAS_AMX
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(p[i * groups + j]);
-        tile[i][0] = _mm512_dpbf16_ps(tile[i][0], pair, (__m512bh)left);
-        tile[i][1] = _mm512_dpbf16_ps(tile[i][1], pair, (__m512bh)right);
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(p[i * groups + j]);
+      tile[i][0] = _mm512_dpbf16_ps(tile[i][0], pair, (__m512bh)left);
+      tile[i][1] = _mm512_dpbf16_ps(tile[i][1], pair, (__m512bh)right);
 #else
-        float factor;
-        memcpy(&factor, p + i * groups + j, sizeof factor);
-        tile[i][0] += factor * left;
-        tile[i][1] += factor * right;
+      float factor;
+      memcpy(&factor, p + i * groups + j, sizeof factor);
+      tile[i][0] += factor * left;
+      tile[i][1] += factor * right;
 #endif
-      }
     }
   }
   memcpy(sums, tile, sizeof tile);
@@ -206,25 +176,21 @@ static void set_up_tiles(void) {
 }
 
 /* multiply_rows for TILE_ROWS rows. */
-static void multiply_tile(Operand rows, Operand panel, int64_t groups, float *sums) {
+static void multiply_tile(const Group *p, const Group *q, int64_t groups, float *sums) {
   __asm__ volatile("" ::: "memory"); /* what tiles load is stored before */
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int product = 0; product < PRODUCTS; product++) {
-    const Group *p = rows.groups + LEFT[product] * rows.size;
-    const Group *q = panel.groups + RIGHT[product] * panel.size;
-    for (int64_t j = 0; j < groups; j += GROUPS) {
-      _tile_loadd(4, p + j, 4 * groups);
-      _tile_loadd(5, p + j + 16 * groups, 4 * groups);
-      _tile_loadd(6, q + j * COLUMNS, 4 * COLUMNS);
-      _tile_loadd(7, q + j * COLUMNS + 16, 4 * COLUMNS);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+  for (int64_t j = 0; j < groups; j += GROUPS) {
+    _tile_loadd(4, p + j, 4 * groups);
+    _tile_loadd(5, p + j + 16 * groups, 4 * groups);
+    _tile_loadd(6, q + j * COLUMNS, 4 * COLUMNS);
+    _tile_loadd(7, q + j * COLUMNS + 16, 4 * COLUMNS);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, 4 * COLUMNS);
   _tile_stored(1, sums + 16, 4 * COLUMNS);
@@ -241,16 +207,15 @@ static void multiply_tile(Operand rows, Operand panel, int64_t groups, float *su
 /* to = by_old old + by_product P Q, for rows of P, m x k, and panels of Q, k x n; `old` and `to` are
    m x n, and the same or apart. If the product is symmetric, what is above the diagonal is computed
    and mirrored; to compute it all with tiles takes less time. */
-static void multiply(float *to, const float *old, float by_old, float by_product, Operand p,
-                     Operand q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
+static void multiply(float *to, const float *old, float by_old, float by_product, const Group *p,
+                     const Group *q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
   float sums[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
   const int64_t groups = groups_of(k), height = tiles ? TILE_ROWS : ROWS;
   const int is_mirrored = is_symmetric && !tiles;
   for (int64_t column = 0; column < n; column += COLUMNS)
     for (int64_t row = 0; row < m; row += height) {
       if (is_mirrored && row >= column + COLUMNS) break;
-      const Operand rows = {p.groups + row * groups, p.size};
-      const Operand panel = {q.groups + column * groups, q.size};
+      const Group *rows = p + row * groups, *panel = q + column * groups;
       if (tiles)
         multiply_tile(rows, panel, groups, sums);
       else
@@ -268,7 +233,7 @@ static void multiply(float *to, const float *old, float by_old, float by_product
         transpose(to + column * n + row, n, to + row * n + column, n, COLUMNS, least(COLUMNS, n - column));
 }
 
-/* Groups of a part of an operand m x k, as rows or panels, and beyond it what tiles may read. */
+/* Groups of an operand m x k, as rows or panels, and beyond it what tiles may read. */
 static int64_t groups_for(int64_t m, int64_t k) {
   return rounded_up(m, TILE_ROWS) * groups_of(k);
 }
@@ -276,7 +241,7 @@ static int64_t groups_for(int64_t m, int64_t k) {
 /* Scratch memory of an r x c matrix: r x r matrices, and operands of any product. */
 typedef struct {
   float *squares[SQUARES];
-  Operand left, right, x_panels;
+  Group *left, *right, *x_panels;
 } Scratch;
 
 static Scratch split(float *memory, int64_t r, int64_t c) {
@@ -285,14 +250,14 @@ static Scratch split(float *memory, int64_t r, int64_t c) {
   for (int i = 0; i < SQUARES; i++, memory += r * r) scratch.squares[i] = memory;
   Group *free = (Group *)memory + (-(uintptr_t)memory % 64) / sizeof(Group);
   const int64_t size = groups_for(r, c);
-  scratch.left = (Operand){free, size};
-  scratch.right = (Operand){free + PARTS * size, size};
-  scratch.x_panels = (Operand){free + 2 * PARTS * size, groups_for(c, r)};
+  scratch.left = free;
+  scratch.right = free + size;
+  scratch.x_panels = free + 2 * size;
   return scratch;
 }
 
 /* to = X X^T, the Gram matrix, of the rows of X. */
-static void gram(float *to, Operand rows, int64_t r, int64_t c, const Scratch *s, int tiles) {
+static void gram(float *to, const Group *rows, int64_t r, int64_t c, const Scratch *s, int tiles) {
   to_panels(s->right, rows, r, groups_of(c));
   multiply(to, to, 0, 1, rows, s->right, r, r, c, 1, tiles);
 }
@@ -310,7 +275,7 @@ static void iterate(float *x, int64_t r, int64_t c, const Scratch *s) {
   const int tiles = has_tiles();
   if (tiles) set_up_tiles();
   for (int i = 0; i < ITERATIONS; i++) {
-    const Operand rows = rows_of(s->left, x, r, c);
+    const Group *rows = rows_of(s->left, x, r, c);
     gram(a, rows, r, c, s, tiles);
     to_panels_of_transpose(s->x_panels, rows, r, c);
     multiply_symmetric(b, a, COEFFICIENTS[1], COEFFICIENTS[2], a, a, r, s, tiles);
@@ -322,10 +287,10 @@ static void iterate(float *x, int64_t r, int64_t c, const Scratch *s) {
 /* The same in half the operations, if c >= 2 r. An iteration is X <- Q X with Q = a I + b A + c A A, so
    that A becomes Q A Q. All Q are polynomials of the first A: they commute. X is multiplied once, by
    their product P. Rounding errors of A grow with each Q, up to twelvefold: float32 leaves room for
-   that, operands of 16 bits do not. */
+   that, operands in bfloat16 do not. */
 static void iterate_gram(float *x, int64_t r, int64_t c, const Scratch *s) {
   float *a = s->squares[0], *q = s->squares[1], *p = s->squares[2], *next = s->squares[3];
-  const Operand rows = rows_of(s->left, x, r, c);
+  const Group *rows = rows_of(s->left, x, r, c);
   gram(a, rows, r, c, s, 0);
   for (int i = 0; i < ITERATIONS; i++) {
     multiply_symmetric(q, a, COEFFICIENTS[1], COEFFICIENTS[2], a, a, r, s, 0);
@@ -349,7 +314,7 @@ static void iterate_gram(float *x, int64_t r, int64_t c, const Scratch *s) {
 /* Entries of the scratch memory of an r x c matrix: X, and what `split` takes. */
 static int64_t entries_for(int64_t r, int64_t c) {
   const int64_t operands = 2 * groups_for(r, c) + groups_for(c, r);
-  return r * c + SQUARES * r * r + PARTS * operands + 32;
+  return r * c + SQUARES * r * r + operands + 32;
 }
 
 static int64_t num_rows(const XLA_FFI_Buffer *x) { return x->dims[x->rank - 2]; }
@@ -378,7 +343,7 @@ static void run(const void *task, int64_t item, void *scratch) {
     memcpy(x, from, sizeof(float) * m * n);
   for (int64_t j = 0; j < m * n; j++) x[j] *= scale;
   const Scratch squares_and_operands = split(x + r * c, r, c);
-  if (PARTS == 1 && c >= 2 * r)
+  if (GROUP == 1 && c >= 2 * r)
     iterate_gram(x, r, c, &squares_and_operands);
   else
     iterate(x, r, c, &squares_and_operands);
