@@ -25,7 +25,7 @@ def get_config() -> Config:
     config.data.batch_size = 8
     config.data.sequence_length = 512
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 8e-3
+    config.optimizer.learning_rate = 1.2e-2
     config.optimizer.warmup_steps = 100
     config.train.steps = 2000
     config.train.eval_every = 500

@@ -201,7 +201,8 @@ class OptimizerConfig(_Fields):
     """``adamw``, or ``muon``: orthogonalized momentum for the matrices of dense layers, an untied
     head included, and Adam for the rest; a lower loss per step, at a longer time per step."""
     learning_rate: float = 2e-3
-    """Peak learning rate, after warmup; if it is not set, ``train.tune`` chooses another one."""
+    """Peak learning rate, after warmup; if it is not set, ``train.tune`` chooses another one. With
+    muon, matrices and embedding have it times sqrt(128 / hidden_dim): one rate for all widths."""
     warmup_steps: int = 50
     """Optimizer steps of linear warmup, from 1/warmup_steps of the peak."""
     final_learning_rate: float = _number(0.0, at_most=1)

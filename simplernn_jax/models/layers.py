@@ -25,6 +25,9 @@ PARAM_DTYPE = jnp.dtype("float32")
 """Dtype of all parameters, in any precision."""
 
 
+EMBEDDING_AXES = LogicalAxes("vocab", "embed")
+
+
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
     """Return the initializer of PyTorch's Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(fan_in)
@@ -59,7 +62,7 @@ class Embedding(nnx.Embed):
             features,
             param_dtype=PARAM_DTYPE,
             embedding_init=init,
-            embedding_metadata={"axes": LogicalAxes("vocab", "embed")},
+            embedding_metadata={"axes": EMBEDDING_AXES},
             rngs=rngs,
         )
 

@@ -131,12 +131,11 @@ def plan(config: Config, costs: Costs, left: float, held_out: int) -> None:
 
 
 class Size(NamedTuple):
-    """Layers of a candidate, and the learning rate of Muon and the tokenizer that suit them."""
+    """Layers of a candidate, and the tokenizer that suits them."""
 
     num_layers: int
     width: int
     num_heads: int
-    learning_rate: float
     tokenizer: str
     """For texts of at least `_BYTE_LEVEL` bytes; shorter ones are trained on by bytes."""
     bytes_per_token: float
@@ -148,12 +147,12 @@ class Size(NamedTuple):
 
 
 SIZES = (
-    Size(2, 64, 2, 1.6e-2, "bpe:512", 1.9),
-    Size(3, 96, 3, 1.6e-2, "bpe:1024", 2.3),
-    Size(4, 128, 4, 1.6e-2, "bpe:1024", 2.4),
-    Size(6, 192, 4, 1e-2, "bpe:2048", 3.0),
-    Size(6, 320, 5, 9e-3, "bpe:4096", 3.4),
-    Size(6, 512, 8, 8e-3, "bpe:8192", 3.8),
+    Size(2, 64, 2, "bpe:512", 1.9),
+    Size(3, 96, 3, "bpe:1024", 2.3),
+    Size(4, 128, 4, "bpe:1024", 2.4),
+    Size(6, 192, 4, "bpe:2048", 3.0),
+    Size(6, 320, 5, "bpe:4096", 3.4),
+    Size(6, 512, 8, "bpe:8192", 3.8),
 )
 """The third is the size of `configs/base.py`, the fourth of `hour`, the last about `small`."""
 _BYTE_LEVEL = 2_000_000
@@ -212,7 +211,7 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
         # Fewer than five thousand steps of 512 are worse than twice as many of 256.
         "sequence_length": 512 if tokens > 5000 * 8 * 512 else 256,
         "name": "muon",
-        "learning_rate": size.learning_rate,
+        "learning_rate": 1.2e-2,
         "warmup_steps": 100,
         "weight_decay": decay,
     }

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from simplernn_jax.config import OptimizerConfig
+from simplernn_jax.models.layers import EMBEDDING_AXES
 from simplernn_jax.ops.newton_schulz import newton_schulz
 from simplernn_jax.parallel.collectives import all_gather, axis_index
 from simplernn_jax.parallel.mesh import is_distributed, variable_specs
@@ -20,6 +21,9 @@ MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2
 """Root mean square of Muon's updates, near AdamW's, so that both use similar learning rates
 (arXiv:2502.16982, section 2.2)."""
+
+REFERENCE_WIDTH = 128
+"""Width of a model whose matrices and embedding have the given learning rate under Muon."""
 
 
 def learning_rate_schedule(
@@ -63,7 +67,10 @@ def make_optimizer(
     the given ones: a compiled program is then the same for runs of any length.
 
     Muon updates the matrices of `decay_mask`, so also an untied head, for which its authors use
-    AdamW. On a mesh, Adam is elementwise on shards; see `orthogonalize_sharded` for Muon.
+    AdamW. Of a model of width D, it multiplies the updates of matrices and embedding by
+    sqrt(REFERENCE_WIDTH / D), so that one learning rate suits all widths: features then change by
+    as much in a step (arXiv:2310.17813). On a mesh, Adam is elementwise on shards; see
+    `orthogonalize_sharded` for Muon.
     """
 
     def chain(steps: Any) -> optax.GradientTransformationExtraArgs:
@@ -95,9 +102,32 @@ def make_optimizer(
     def update(*args: Any, steps: jax.Array | None = None, **options: Any) -> Any:
         # optax promotes its integer counters, also under ``jax_numpy_dtype_promotion=strict``.
         with jax.numpy_dtype_promotion("standard"):
-            return chain(fixed if steps is None else steps).update(*args, **options)
+            updates, state = chain(fixed if steps is None else steps).update(*args, **options)
+        return _scale_by_width(updates) if config.name == "muon" else updates, state
 
     return optax.GradientTransformationExtraArgs(chain(fixed).init, update)
+
+
+def _scale_by_width(updates: Any) -> Any:
+    """Multiply matrices and embedding by sqrt(REFERENCE_WIDTH / D), if the embedding is trained."""
+
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
+
+    def is_embedding(leaf: Any) -> bool:
+        return is_variable(leaf) and leaf.get_metadata("axes", None) == EMBEDDING_AXES
+
+    leaves = jax.tree.leaves(updates, is_leaf=is_variable)
+    widths = [leaf[...].shape[-1] for leaf in leaves if is_embedding(leaf)]
+    if not widths:
+        return updates
+
+    def scale(leaf: Any) -> Any:
+        if not is_embedding(leaf) and not (is_variable(leaf) and leaf.get_metadata("decay", False)):
+            return leaf
+        return jax.tree.map(lambda x: math.sqrt(REFERENCE_WIDTH / widths[0]) * x, leaf)
+
+    return jax.tree.map(scale, updates, is_leaf=is_variable)
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

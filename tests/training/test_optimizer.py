@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small_runs import small_config
+from small_runs import random_batch, small_config
 
 from simplernn_jax.config import OptimizerConfig
 from simplernn_jax.models.language_model import abstract_model
 from simplernn_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from simplernn_jax.training.train_step import init_train_state, make_train_step
 
 STEPS = 23
 
@@ -145,3 +146,23 @@ def test_muon_orthogonalizes_updates_of_matrices_and_leaves_the_rest_to_adam():
         np.testing.assert_allclose(
             updates[name][...], -step * np.sign(gradient[name][...]), rtol=2e-5
         )
+
+
+def change_of_features(width):
+    """Root mean square, after one step of Muon."""
+    sizes = {"hidden_dim": width, "key_dim": width, "value_dim": width, "mlp_dim": 2 * width}
+    fields = {"name": "muon", "learning_rate": 1e-2, "warmup_steps": 0, "vocab_size": 61}
+    config = small_config("parallel", num_heads=2, num_layers=2, **sizes, **fields)
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    state, batch = init_train_state(config, optimizer), random_batch(0, 3, 19, 61)
+    graph, _ = abstract_model(config.model)
+    features = jax.jit(lambda p: nnx.merge(graph, p).hidden_states(jnp.asarray(batch.tokens))[0])
+    before = features(state.params)
+    state, _ = make_train_step(config, optimizer)(state, batch)
+    return float(jnp.sqrt(jnp.mean((features(state.params) - before) ** 2)))
+
+
+def test_features_change_by_as_much_at_every_width():
+    """The coordinate check of muP (arXiv:2203.03466, D.1): one learning rate suits all widths."""
+    changes = [change_of_features(width) for width in (32, 128, 512)]
+    assert max(changes) < 1.3 * min(changes)  # without a scale by the width 2.6
