@@ -66,7 +66,7 @@ def text_rows(source: str, seconds: float, names: Sequence[str] = tuple(MIXERS))
     reference = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            config = with_mixer(load_config("base", 16, 256, source=source), name)
+            config = with_mixer(load_config("base", 8, 256, source=source), name)
             if source != "stdlib":
                 change(config, split="position")
             step = median(alternate({name: our_step(config)}, Effort(1, 20))[name])
@@ -75,7 +75,8 @@ def text_rows(source: str, seconds: float, names: Sequence[str] = tuple(MIXERS))
             row: Row = {"mixer": name, "parameters": count_parameters(config)}
             for title, count in (("same steps", reference), ("same time", steps)):
                 if title == "same steps" or count != reference:
-                    trained = train_on_corpus(change(config, steps=count), folder)
+                    change(config, steps=count, warmup_steps=min(100, max(1, count // 10)))
+                    trained = train_on_corpus(config, folder)
                 row |= {title: trained.measured["bits/byte"], f"steps, {title}": count}
             print(f"  {row}", flush=True)
             yield row
