@@ -71,7 +71,7 @@ def generate(
     decodes blocks of 32 tokens, in a time per token that does not grow with the context. Sequences
     are independent: each gets the tokens it would get alone, up to the rounding of float32 sums,
     which XLA may order differently for another batch size (the C function that decodes models of
-    residual blocks on CPUs does not).
+    parallel and residual blocks on CPUs does not).
 
     Sequence i draws from random stream n of `seed`, where n counts the earlier sequences with the
     same prompt: a prompt gives the same text alone and in any batch, and a prompt given n times
