@@ -98,7 +98,8 @@ def test_a_run_resumes_with_another_number_of_stages(tmp_path, monkeypatch):
         [row["loss"] for row in read_metrics(str(workdir))] + [result.evaluation.nats_per_token]
         for workdir, result in ((one, on_one), (two, on_two))
     ]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    # With AMX, Muon rounds operands to bfloat16, which amplifies differences of float32 sums.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     found, expected = newest_checkpoint(two), newest_checkpoint(one)
     assert list(found) == list(expected)
     names = [name for name in expected if name.startswith(("params", "opt_state", "carried"))]
