@@ -5,9 +5,11 @@
 11.5 MB of training text: 1.429 bits/byte on held-out files (``xz -9e``: 1.655) after 11 minutes on
 one core of a Xeon with AMX. A sample at temperature 0.5:
 
-    def __init__(self, *args):
-        super().__init__(args, kwargs)
-        self._fork_address = self._offset.set_arguments()
+    def parse_common_state(self, command):
+        if self._command_line is None:
+            command.append(self.command)
+        if command:
+            return command
 """
 
 from simplernn_jax.config import Config

@@ -8,8 +8,13 @@ nats/char on the last 10 %, after 6:22 and 6:28 of training on one core of a Xeo
 README gives 1.4697 for 10.65M parameters and its GPU settings, on an A100. docs/results.md says how
 the settings were chosen. A sample of seed 0, at temperature 0.8:
 
-    HENRY BOLINGBROKE:
-    What is the senate? why, 'tis not for thy rage.
+    ROMEO:
+    What news?
+
+    ROMEO:
+    Ay, no, I am here: the crown as mine
+    I would not only shall make it not. Here comes
+    My heart the court?
 """
 
 from simplernn_jax import load_config

@@ -108,7 +108,7 @@ def test_a_run_resumes_with_another_number_of_stages(tmp_path, monkeypatch):
         np.concatenate([np.frombuffer(saved[name][2], saved[name][0]) for name in names])
         for saved in (found, expected)
     ]
-    assert np.linalg.norm(values[0] - values[1]) < 1e-5 * np.linalg.norm(values[1])
+    assert np.linalg.norm(values[0] - values[1]) < 1e-4 * np.linalg.norm(values[1])
 
 
 def with_train(config, **fields):
