@@ -4,9 +4,9 @@
         --config.data.source=tinyshakespeare.txt
 
 5,600 steps of 8 sequences of 256 characters. Seeds 0 and 1 on tinyshakespeare: 1.400 and 1.409
-nats/char on the last 10 %, after 6:22 and 6:28 of training on one core of a Xeon with AMX. nanoGPT's
-README gives 1.4697 for 10.65M parameters and its GPU settings, on an A100. docs/results.md says how
-the settings were chosen. A sample of seed 0, at temperature 0.8:
+nats/char on the last 10 %, after 6:22 and 6:28 of training on one core of a Xeon with AMX.
+nanoGPT's README gives 1.4697 for 10.65M parameters and its GPU settings, on an A100.
+docs/results.md says how the settings were chosen. A sample of seed 0, at temperature 0.8:
 
     ROMEO:
     What news?

@@ -24,7 +24,7 @@ from simplernn_jax.ops.rms_norm import rms_norm
 from simplernn_jax.parallel.named_leaves import tuple_with_names
 
 CONVOLUTION_WIDTH = 4
-"""Width of the short convolution of parallel and residual blocks in tokens, the current one included."""
+"""Width of the short convolution in tokens, the current one included."""
 
 
 class PlainBlock(nnx.Module):
