@@ -50,12 +50,17 @@ def learning_rate_schedule(
 
 def decay_mask(params: Any) -> Any:
     """Return a mask of parameters with the metadata ``decay``: matrices, an untied head too."""
+    return _mask(params, "decay", True)
 
-    def is_decayed(param: Any) -> Any:
-        decay = isinstance(param, nnx.Variable) and param.get_metadata("decay", False)
-        return jax.tree.map(lambda _: decay, param)
 
-    return jax.tree.map(is_decayed, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+def _mask(params: Any, name: str, value: Any) -> Any:
+    """Return a mask of parameters whose metadata `name` is `value`."""
+
+    def is_on(param: Any) -> Any:
+        found = isinstance(param, nnx.Variable) and param.get_metadata(name, None) == value
+        return jax.tree.map(lambda _: found, param)
+
+    return jax.tree.map(is_on, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def make_optimizer(
@@ -110,24 +115,17 @@ def make_optimizer(
 
 def _scale_by_width(updates: Any) -> Any:
     """Multiply matrices and embedding by sqrt(REFERENCE_WIDTH / D), if the embedding is trained."""
-
-    def is_variable(leaf: Any) -> bool:
-        return isinstance(leaf, nnx.Variable)
-
-    def is_embedding(leaf: Any) -> bool:
-        return is_variable(leaf) and leaf.get_metadata("axes", None) == EMBEDDING_AXES
-
-    leaves = jax.tree.leaves(updates, is_leaf=is_variable)
-    widths = [leaf[...].shape[-1] for leaf in leaves if is_embedding(leaf)]
+    embedding = _mask(updates, "axes", EMBEDDING_AXES)
+    pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(embedding), strict=True)
+    widths = [update.shape[-1] for update, is_embedding in pairs if is_embedding]
     if not widths:
         return updates
+    factor = math.sqrt(REFERENCE_WIDTH / widths[0])
 
-    def scale(leaf: Any) -> Any:
-        if not is_embedding(leaf) and not (is_variable(leaf) and leaf.get_metadata("decay", False)):
-            return leaf
-        return jax.tree.map(lambda x: math.sqrt(REFERENCE_WIDTH / widths[0]) * x, leaf)
+    def scale(update: jax.Array, is_matrix: bool, is_embedding: bool) -> jax.Array:
+        return factor * update if is_matrix or is_embedding else update
 
-    return jax.tree.map(scale, updates, is_leaf=is_variable)
+    return jax.tree.map(scale, updates, decay_mask(updates), embedding)
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

@@ -77,8 +77,8 @@ class LanguageModel {
     for (let i = 0; i < V; i++) o[i] *= r[i] * sigmoid(r[i]);
     this.linear(name + "out_proj", o, n);
     for (let i = 0; i < D; i++) x[i] += n[i];
-    normalize(x, n, 0, D);
-    this.linear(name + "mlp_in", this.config.block === "parallel" ? y : n, mlp);
+    if (this.config.block !== "parallel") normalize(x, y, 0, D);
+    this.linear(name + "mlp_in", y, mlp);
     for (let i = 0; i < mlp.length; i++) mlp[i] = mlp[i] > 0 ? mlp[i] * mlp[i] : 0;
     this.linear(name + "mlp_out", mlp, n);
     for (let i = 0; i < D; i++) x[i] += n[i];
