@@ -1,7 +1,6 @@
 """Layers of the language model: blocks of a token mixer, norms and an MLP."""
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +127,8 @@ class ResidualBlock(PlainBlock):
         y, mixer_state = self.mixer.mix(convolved, mixer_state, segment_ids)
         x = x + dropout(y, self.dropout_rate, keys[0])
         hidden = merge_tokens(convolved if self.is_parallel else rms_norm(x))
-        y = self.mlp_out(_squared_relu(self.mlp_in(hidden), self.mlp_out.dtype)).reshape(x.shape)
+        (hidden,) = fused_dense(hidden, [self.mlp_in], squared_relu=True)
+        y = self.mlp_out(hidden).reshape(x.shape)
         return x + dropout(y, self.dropout_rate, keys[1]), ResidualState(mixer_state, conv_state)
 
 
@@ -204,38 +204,3 @@ def _mlp_out(config: ModelConfig, rngs: nnx.Rngs, init: nnx.Initializer | None) 
 @jax.checkpoint  # gate and up are saved in any case; the backward pass recomputes silu
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _squared_relu(x: jax.Array, dtype: Any) -> jax.Array:
-    """``max(x, 0)^2`` (Primer, arXiv:2109.08668, section 4.1) in `dtype`.
-
-    Its gradient, ``2 max(x, 0)``, is 2 sqrt(y); y is already a residual of the next matmul, so
-    relu(x), the widest activation of a layer, need not be saved.
-    """
-    # Not jnp.square: XLA would simplify sqrt(square(relu(x))), and keep relu(x) for the gradient.
-    return (x * jax.nn.relu(x)).astype(dtype)
-
-
-@_squared_relu.defjvp
-def _squared_relu_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    y = _squared_relu(x, dtype)
-    return y, _squared_relu_tangent(y, tangent)
-
-
-@partial(jax.checkpoint, prevent_cse=False)
-def _squared_relu_tangent(y: jax.Array, tangent: jax.Array) -> jax.Array:
-    return (2 * _safe_sqrt(y.astype(tangent.dtype)) * tangent).astype(y.dtype)
-
-
-@jax.custom_jvp
-def _safe_sqrt(y: jax.Array) -> jax.Array:
-    return jnp.sqrt(y)
-
-
-@_safe_sqrt.defjvp
-def _safe_sqrt_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    root = jnp.sqrt(primals[0])
-    # Where y is 0, so is the derivative of relu(x).
-    return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)

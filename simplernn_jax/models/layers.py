@@ -112,15 +112,18 @@ class Dense(nnx.Linear):
         return fused_dense(inputs, [self])[0]
 
 
-def fused_dense(x: jax.Array, layers: Sequence[Dense]) -> tuple[jax.Array, ...]:
+def fused_dense(
+    x: jax.Array, layers: Sequence[Dense], *, squared_relu: bool = False
+) -> tuple[jax.Array, ...]:
     """Apply each of `layers` to `x` ``[..., in_features]`` as one fused matmul.
 
     All layers must have the same dtype and kernel axes. Returns ``[..., out_features]``, float32
-    (float64 if the dtype is).
+    (float64 if the dtype is). See `fused_matmul` for `squared_relu`, of layers without a bias.
     """
     kernels = [layer.kernel[...] for layer in layers]
     first = layers[0]
-    outputs = fused_projection(x, kernels, first.dtype, row_parallel=first.row_parallel)
+    options = {"row_parallel": first.row_parallel, "squared_relu": squared_relu}
+    outputs = fused_projection(x, kernels, first.dtype, **options)
 
     return tuple(
         y if layer.bias is None else add_bias(y, layer.bias[...])

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from simplernn_jax.errors import one_line
 from simplernn_jax.files import cache_folder, check_owner
@@ -62,6 +64,8 @@ FUNCTIONS = (
     "simplernn_newton_schulz",
     "simplernn_decode",
 )
+BFLOAT16_FUNCTIONS = ("simplernn_dense_forward", "simplernn_dense_backward")
+"""For processors with AMX or AVX-512 BF16."""
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")
 """Without ``-fno-trapping-math``, gcc does not vectorize loops with comparisons of floats."""
@@ -75,10 +79,14 @@ COMPILER_SECONDS = 300
 
 
 def call_native(
-    name: str, results: Sequence[jax.Array], *arguments: jax.Array
+    name: str, results: Sequence[jax.Array | jax.ShapeDtypeStruct], *arguments: jax.Array
 ) -> Sequence[jax.Array]:
-    """Call one of `FUNCTIONS`, whose results have the types of the arrays `results`."""
-    types = [jax.typeof(x) for x in results]
+    """Call a C function, whose results have the shapes and dtypes of `results`."""
+    like = jax.typeof(arguments[0])
+    types = []
+    for x in results:  # inside `shard_map` they vary like the arguments
+        sharding = NamedSharding(like.sharding.mesh, P(*[None] * len(x.shape)))
+        types.append(like.update(shape=x.shape, dtype=x.dtype, weak_type=False, sharding=sharding))
     return jax.ffi.ffi_call(name, types, vmap_method="broadcast_all")(*arguments)
 
 
@@ -104,12 +112,22 @@ def has_native_functions() -> bool:
     Thread-safe. The library is cached in the user's cache folder under a hash of source, compiler
     and processor. If it cannot be compiled or loaded, one warning says why.
     """
+    return bool(_native_functions())
+
+
+def has_native_bfloat16() -> bool:
+    """Return whether the C functions that multiply bfloat16 exist, and are faster than float32."""
+    return has_fast_bfloat16() and BFLOAT16_FUNCTIONS[0] in _native_functions()
+
+
+def _native_functions() -> tuple[str, ...]:
     with _LOCK:
         return _register_functions()
 
 
 @functools.cache
-def _register_functions() -> bool:
+def _register_functions() -> tuple[str, ...]:
+    """Return the names of the registered functions."""
     try:
         command = _compiler()
         if shutil.which(command[0]) is None:
@@ -118,16 +136,17 @@ def _register_functions() -> bool:
                 "(Debian: apt install gcc; macOS: xcode-select --install) or set CC",
                 command[0],
             )
-            return False
+            return ()
         library = _load(command)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         printed = getattr(error, "output", None) or b""
         reason = printed.decode(errors="replace").strip() or str(error)
         logging.warning("the C kernels could not be compiled: %s", one_line(reason))
-        return False
-    for name in FUNCTIONS:
+        return ()
+    names = (*FUNCTIONS, *(name for name in BFLOAT16_FUNCTIONS if hasattr(library, name)))
+    for name in names:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
+    return names
 
 
 def _compiler() -> list[str]:

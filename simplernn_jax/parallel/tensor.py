@@ -80,7 +80,12 @@ def _local_ids(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def fused_projection(
-    x: jax.Array, kernels: Sequence[jax.Array], dtype: Any, *, row_parallel: bool = False
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    dtype: Any,
+    *,
+    row_parallel: bool = False,
+    squared_relu: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Apply `fused_matmul` to sharded kernels; raises what it does.
 
@@ -90,12 +95,13 @@ def fused_projection(
       dtype: dtype of the operands.
       row_parallel: sum the results over ``tensor``: they are ``[..., out]``, otherwise
         ``[..., out / tensor]``.
+      squared_relu: see `fused_matmul`; only of column parallel kernels.
     """
     x = vary_like(x, *kernels)  # its gradient is summed over `tensor` once for all kernels
 
     def gather_and_multiply(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         whole = [all_gather(kernel, "fsdp", int(row_parallel), after=x) for kernel in kernels]
-        return fused_matmul(x, whole, dtype)
+        return fused_matmul(x, whole, dtype, squared_relu=squared_relu)
 
     outputs = remat_if_fsdp(gather_and_multiply)(x, tuple(kernels))
     return psum(outputs, "tensor") if row_parallel else outputs

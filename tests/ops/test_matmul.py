@@ -9,8 +9,9 @@ import pytest
 from simplernn_jax.ops import matmul
 from simplernn_jax.ops.matmul import fused_matmul
 
-TOKENS = 37
-SHAPES = [(5, 13), (13, 5), (128, 259)]
+SHAPES = [(37, 5, 13), (37, 13, 5), (2 * 160, 64, 259), (2, 32 * 37, 160, 96)]
+"""Of x, and the width of the result. The C functions take the last two: their tiles of 32 x 32 are
+not full at the end, and the last has more than one block of tokens."""
 
 
 @pytest.fixture(autouse=True, params=[(1, True), (1, False), (8, False)], ids=str)
@@ -23,9 +24,9 @@ def _devices(request, monkeypatch):
 
 def draw(shape, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(TOKENS, shape[0]))
-    kernel = rng.normal(size=shape) / np.sqrt(shape[0])
-    gradient = rng.normal(size=(TOKENS, shape[1]))
+    x = rng.normal(size=shape[:-1])
+    kernel = rng.normal(size=shape[-2:]) / np.sqrt(shape[-2])
+    gradient = rng.normal(size=(*shape[:-2], shape[-1]))
     return tuple(jnp.asarray(a, dtype) for a in (x, kernel, gradient))
 
 
@@ -52,6 +53,41 @@ def test_rounds_operands_and_sums_in_float32_or_more(shape, dtype, limit):
         chex.assert_trees_all_close(ours, results(jnp.dot, *rounded), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("squared_relu", [False, True])
+def test_several_kernels(shape, x_dtype, squared_relu):
+    """Up to the order of sums; an output of squared ReLU is itself rounded to 8 bits."""
+    x, kernel, gradient = draw(shape)
+    x, kernels = x.astype(x_dtype), (kernel, 2 * kernel[:, ::-1], kernel[:, :1])
+    out_dtype = jnp.bfloat16 if squared_relu else jnp.float32
+    gradients = [g.astype(out_dtype) for g in (gradient, gradient[..., ::-1], gradient[..., :1])]
+
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def exact(x, kernels):
+        outputs = [jnp.dot(rounded(x), rounded(w), precision="highest") for w in kernels]
+        return [jnp.square(jax.nn.relu(y)) for y in outputs] if squared_relu else outputs
+
+    @jax.jit
+    def ours(x, kernels, gradients):
+        y, pullback = jax.vjp(
+            lambda *a: fused_matmul(*a, jnp.bfloat16, squared_relu=squared_relu), x, kernels
+        )
+        return y, *pullback(tuple(gradients))
+
+    y, d_x, d_kernels = ours(x, kernels, gradients)
+    assert all(each.dtype == out_dtype for each in y)
+    assert d_x.dtype == x_dtype
+    expected, pullback = jax.vjp(exact, x.astype(jnp.float32), kernels)
+    expected = expected, *pullback([rounded(g) for g in gradients])
+    limit = 1e-2 if squared_relu else 5e-3
+    for result, truth in zip(*map(jax.tree.leaves, ((y, d_x, d_kernels), expected)), strict=True):
+        chex.assert_shape(result, truth.shape)
+        assert jnp.linalg.norm(result.astype(jnp.float32) - truth) <= limit * jnp.linalg.norm(truth)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2048])
 def test_transposed_operands(dtype, tokens):
@@ -70,7 +106,7 @@ def test_transposed_operands(dtype, tokens):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_second_derivatives(dtype):
-    x, kernel, _ = draw((5, 13))
+    x, kernel, _ = draw((37, 5, 13))
 
     def products(multiply):
         def along(x, kernel):
