@@ -113,12 +113,17 @@ class Dense(nnx.Linear):
 
 
 def fused_dense(
-    x: jax.Array, layers: Sequence[Dense], *, squared_relu: bool = False
+    x: jax.Array,
+    layers: Sequence[Dense],
+    *,
+    squared_relu: bool = False,
+    without_bias: Sequence[Dense | None] = (),
 ) -> tuple[jax.Array, ...]:
     """Apply each of `layers` to `x` ``[..., in_features]`` as one fused matmul.
 
     All layers must have the same dtype and kernel axes. Returns ``[..., out_features]``, float32
     (float64 if the dtype is). See `fused_matmul` for `squared_relu`, of layers without a bias.
+    Biases of layers that are also in `without_bias` are left out.
     """
     kernels = [layer.kernel[...] for layer in layers]
     first = layers[0]
@@ -126,7 +131,7 @@ def fused_dense(
     outputs = fused_projection(x, kernels, first.dtype, **options)
 
     return tuple(
-        y if layer.bias is None else add_bias(y, layer.bias[...])
+        y if layer.bias is None or layer in without_bias else add_bias(y, layer.bias[...])
         for y, layer in zip(outputs, layers, strict=True)
     )
 

@@ -1,5 +1,6 @@
 """Input projections, per-head norm, output gate and output projection of the token mixers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,18 +107,21 @@ class MultiHeadLayer(nnx.Module):
         layers = (self.query_proj, self.key_proj, self.value_proj, self.gate_proj)
         return [layer for layer in (*layers, self.output_gate_proj) if layer is not None]
 
-    def project_inputs(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    def project_inputs(
+        self, x: jax.Array, *, without_bias: Sequence[Dense | None] = ()
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Project `x` to queries, keys, values and, with a forget gate, gate logits.
 
         Args:
           x: ``[..., hidden_dim]``.
+          without_bias: layers whose bias the caller adds.
 
         Returns:
           These, ``[..., H, K or V]`` each, and the pre-activation of the output gate
           ``[..., H * V]`` or None; float32 (float64 if `dtype` is). Under tensor parallelism H is
           the local number of heads.
         """
-        outputs = list(fused_dense(x, self.input_projections))
+        outputs = list(fused_dense(x, self.input_projections, without_bias=without_bias))
         output_gate = None if self.output_gate_proj is None else outputs.pop()
         key_dim, value_dim = self.key_dim // self.num_heads, self.value_dim // self.num_heads
         widths = (key_dim, key_dim, value_dim, key_dim)

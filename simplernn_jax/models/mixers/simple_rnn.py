@@ -12,9 +12,11 @@ from simplernn_jax.models.mixers.multi_head import MultiHeadLayer, multi_head_op
 from simplernn_jax.models.mixers.token_mixer import TokenMixer, register_mixer, reject_option
 from simplernn_jax.ops import recurrent_step
 from simplernn_jax.ops.checks import FLOATING, accumulator_dtype, check_array, check_segment_ids
-from simplernn_jax.ops.gated_linear_recurrence import METHODS
+from simplernn_jax.ops.gated_linear_recurrence import METHODS, simple_rnn_recurrence
 from simplernn_jax.ops.native import supports_native
+from simplernn_jax.parallel.collectives import axis_size
 from simplernn_jax.parallel.mesh import AXES
+from simplernn_jax.parallel.sequence import AXIS as SEQUENCE_AXIS
 from simplernn_jax.parallel.sequence import sharded_recurrence
 
 GATE_BIAS_RANGE = (1.0, 6.0)
@@ -156,10 +158,15 @@ class SimpleRNN(TokenMixer):
         """
         width = self.cell.query_proj.in_features
         check_segment_ids(segment_ids, check_array("x", x, "B T D", FLOATING, {"D": width}))
-        inputs, output_gate = self.cell.project(x)
-        y, state = sharded_recurrence(
-            *inputs, initial_state=state, segment_ids=segment_ids, method=self.method
-        )
+        options: Any = {"initial_state": state, "segment_ids": segment_ids, "method": self.method}
+        if axis_size(SEQUENCE_AXIS) > 1:
+            inputs, output_gate = self.cell.project(x)
+            y, state = sharded_recurrence(*inputs, **options)
+            return self.cell.project_outputs(y, output_gate), state
+        keys, gates = self.cell.key_proj, self.cell.gate_proj
+        inputs, output_gate = self.cell.project_inputs(x, without_bias=(keys, gates))
+        biases = [layer.bias[...].reshape(inputs[1].shape[2:]) for layer in (keys, gates)]
+        y, state = simple_rnn_recurrence(*inputs, *biases, self.cell.query_scale, **options)
         return self.cell.project_outputs(y, output_gate), state
 
 

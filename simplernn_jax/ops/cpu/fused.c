@@ -13,7 +13,12 @@
 
    Arrays are float32, row-major: q, k, gate, dq, dk, dl [B, T, H, K]; v, y, dy, dv [B, T, H, V];
    states [B, H, K, V]; reset [B, T] bool, or empty: where true, the state is reset before t.
-   B may be several axes, the same in all arrays. */
+   B may be several axes, the same in all arrays.
+
+   With three more arguments, biases [H, K] of keys and gates and a scalar, q, k and gate are what
+   SimpleRNN's projections return: queries are q times the scalar, keys and gates are sigmoids of k and
+   gate plus bias. These are two more results; the gradient takes them, and the scalar as one more
+   argument. XLA would take eight operations for it. */
 
 #include <math.h>
 
@@ -23,6 +28,9 @@
 typedef struct {
   int64_t batch, length, heads, key_dim, value_dim;
   const float *q, *k, *v, *gate, *initial, *d_output, *d_final;
+  const float *key_bias, *gate_bias; /* NULL: k and gate are keys and gates */
+  int has_sigmoids;                   /* the gradients are of what keys and gates are sigmoids of */
+  float query_scale, *keys, *gates;
   const uint8_t *reset;
   float *output, *final, *d_q, *d_k, *d_v, *d_log_gate, *d_initial;
 } Arrays;
@@ -64,6 +72,31 @@ INLINE void prefetch(const float *from, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i);
 }
 
+/* Queries, keys and gates of a token. */
+typedef struct {
+  const float *q, *k, *gate;
+} Token;
+
+INLINE void sigmoids(float *restrict to, const float *restrict x, const float *restrict bias, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = 1 / (1 + exponential(-(x[i] + bias[i])));
+}
+
+/* If they are results, they are computed here: for all tiles, each in its `memory`, and stored by one. */
+INLINE Token token_of(const Arrays *a, int64_t token, int64_t head, int is_stored, float *memory) {
+  const int64_t K = a->key_dim;
+  const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
+  if (a->query_scale != 1) {
+    for (int64_t i = 0; i < K; i++) memory[i] = a->query_scale * q[i];
+    q = memory;
+  }
+  if (a->key_bias == NULL) return (Token){q, k, gate};
+  float *keys = is_stored ? a->keys + token * K : memory + K;
+  float *gates = is_stored ? a->gates + token * K : memory + 2 * K;
+  sigmoids(keys, k, a->key_bias + head * K, K);
+  sigmoids(gates, gate, a->gate_bias + head * K, K);
+  return (Token){q, keys, gates};
+}
+
 /* y and the final state of the columns from `first`; `state` holds K * w vectors. */
 INLINE void output_columns(const Arrays *a, int64_t b, int64_t head, int64_t first, const int w,
                            Lanes *state) {
@@ -74,10 +107,11 @@ INLINE void output_columns(const Arrays *a, int64_t b, int64_t head, int64_t fir
       state[i * w + j] = load(a->initial + by_state + i * V + j * LANES, inside(left, j));
   for (int64_t t = 0; t < a->length; t++) {
     const int64_t token = (b * a->length + t) * a->heads + head;
-    const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
-    prefetch(q + ahead, K);
-    prefetch(k + ahead, K);
-    prefetch(gate + ahead, K);
+    prefetch(a->q + token * K + ahead, K);
+    prefetch(a->k + token * K + ahead, K);
+    prefetch(a->gate + token * K + ahead, K);
+    const Token x = token_of(a, token, head, first == 0, (float *)(state + K * w));
+    const float *q = x.q, *k = x.k, *gate = x.gate;
     prefetch(a->v + (token + AHEAD * a->heads) * V + first, w * LANES);
     if (is_reset(a, b, t)) memset(state, 0, sizeof(Lanes) * K * w);
     Lanes v[2], even[2], odd[2];
@@ -119,10 +153,11 @@ INLINE void gradient_columns(const Arrays *a, int64_t b, int64_t head, int64_t f
       d_state[i * w + j] = load(a->d_final + by_state + i * V + j * LANES, inside(left, j));
   for (int64_t t = a->length - 1; t >= 0; t--) {
     const int64_t token = (b * a->length + t) * a->heads + head;
-    const float *q = a->q + token * K, *k = a->k + token * K, *gate = a->gate + token * K;
-    prefetch(q - ahead, K);
-    prefetch(k - ahead, K);
-    prefetch(gate - ahead, K);
+    prefetch(a->q + token * K - ahead, K);
+    prefetch(a->k + token * K - ahead, K);
+    prefetch(a->gate + token * K - ahead, K);
+    const Token x = token_of(a, token, head, 0, (float *)(d_state + K * w));
+    const float *q = x.q, *k = x.k, *gate = x.gate;
     prefetch(a->d_output + (token - AHEAD * a->heads) * V + first, w * LANES);
     Lanes dy[2], even[2], odd[2];
     for (int j = 0; j < w; j++) {
@@ -203,7 +238,7 @@ INLINE void advance_rows(const Arrays *a, int64_t b, int64_t head, int64_t first
       }
     if (with_d_q)
       for (int j = 0; j < w; j++)
-        store(a->d_q + token * K + first + j * LANES, even[j] + odd[j], inside(left, j));
+        store(a->d_q + token * K + first + j * LANES, a->query_scale * (even[j] + odd[j]), inside(left, j));
   }
 }
 
@@ -222,7 +257,7 @@ INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first
     const Lanes *before = entering + (t - start) * V * w;
     Lanes q[2], gate[2], d_k[2], d_gate[2];
     for (int j = 0; j < w; j++) {
-      q[j] = load(a->q + token * K + first + j * LANES, inside(left, j));
+      q[j] = a->query_scale * load(a->q + token * K + first + j * LANES, inside(left, j));
       gate[j] = load(a->gate + token * K + first + j * LANES, inside(left, j));
       d_k[j] = d_gate[j] = (Lanes){0};
     }
@@ -235,8 +270,14 @@ INLINE void reverse_rows(const Arrays *a, int64_t b, int64_t head, int64_t first
       }
     if (is_reset(a, b, t)) memset(d_state, 0, sizeof(Lanes) * V * w);
     for (int j = 0; j < w; j++) {
+      d_gate[j] *= gate[j];
+      if (a->has_sigmoids) {
+        const Lanes k = load(a->k + token * K + first + j * LANES, inside(left, j));
+        d_k[j] *= k * (1 - k);
+        d_gate[j] *= 1 - gate[j];
+      }
       store(a->d_k + token * K + first + j * LANES, d_k[j], inside(left, j));
-      store(a->d_log_gate + token * K + first + j * LANES, d_gate[j] * gate[j], inside(left, j));
+      store(a->d_log_gate + token * K + first + j * LANES, d_gate[j], inside(left, j));
     }
   }
 }
@@ -298,9 +339,15 @@ static int64_t threads_for(const Arrays *a) {
   return tokens * a->key_dim * a->value_dim / ENTRIES_PER_THREAD;
 }
 
+static float scalar(Call *call, int64_t i) {
+  const float *x = shared_argument(call, i, "query scale", (Shape){0, NULL});
+  return x == NULL ? 1 : *x;
+}
+
 /* Arguments q, k, v, gate, initial state, reset, in this order. */
 static Arrays read_arguments(Call *call) {
   Arrays a = {
+      .query_scale = 1,
       .batch = call->batch,
       .length = axis_of(call, 0, 0, 3),
       .heads = axis_of(call, 0, 0, 2),
@@ -323,6 +370,11 @@ static int vectors_for(int64_t width) {
 }
 
 static int64_t tiles_for(int64_t width, int w) { return divided(width, w * LANES); }
+
+/* Bytes for a tile of columns: K * w vectors of the state, and a token. */
+static int64_t column_bytes(const Arrays *a, int w) {
+  return scratch_for(a->key_dim, sizeof(Lanes) * w + 3 * sizeof(float));
+}
 
 static void run_forward(const void *data, int64_t item, void *scratch) {
   const Task *task = data;
@@ -352,31 +404,43 @@ static void run_backward(const void *data, int64_t item, void *scratch) {
     gradient_columns(a, b, head, index % tiles * LANES, 1, scratch);
 }
 
-/* (q, k, v, gate, initial state, reset) -> (output, final state) */
+/* (q, k, v, gate, initial state, reset[, key bias, gate bias, query scale])
+   -> (output, final state[, keys, gates]) */
 XLA_FFI_Error *simplernn_forward(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
-  Call call = begin(frame, "simplernn_forward", "q", 3, 6, 2);
+  const int has_biases = frame->args.size == 9;
+  Call call = begin(frame, "simplernn_forward", "q", 3, has_biases ? 9 : 6, has_biases ? 4 : 2);
   Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
   a->output = result(&call, 0, "output", VALUES((*a)));
   a->final = result(&call, 1, "final state", STATE((*a)));
+  if (has_biases) {
+    a->key_bias = shared_argument(&call, 6, "key bias", SHAPE(a->heads, a->key_dim));
+    a->gate_bias = shared_argument(&call, 7, "gate bias", SHAPE(a->heads, a->key_dim));
+    a->query_scale = scalar(&call, 8);
+    a->keys = result(&call, 2, "keys", KEYS((*a)));
+    a->gates = result(&call, 3, "gates", KEYS((*a)));
+  }
   task.column_vectors = vectors_for(a->value_dim);
   task.column_tiles = tiles_for(a->value_dim, task.column_vectors);
   const Work work = {.task = &task,
                      .run = run_forward,
                      .items = a->batch * a->heads * task.column_tiles,
                      .threads = threads_for(a),
-                     .scratch_bytes = scratch_for(a->key_dim, sizeof(Lanes) * task.column_vectors)};
+                     .scratch_bytes = column_bytes(a, task.column_vectors)};
   return share(&call, &work);
 }
 
-/* (q, k, v, gate, initial state, reset, d_output, d_final_state)
+/* (q, keys, v, gates, initial state, reset, d_output, d_final_state[, query scale])
    -> (d_q, d_k, d_v, d_log_gate, d_initial_state) */
 XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
-  Call call = begin(frame, "simplernn_backward", "q", 3, 8, 5);
+  const int has_sigmoids = frame->args.size == 9;
+  Call call = begin(frame, "simplernn_backward", "q", 3, has_sigmoids ? 9 : 8, 5);
   Task task = {.arrays = read_arguments(&call)};
   Arrays *a = &task.arrays;
+  a->has_sigmoids = has_sigmoids;
+  if (has_sigmoids) a->query_scale = scalar(&call, 8);
   a->d_output = argument(&call, 6, "d_output", VALUES((*a)));
   a->d_final = argument(&call, 7, "d_final_state", STATE((*a)));
   a->d_q = result(&call, 0, "d_q", KEYS((*a)));
@@ -394,7 +458,7 @@ XLA_FFI_Error *simplernn_backward(XLA_FFI_CallFrame *frame) {
   const int64_t block = block_length(a, task.row_vectors);
   const int64_t states = 2 + least(block, a->length) + full_blocks(a, block);
   const int64_t rows = scratch_for(a->value_dim * states, sizeof(Lanes) * task.row_vectors);
-  const int64_t columns = scratch_for(a->key_dim, sizeof(Lanes) * task.column_vectors);
+  const int64_t columns = column_bytes(a, task.column_vectors);
   const Work work = {.task = &task,
                      .run = run_backward,
                      .items = task.row_items + pairs * task.column_tiles,

@@ -22,7 +22,7 @@ from simplernn_jax.ops.native import call_native, or_empty, supports_native
 from simplernn_jax.ops.primitive import Operation, is_static, on_one_device, vary_like
 from simplernn_jax.ops.segments import reset_state, segment_starts
 
-__all__ = ["gated_linear_recurrence", "recurrent_step"]
+__all__ = ["gated_linear_recurrence", "recurrent_step", "simple_rnn_recurrence"]
 
 METHODS = ("auto", "fused", "chunkwise", "scan")
 
@@ -103,6 +103,100 @@ def gated_linear_recurrence(
     operation = _operation(method == "fused", reset is not None, chunk_size, saves_starts)
     output, state = operation(*inputs.arrays())
     return output.astype(v.dtype), state
+
+
+def simple_rnn_recurrence(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    gate: Keys,
+    key_bias: jax.Array,
+    gate_bias: jax.Array,
+    query_scale: float,
+    *,
+    initial_state: RecurrentState | None = None,
+    segment_ids: SegmentIds | None = None,
+    method: str = "auto",
+) -> tuple[Values, RecurrentState]:
+    """Compute the recurrence of what SimpleRNN's projections return.
+
+    It is `gated_linear_recurrence` of ``query_scale q``, keys ``sigmoid(k + key_bias)``, `v` and
+    gates ``sigmoid(gate + gate_bias)``; the biases are ``[H, K]``. The C kernel computes them
+    within the recurrence.
+    """
+    sizes = check_array("q", q, "B T H K")
+    check_array("key_bias", key_bias, "H K", FLOATING, sizes)
+    check_array("gate_bias", gate_bias, "H K", FLOATING, sizes)
+    check_segment_ids(segment_ids, sizes)
+    arrays = [jnp.asarray(x) for x in (q, k, v, gate, key_bias, gate_bias)]
+    is_native = _choose(method, None, accumulator_dtype(*arrays)) == "fused" and on_one_device()
+    if not is_native or len({x.dtype for x in arrays}) > 1 or 0 in (*q.shape, v.shape[-1]):
+        inputs = _from_projections(*arrays, query_scale)
+        options: dict[str, Any] = {"segment_ids": segment_ids, "method": method}
+        return gated_linear_recurrence(*inputs, initial_state=initial_state, **options)
+    state = initial_state
+    if state is None:
+        state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), q.dtype)
+    reset = [] if segment_ids is None else [segment_starts(segment_ids)]
+    output, state = _simple_rnn_operation(query_scale, bool(reset))(*arrays, state, *reset)
+    return output, state
+
+
+def _from_projections(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gate: jax.Array,
+    key_bias: jax.Array,
+    gate_bias: jax.Array,
+    query_scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    gate = jax.nn.log_sigmoid(gate + gate_bias[None, None])
+    return q * query_scale, jax.nn.sigmoid(k + key_bias[None, None]), v, gate
+
+
+@functools.cache
+def _simple_rnn_operation(query_scale: float, has_reset: bool) -> Operation:
+    """Build the operation (q, k, v, gate, key_bias, gate_bias, state[, reset]) to (y, state)."""
+    in_xla = _operation(False, has_reset, None, False)
+
+    def default(*args: jax.Array) -> list[jax.Array]:
+        return in_xla(*_from_projections(*args[:6], query_scale), *args[6:])
+
+    def fwd(*args: jax.Array) -> list[jax.Array]:
+        _, keys, _, log_gates = _from_projections(*args[:6], query_scale)
+        return [*default(*args), keys, jnp.exp(log_gates)]
+
+    def bwd(*args: jax.Array) -> Sequence[jax.Array]:
+        floating, reset, cotangents = args[:7], args[7 : 7 + has_reset], list(args[-2:])
+        return jax.vjp(lambda *floating: default(*floating, *reset), *floating)[1](cotangents)
+
+    def fwd_in_c(*args: jax.Array) -> Sequence[jax.Array]:
+        q, k, v, gate, key_bias, gate_bias, state, *reset = args
+        arguments = (q, k, v, gate, state, or_empty(reset[0] if reset else None, state))
+        more = (key_bias, gate_bias, jnp.full((), query_scale, jnp.float32))
+        return call_native("simplernn_forward", [v, state, k, gate], *arguments, *more)
+
+    def bwd_in_c(*args: jax.Array) -> Sequence[jax.Array]:
+        q, _, v, _, _, _, state, *reset, keys, gates, d_y, d_final = args
+        arguments = (q, keys, v, gates, state, or_empty(reset[0] if reset else None, state))
+        scale = jnp.full((), query_scale, jnp.float32)
+        d_q, d_k, d_v, d_gate, d_state = call_native(
+            "simplernn_backward", [q, keys, v, gates, state], *arguments, d_y, d_final, scale
+        )
+        return d_q, d_k, d_v, d_gate, _sum_of_tokens(d_k), _sum_of_tokens(d_gate), d_state
+
+    # The biases have no batch axes.
+    operation = functools.partial(Operation, cpu_supports_vmap=False)
+    derivatives = {"fwd": operation(fwd, fwd_in_c), "bwd": operation(bwd, bwd_in_c)}
+    return operation(default, lambda *args: fwd_in_c(*args)[:2], **derivatives)
+
+
+def _sum_of_tokens(x: jax.Array) -> jax.Array:
+    """Sum ``[B, T, H, K]`` to ``[H, K]``, in one order for any number of threads: as a matmul."""
+    flat = x.reshape(-1, x.shape[-2] * x.shape[-1])
+    ones = jnp.ones((1, len(flat)), x.dtype)
+    return jnp.matmul(ones, flat, precision=jax.lax.Precision.HIGHEST).reshape(x.shape[2:])
 
 
 def _choose(method: str, chunk_size: int | None, dtype: Any) -> str:
