@@ -69,8 +69,14 @@ BFLOAT16_FUNCTIONS = ("simplernn_dense_forward", "simplernn_dense_backward")
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")
 """Without ``-fno-trapping-math``, gcc does not vectorize loops with comparisons of floats."""
-_MACHINE_OPTIONS = (("-march=native",), ("-mcpu=native",), ())
-"""Tried in this order: compilers and processors support different ones."""
+_MACHINE_OPTIONS = (
+    ("-march=native", "-mprefer-vector-width=512"),
+    ("-march=native",),
+    ("-mcpu=native",),
+    (),
+)
+"""Tried in this order: compilers and processors support different ones. By default, gcc uses half
+of the registers of a processor with AVX-512."""
 _LOCK = threading.Lock()
 """Held while compiling: threads that trace programs at the same time compile and load once."""
 

@@ -58,7 +58,7 @@ def run(*command: object, shell: str = "", **environment: str) -> subprocess.Com
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "glibc.malloc.hugetlb=1"),
+        ({}, process_start._TUNABLES),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
         ({process_start.HUGE_PAGES: "0"}, "None"),
     ],

@@ -143,7 +143,9 @@ static inline void reject_empty(Call *call, int64_t smallest) {
 }
 
 /* Work shared by threads, which take items one by one. The caller takes items too, so that a busy
-   thread pool only slows it down. `task` must outlive the last item. */
+   thread pool only slows it down. `task` must outlive the last item. Each thread begins with the same
+   part of the items in every call, since what it wrote is in its own cache; then it helps others. */
+#define MOST_PARTS 64
 typedef struct {
   const void *task;
   void (*run)(const void *task, int64_t item, void *scratch);
@@ -151,7 +153,8 @@ typedef struct {
                                                        this one; NULL: all are independent */
   int64_t items, threads;
   int64_t scratch_bytes; /* per thread, from `scratch_for`; may be 0 */
-  atomic_long next, done, holders;
+  int64_t parts;
+  atomic_long next[MOST_PARTS], done, holders;
   atomic_int out_of_memory, has_waited;
 } Work;
 
@@ -183,11 +186,25 @@ static void wait_for(Work *work, int64_t count) {
   }
 }
 
+static int64_t take_item(Work *work) {
+  static atomic_long threads;
+  static _Thread_local int64_t thread = -1;
+  if (thread < 0) thread = atomic_fetch_add(&threads, 1);
+  for (int64_t i = 0; i < work->parts; i++) {
+    const int64_t part = (thread + i) % work->parts, first = work->items * part / work->parts;
+    const int64_t size = work->items * (part + 1) / work->parts - first;
+    if (atomic_load(&work->next[part]) >= size) continue;
+    const int64_t item = atomic_fetch_add(&work->next[part], 1);
+    if (item < size) return first + item;
+  }
+  return -1;
+}
+
 static void take_items(Work *work) {
   void *scratch = NULL;
   for (;;) {
-    int64_t item = atomic_fetch_add(&work->next, 1);
-    if (item >= work->items) break;
+    const int64_t item = take_item(work);
+    if (item < 0) break;
     if (work->start != NULL) wait_for(work, work->start(work->task, item));
     if (scratch == NULL && work->scratch_bytes > 0)
       scratch = aligned_alloc(64, work->scratch_bytes);
@@ -249,7 +266,8 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
     atomic_fetch_sub(&calls_alone, 1);
     helpers = 0;
   }
-  atomic_init(&work->next, 0);
+  work->parts = work->start != NULL || helpers < 1 ? 1 : least(1 + helpers, MOST_PARTS);
+  for (int64_t i = 0; i < MOST_PARTS; i++) atomic_init(&work->next[i], 0);
   atomic_init(&work->done, 0);
   atomic_init(&work->out_of_memory, 0);
   atomic_init(&work->has_waited, 0);

@@ -44,7 +44,7 @@ typedef struct {
   const float *x, *kernel[MOST_KERNELS], *d_y[MOST_KERNELS];
   const uint16_t *low_x, *z[MOST_KERNELS], *d_z[MOST_KERNELS];
   Group *rounded_x, *x_rows, *kernel_panels[MOST_KERNELS], *d_y_rows[MOST_KERNELS], *d_y_panels[MOST_KERNELS];
-  int64_t widest, packs, products;
+  int64_t widest, packs, products, blocks;
   Product product[MOST_KERNELS + 1];
 } Dense;
 
@@ -106,7 +106,8 @@ static void multiply_rounded(const Product *p, int64_t row, int64_t column, int 
 
 static void multiply_block(const Product *p, int64_t block) {
   const int64_t row_blocks = divided(p->m, BLOCK_ROWS);
-  const int64_t row = block % row_blocks * BLOCK_ROWS, column = block / row_blocks * BLOCK_PANELS * COLUMNS;
+  const int64_t columns = blocks_of(p) / row_blocks;
+  const int64_t row = block / columns * BLOCK_ROWS, column = block % columns * BLOCK_PANELS * COLUMNS;
   const int64_t end = least(p->m, row + BLOCK_ROWS), last = least(p->n, column + BLOCK_PANELS * COLUMNS);
   const int tiles = has_tiles();
   if (tiles) set_up_tiles();
@@ -182,22 +183,22 @@ static void pack_backward(const Dense *d, int64_t item, Group *scratch) {
               COLUMNS, GROUPS, COLUMNS);
 }
 
-static void run(const void *task, int64_t item, void *scratch) {
+static void run_pack(const void *task, int64_t item, void *scratch) {
   const Dense *d = task;
-  if (item < d->packs && d->x_rows == NULL)
+  if (d->x_rows == NULL)
     pack_forward(d, item, scratch);
-  else if (item < d->packs)
+  else
     pack_backward(d, item, scratch);
-  else {
-    const Product *p = d->product;
-    for (item -= d->packs; item >= blocks_of(p); p++) item -= blocks_of(p);
-    multiply_block(p, item);
-  }
 }
 
-static int64_t packed_before(const void *task, int64_t item) {
+/* Item i of n takes the i-th n-th of the blocks of each product: threads keep their tokens. */
+static void run_blocks(const void *task, int64_t item, void *scratch) {
+  (void)scratch;
   const Dense *d = task;
-  return item < d->packs ? 0 : d->packs;
+  for (const Product *p = d->product; p < d->product + d->products; p++) {
+    const int64_t blocks = blocks_of(p);
+    for (int64_t b = blocks * item / d->blocks; b < blocks * (item + 1) / d->blocks; b++) multiply_block(p, b);
+  }
 }
 
 static int is_bfloat16(Call *call, int is_result, int64_t i) {
@@ -240,17 +241,19 @@ static void set_result(Call *call, int64_t i, Product *p) {
 }
 
 static XLA_FFI_Error *compute(Call *call, Dense *d) {
-  int64_t items = d->packs, operations = 0;
+  int64_t operations = 0;
   for (int64_t i = 0; is_valid(call) && i < d->products; i++) {
     const Product *p = &d->product[i];
-    items += blocks_of(p);
+    if (blocks_of(p) > d->blocks) d->blocks = blocks_of(p);
     for (int64_t t = 0; t < p->terms; t++) operations += p->m * p->n * p->term[t].groups;
   }
   const int64_t widest = d->widest > d->in ? d->widest : d->in;
-  const Work work = {.task = d, .run = run, .start = packed_before, .items = items,
-                     .threads = 1 + operations / OPERATIONS_PER_THREAD,
+  const Work pack = {.task = d, .run = run_pack, .items = d->packs, .threads = 1 + operations / OPERATIONS_PER_THREAD,
                      .scratch_bytes = scratch_for(widest * ALIGNED, sizeof(Group))};
-  return share(call, &work);
+  XLA_FFI_Error *error = share(call, &pack);
+  if (error != NULL) return error;
+  const Work multiply = {.task = d, .run = run_blocks, .items = d->blocks, .threads = pack.threads};
+  return share(call, &multiply);
 }
 
 /* x, W_i to y_i, then x in bfloat16 if it is float32, then packed operands. */

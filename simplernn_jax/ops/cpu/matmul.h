@@ -74,8 +74,43 @@ static inline Group *rows_of(Group *memory, const float *from, int64_t m, int64_
 #endif
 }
 
+#ifdef HAS_BFLOAT16
+/* to = from^T, of LANES x LANES entries of 32 bits. */
+static inline void transpose_square(float *to, int64_t to_stride, const float *from, int64_t from_stride) {
+  __m512 x[LANES], y[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = _mm512_loadu_ps(from + i * from_stride);
+  for (int i = 0; i < LANES; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      const __m512d a = (__m512d)y[i + j], b = (__m512d)y[i + j + 2];
+      x[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+      x[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+    }
+  for (int i = 0; i < LANES; i += 8)
+    for (int j = 0; j < 4; j++) {
+      y[i + j] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0x88);
+      y[i + j + 4] = _mm512_shuffle_f32x4(x[i + j], x[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; j++) {
+    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(y[j], y[j + 8], 0x88));
+    _mm512_storeu_ps(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(y[j], y[j + 8], 0xdd));
+  }
+}
+#endif
+
 /* to = from^T, of m x n entries of 32 bits, rows `to_stride` and `from_stride` apart. */
 static void transpose(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t m, int64_t n) {
+#ifdef HAS_BFLOAT16
+  if (m % LANES == 0 && n % LANES == 0) {
+    for (int64_t i = 0; i < m; i += LANES)
+      for (int64_t j = 0; j < n; j += LANES)
+        transpose_square(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
+    return;
+  }
+#endif
   const int64_t rows = m / 4 * 4, columns = n / 4 * 4;
   for (int64_t i = 0; i < rows; i += 4)
     for (int64_t j = 0; j < columns; j += 4) {
@@ -118,7 +153,11 @@ static inline void to_panels_of_transpose(Group *to, int64_t panel, const Group 
       const uint16_t *even = 2 * j < m ? entries + 2 * j * row : zeros;
       const uint16_t *odd = 2 * j + 1 < m ? entries + (2 * j + 1) * row : zeros;
       Group *pairs = to + j * COLUMNS;
-      for (int64_t i = 0; i < COLUMNS; i++) pairs[i] = even[i] | (Group)odd[i] << 16;
+      for (int64_t i = 0; i < COLUMNS; i += LANES) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(even + i)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(odd + i)));
+        _mm512_storeu_si512(pairs + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
     }
 #else
       if (k - first >= COLUMNS) /* faster with a constant size */
