@@ -93,7 +93,11 @@ def _use_huge_pages() -> None:
     smaller arrays (256 MiB) stay in memory that the allocator keeps, up to 1 GiB of it.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if os.environ.get(HUGE_PAGES) == "0" or "glibc.malloc.hugetlb" in tunables or not has_huge_pages():
+    if (
+        os.environ.get(HUGE_PAGES) == "0"
+        or "glibc.malloc.hugetlb" in tunables
+        or not has_huge_pages()
+    ):
         return
     # Not a program that runs a script by `runpy`.
     if _is_observed() or not sys.executable or sys.argv[0] not in sys.orig_argv:

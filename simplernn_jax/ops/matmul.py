@@ -133,9 +133,7 @@ class _InC(NamedTuple):
         outputs = [jax.ShapeDtypeStruct((len(flat), w.shape[1]), y_dtype) for w in kernels]
         low_x = [] if x.dtype == dtype else [jax.ShapeDtypeStruct(flat.shape, dtype)]
         packed = _packed(sum(_padded(w.shape[1]) for w in kernels) * x.shape[-1])
-        results = call_native(
-            "simplernn_dense_forward", [*outputs, *low_x, packed], flat, *kernels
-        )
+        results = call_native("simplernn_dense_forward", [*outputs, *low_x, packed], flat, *kernels)
         y = [each.reshape(*x.shape[:-1], each.shape[-1]) for each in results[: len(kernels)]]
         return y, x if x.dtype == dtype else results[-2].reshape(x.shape)
 

@@ -45,6 +45,23 @@ def rms_norm(x: jax.Array, *, epsilon: float = EPSILON) -> jax.Array:
     return y
 
 
+def gated_rms_norm(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """Compute ``rms_norm(x) silu(gate)`` of arrays ``[..., D]``; see `rms_norm`."""
+    check_array("gate", gate, "... D", FLOATING, check_array("x", x, "... D"))
+    dtype = accumulator_dtype(x, gate)
+    x, gate = jnp.asarray(x, dtype), jnp.asarray(gate, dtype)
+    if use_native(x) and x.shape == gate.shape:
+        (y,) = _GATED_NORM_IN_C(x, gate)
+        return y
+    return apply_gate(rms_norm(x), gate)
+
+
+@jax.checkpoint
+def apply_gate(y: jax.Array, gate: jax.Array) -> jax.Array:
+    """Compute ``y silu(gate)``; the gradient computes silu again."""
+    return y * jax.nn.silu(gate)
+
+
 def inverse_rms(x: jax.Array) -> jax.Array:
     """Compute ``1 / sqrt(mean(x^2) + EPSILON)``, ``[..., D]`` to ``[...]``, in x's dtype."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + EPSILON)
@@ -69,6 +86,25 @@ def _norm_gradient_in_c(x: jax.Array, scale: jax.Array, d_y: jax.Array) -> Seque
     return call_native("simplernn_norm_backward", [x], x, scale, d_y)
 
 
+def _gated_norm(x: jax.Array, gate: jax.Array) -> Sequence[jax.Array]:
+    (y,) = _NORM_IN_XLA(x)
+    return apply_gate(y, gate), inverse_rms(x)
+
+
+def _gated_norm_in_c(x: jax.Array, gate: jax.Array) -> Sequence[jax.Array]:
+    return call_native("simplernn_norm_forward", [x, x[..., 0]], x, gate)
+
+
+def _gated_norm_gradient(*args: jax.Array) -> Sequence[jax.Array]:
+    x, gate, _, d_y = args
+    return jax.vjp(lambda *inputs: _gated_norm(*inputs)[0], x, gate)[1](d_y)
+
+
+def _gated_norm_gradient_in_c(*args: jax.Array) -> Sequence[jax.Array]:
+    x, gate, scale, d_y = args
+    return call_native("simplernn_norm_backward", [x, gate], x, scale, d_y, gate)
+
+
 _NORM_IN_XLA = Operation(
     lambda x: _norm(x)[:1], fwd=Operation(_norm), bwd=Operation(_norm_gradient)
 )
@@ -77,6 +113,14 @@ _NORM_IN_C = Operation(
     lambda x: _norm_in_c(x)[:1],
     fwd=Operation(_norm, _norm_in_c),
     bwd=Operation(_norm_gradient, _norm_gradient_in_c),
+)
+
+
+_GATED_NORM_IN_C = Operation(
+    lambda *inputs: _gated_norm(*inputs)[:1],
+    lambda *inputs: _gated_norm_in_c(*inputs)[:1],
+    fwd=Operation(_gated_norm, _gated_norm_in_c),
+    bwd=Operation(_gated_norm_gradient, _gated_norm_gradient_in_c),
 )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from references import assert_accurate, draw_recurrence, recurrence, value_and_gradients
 
 from simplernn_jax.ops import gated_linear_recurrence, recurrent_step
+from simplernn_jax.ops.gated_linear_recurrence import simple_rnn_recurrence
 from simplernn_jax.ops.rms_norm import rms_norm, rms_norm_convolution
 
 LENGTHS = (1, 7, 65, 600)  # 600: the last group has a chunk of padding
@@ -240,3 +241,85 @@ def test_a_reset_ends_a_state_that_is_not_finite(method):
         )
         assert jnp.isfinite(jnp.where(ids[..., None, None] == 1, y, 0)).all()
         assert jnp.isfinite(final).all()
+
+
+def draw_projections(length, heads, key_dim, value_dim, largest=3.0):
+    rng = np.random.default_rng(0)
+    keys, values = (BATCH, length, heads, key_dim), (BATCH, length, heads, value_dim)
+    biases, state = (heads, key_dim), (BATCH, heads, key_dim, value_dim)
+    shapes = (keys, keys, values, keys, biases, biases, state)
+    inputs = [largest * rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    return inputs, [rng.normal(size=shape).astype(np.float32) for shape in (values, state)]
+
+
+def of_projections(*inputs, segment_ids=None, method="auto"):
+    """By `simple_rnn_recurrence`, or by its definition if `method` is None."""
+    *arrays, state = inputs
+    options = {"initial_state": state, "segment_ids": segment_ids}
+    if method is not None:
+        return simple_rnn_recurrence(*arrays, query_scale=0.3, method=method, **options)
+    q, k, v, gate, key_bias, gate_bias = arrays
+    k, log_gate = jax.nn.sigmoid(k + key_bias), jax.nn.log_sigmoid(gate + gate_bias)
+    return gated_linear_recurrence(0.3 * q, k, v, log_gate, method="scan", **options)
+
+
+@pytest.mark.parametrize("method", ["auto", "chunkwise"])
+@pytest.mark.parametrize(
+    ("length", "shape", "segments"),
+    [(1, (1, 13, 7), "none"), (131, (3, 5, 11), "inside"), (300, (2, 40, 72), "edges")],
+)
+def test_recurrence_of_projections_equals_its_definition_in_float64(
+    length, shape, segments, method
+):
+    inputs, cotangents = draw_projections(length, *shape)
+    ids = draw_segments(segments, length)
+
+    def results(dtype, method):
+        arrays = [jnp.asarray(x, dtype) for x in inputs]
+
+        @jax.jit
+        def run(*arrays):
+            y, back = jax.vjp(
+                functools.partial(of_projections, segment_ids=ids, method=method), *arrays
+            )
+            return y, back(tuple(jnp.asarray(c, dtype) for c in cotangents))
+
+        return run(*arrays)
+
+    with jax.numpy_rank_promotion("allow"):
+        expected = results(jnp.float64, None)
+    ours = results(jnp.float32, method)
+    for result, exact in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert result.dtype == jnp.float32
+        exact = np.asarray(exact)
+        assert np.abs(np.asarray(result) - exact).max() <= 5e-5 * np.abs(exact).max()
+
+
+def test_transformations_of_the_recurrence_of_projections():
+    inputs = [jnp.asarray(x) for x in draw_projections(9, 2, 5, 3)[0]]
+
+    def total(method, *inputs):
+        y, state = of_projections(*inputs, method=method)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state))
+
+    def transformed(method):
+        gradient = jax.grad(functools.partial(total, method), (0, 1, 3, 4, 5))
+        tangents = tuple(map(jnp.cos, inputs))
+        forward = jax.jvp(functools.partial(total, method), tuple(inputs), tangents)
+        mapped = jax.vmap(gradient, (0, 0, 0, 0, None, None, 0))
+        second = jax.grad(lambda *inputs: sum(jnp.sum(jnp.square(x)) for x in gradient(*inputs)))
+        stacked = [jnp.stack([x, x / 2]) if x.ndim > 2 else x for x in inputs]
+        return forward, mapped(*stacked), second(*inputs)
+
+    with jax.numpy_rank_promotion("allow"):
+        expected = transformed(None)
+    chex.assert_trees_all_close(transformed("auto"), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_recurrence_of_projections_is_finite_for_any_finite_input():
+    for largest in (1e4, 1e18):
+        inputs, cotangents = draw_projections(5, 2, 5, 3, largest)
+        inputs[0], inputs[2], inputs[6] = (x / largest for x in (inputs[0], inputs[2], inputs[6]))
+        arrays = [jnp.asarray(x) for x in inputs]
+        y, back = jax.vjp(of_projections, *arrays)
+        chex.assert_tree_all_finite((y, back(tuple(map(jnp.asarray, cotangents)))))

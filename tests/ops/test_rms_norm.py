@@ -14,7 +14,7 @@ from small_runs import mesh_of
 
 from simplernn_jax.ops import rms_norm as module
 from simplernn_jax.ops.native import has_native_functions
-from simplernn_jax.ops.rms_norm import EPSILON, rms_norm, rms_norm_convolution
+from simplernn_jax.ops.rms_norm import EPSILON, gated_rms_norm, rms_norm, rms_norm_convolution
 
 
 def in_c(function, native):
@@ -69,6 +69,25 @@ def test_norm_of_bfloat16_under_vmap_and_of_an_empty_batch():
     assert (y.dtype, back(y)[0].dtype) == (jnp.float32, jnp.bfloat16)
     chex.assert_trees_all_close(jax.vmap(rms_norm)(x), y, rtol=1e-6)
     chex.assert_shape(rms_norm(x[:0]), (0, 3, 7))
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 257, 37), (2, 3, 5, 32)])
+def test_gated_norm_equals_the_formula_in_float64(shape, native):
+    rng = np.random.default_rng(0)
+    x, gate, d_y = (rng.normal(size=shape) * size for size in (1, 5, 1))
+
+    def results(function, dtype):
+        inputs = [jnp.asarray(each, dtype) for each in (x, gate)]
+        y, back = jax.vjp(function, *inputs)
+        return y, *back(jnp.asarray(d_y, dtype))
+
+    ours = results(in_c(gated_rms_norm, native), jnp.float32)
+    with jax.enable_x64(True):
+        expected = results(lambda x, gate: plain(x) * jax.nn.silu(gate), jnp.float64)
+        for result, exact in zip(ours, expected, strict=True):
+            exact = np.asarray(exact)
+            assert np.abs(np.asarray(result) - exact).max() <= 1e-5 * np.abs(exact).max() + 1e-6
 
 
 def draw(batch, length, dim, width):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from simplernn_jax.config import ModelConfig
 from simplernn_jax.models.layers import Dense, fused_dense, kernel_init
-from simplernn_jax.ops.rms_norm import rms_norm
+from simplernn_jax.ops.rms_norm import apply_gate, gated_rms_norm, rms_norm
 
 
 def multi_head_options(config: ModelConfig) -> dict[str, Any]:
@@ -141,19 +141,15 @@ class MultiHeadLayer(nnx.Module):
         Returns:
           ``[..., output_dim]`` float32 (float64 if `dtype` is).
         """
+        gate = None if output_gate is None else output_gate.reshape(y.shape)
         if self.output_norm:
-            y = rms_norm(y)
+            y = rms_norm(y) if gate is None else gated_rms_norm(y, gate)
+        elif gate is not None:
+            y = apply_gate(y, gate)
         y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
-        if output_gate is not None:
-            y = _apply_output_gate(y, output_gate)
         return self.out_proj(y)
 
     def initial_state(self, batch_size: int) -> Any:
         """Return the recurrent state, zeros ``[B, H, K, V]``, float32 (float64 under x64)."""
         heads = self.num_heads
         return jnp.zeros((batch_size, heads, self.key_dim // heads, self.value_dim // heads))
-
-
-@jax.checkpoint  # y and the gate are saved in any case; the backward pass recomputes silu
-def _apply_output_gate(y: jax.Array, gate: jax.Array) -> jax.Array:
-    return y * jax.nn.silu(gate)

@@ -163,10 +163,11 @@ class SimpleRNN(TokenMixer):
             inputs, output_gate = self.cell.project(x)
             y, state = sharded_recurrence(*inputs, **options)
             return self.cell.project_outputs(y, output_gate), state
-        keys, gates = self.cell.key_proj, self.cell.gate_proj
-        inputs, output_gate = self.cell.project_inputs(x, without_bias=(keys, gates))
-        biases = [layer.bias[...].reshape(inputs[1].shape[2:]) for layer in (keys, gates)]
-        y, state = simple_rnn_recurrence(*inputs, *biases, self.cell.query_scale, **options)
+        layers: list[Any] = [self.cell.key_proj, self.cell.gate_proj]
+        inputs, output_gate = self.cell.project_inputs(x, without_bias=layers)
+        biases = [layer.bias[...].reshape(inputs[1].shape[2:]) for layer in layers]
+        options["query_scale"] = self.cell.query_scale
+        y, state = simple_rnn_recurrence(*inputs, *biases, **options)
         return self.cell.project_outputs(y, output_gate), state
 
 

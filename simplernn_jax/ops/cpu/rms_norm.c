@@ -210,12 +210,26 @@ XLA_FFI_Error *simplernn_convolution_backward(XLA_FFI_CallFrame *frame) {
   return share_convolution(&call, &a, run_backward, a.width + 1);
 }
 
-/* The norm alone: independent tokens. */
+/* The norm alone, or its product with silu(gate) = gate sigmoid(gate): independent tokens. */
 typedef struct {
   int64_t tokens, dim;
-  const float *x, *scale_in, *dy;
-  float *y, *scale, *dx;
+  const float *x, *gate, *scale_in, *dy;
+  float *y, *scale, *dx, *d_gate;
 } Norm;
+
+static void multiply_by_silu(float *restrict y, const float *restrict gate, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] *= gate[i] / (1 + exponential(-gate[i]));
+}
+
+/* dn and the gradient of the gate, from dy and n. */
+static void gate_gradients(float *restrict dn, float *restrict d_gate, const float *restrict dy,
+                           const float *restrict n, const float *restrict gate, int64_t dim) {
+  for (int64_t i = 0; i < dim; i++) {
+    const float sigmoid = 1 / (1 + exponential(-gate[i])), silu = gate[i] * sigmoid;
+    dn[i] = dy[i] * silu;
+    d_gate[i] = dy[i] * n[i] * (sigmoid + silu * (1 - sigmoid));
+  }
+}
 
 #define TOKENS_PER_ITEM 256
 
@@ -226,6 +240,7 @@ static void run_norm_forward(const void *task, int64_t item, void *scratch) {
   for (int64_t i = item * TOKENS_PER_ITEM; i < end; i++) {
     n->scale[i] = scale_of(n->x + i * D, D);
     multiply(n->y + i * D, n->x + i * D, n->scale[i], D);
+    if (n->gate != NULL) multiply_by_silu(n->y + i * D, n->gate + i * D, D);
   }
 }
 
@@ -233,8 +248,14 @@ static void run_norm_backward(const void *task, int64_t item, void *scratch) {
   const Norm *n = task;
   const int64_t D = n->dim, end = least((item + 1) * TOKENS_PER_ITEM, n->tokens);
   for (int64_t i = item * TOKENS_PER_ITEM; i < end; i++) {
+    const float *dn = n->dy + i * D;
     multiply(scratch, n->x + i * D, n->scale_in[i], D);
-    norm_gradient(n->dx + i * D, n->dy + i * D, scratch, n->scale_in[i], D);
+    if (n->gate != NULL) {
+      float *gated = (float *)scratch + D;
+      gate_gradients(gated, n->d_gate + i * D, dn, scratch, n->gate + i * D, D);
+      dn = gated;
+    }
+    norm_gradient(n->dx + i * D, dn, scratch, n->scale_in[i], D);
   }
 }
 
@@ -251,27 +272,34 @@ static XLA_FFI_Error *share_norm(Call *call, const Norm *n,
                      .run = run,
                      .items = divided(n->tokens, TOKENS_PER_ITEM),
                      .threads = n->tokens * n->dim / ENTRIES_PER_THREAD,
-                     .scratch_bytes = scratch_for(n->dim, sizeof(float))};
+                     .scratch_bytes = scratch_for(2 * n->dim, sizeof(float))};
   return share(call, &work);
 }
 
 #define NO_AXES ((Shape){0, NULL})
 
-/* x -> (y, scale) */
+/* x[, gate] -> (y, scale) */
 XLA_FFI_Error *simplernn_norm_forward(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
-  Call call = begin(frame, "simplernn_norm_forward", "x", 1, 1, 2);
+  const int is_gated = frame->args.size == 2;
+  Call call = begin(frame, "simplernn_norm_forward", "x", 1, 1 + is_gated, 2);
   Norm n = read_norm(&call);
+  if (is_gated) n.gate = argument(&call, 1, "gate", SHAPE(n.dim));
   n.y = result(&call, 0, "y", SHAPE(n.dim));
   n.scale = result(&call, 1, "scale", NO_AXES);
   return share_norm(&call, &n, run_norm_forward);
 }
 
-/* (x, scale, dy) -> dx */
+/* (x, scale, dy[, gate]) -> dx[, d_gate] */
 XLA_FFI_Error *simplernn_norm_backward(XLA_FFI_CallFrame *frame) {
   if (is_done(frame)) return NULL;
-  Call call = begin(frame, "simplernn_norm_backward", "x", 1, 3, 1);
+  const int is_gated = frame->args.size == 4;
+  Call call = begin(frame, "simplernn_norm_backward", "x", 1, 3 + is_gated, 1 + is_gated);
   Norm n = read_norm(&call);
+  if (is_gated) {
+    n.gate = argument(&call, 3, "gate", SHAPE(n.dim));
+    n.d_gate = result(&call, 1, "d_gate", SHAPE(n.dim));
+  }
   n.scale_in = argument(&call, 1, "scale", NO_AXES);
   n.dy = argument(&call, 2, "dy", SHAPE(n.dim));
   n.dx = result(&call, 0, "dx", SHAPE(n.dim));

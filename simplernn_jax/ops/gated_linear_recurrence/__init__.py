@@ -112,8 +112,8 @@ def simple_rnn_recurrence(
     gate: Keys,
     key_bias: jax.Array,
     gate_bias: jax.Array,
-    query_scale: float,
     *,
+    query_scale: float,
     initial_state: RecurrentState | None = None,
     segment_ids: SegmentIds | None = None,
     method: str = "auto",
@@ -131,7 +131,7 @@ def simple_rnn_recurrence(
     arrays = [jnp.asarray(x) for x in (q, k, v, gate, key_bias, gate_bias)]
     is_native = _choose(method, None, accumulator_dtype(*arrays)) == "fused" and on_one_device()
     if not is_native or len({x.dtype for x in arrays}) > 1 or 0 in (*q.shape, v.shape[-1]):
-        inputs = _from_projections(*arrays, query_scale)
+        inputs = _from_projections(query_scale, *arrays)
         options: dict[str, Any] = {"segment_ids": segment_ids, "method": method}
         return gated_linear_recurrence(*inputs, initial_state=initial_state, **options)
     state = initial_state
@@ -143,13 +143,13 @@ def simple_rnn_recurrence(
 
 
 def _from_projections(
+    query_scale: float,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     gate: jax.Array,
     key_bias: jax.Array,
     gate_bias: jax.Array,
-    query_scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     gate = jax.nn.log_sigmoid(gate + gate_bias[None, None])
     return q * query_scale, jax.nn.sigmoid(k + key_bias[None, None]), v, gate
@@ -161,10 +161,10 @@ def _simple_rnn_operation(query_scale: float, has_reset: bool) -> Operation:
     in_xla = _operation(False, has_reset, None, False)
 
     def default(*args: jax.Array) -> list[jax.Array]:
-        return in_xla(*_from_projections(*args[:6], query_scale), *args[6:])
+        return in_xla(*_from_projections(query_scale, *args[:6]), *args[6:])
 
     def fwd(*args: jax.Array) -> list[jax.Array]:
-        _, keys, _, log_gates = _from_projections(*args[:6], query_scale)
+        _, keys, _, log_gates = _from_projections(query_scale, *args[:6])
         return [*default(*args), keys, jnp.exp(log_gates)]
 
     def bwd(*args: jax.Array) -> Sequence[jax.Array]:
@@ -187,9 +187,13 @@ def _simple_rnn_operation(query_scale: float, has_reset: bool) -> Operation:
         return d_q, d_k, d_v, d_gate, _sum_of_tokens(d_k), _sum_of_tokens(d_gate), d_state
 
     # The biases have no batch axes.
-    operation = functools.partial(Operation, cpu_supports_vmap=False)
-    derivatives = {"fwd": operation(fwd, fwd_in_c), "bwd": operation(bwd, bwd_in_c)}
-    return operation(default, lambda *args: fwd_in_c(*args)[:2], **derivatives)
+    return Operation(
+        default,
+        lambda *args: fwd_in_c(*args)[:2],
+        fwd=Operation(fwd, fwd_in_c, cpu_supports_vmap=False),
+        bwd=Operation(bwd, bwd_in_c, cpu_supports_vmap=False),
+        cpu_supports_vmap=False,
+    )
 
 
 def _sum_of_tokens(x: jax.Array) -> jax.Array:
