@@ -7,9 +7,9 @@
    where a, b, c are `COEFFICIENTS`. As XLA's operations, of which there are some 15 per matrix,
    `base` takes 1.4 times as long to its first step, and 2 to 4 % longer per step.
 
-   With AMX, which multiplies bfloat16 some ten times as fast as float32, operands are rounded to
-   bfloat16, as in the reference implementation of Muon; sums and X are float32. Threads take whole
-   matrices, and one thread computes a matrix in one order: results are deterministic.
+   Where the processor multiplies bfloat16 fast (`matmul.h`), operands are rounded to it, as in the
+   reference implementation of Muon; sums and X are float32. Threads take whole matrices, and one thread
+   computes a matrix in one order: results are deterministic.
 
    Arguments and results are the same number of float32 arrays [..., m, n], row-major. */
 
