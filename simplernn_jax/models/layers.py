@@ -131,7 +131,9 @@ def fused_dense(
     outputs = fused_projection(x, kernels, first.dtype, **options)
 
     return tuple(
-        y if layer.bias is None or layer in without_bias else add_bias(y, layer.bias[...])
+        y
+        if layer.bias is None or any(layer is other for other in without_bias)
+        else add_bias(y, layer.bias[...])
         for y, layer in zip(outputs, layers, strict=True)
     )
 

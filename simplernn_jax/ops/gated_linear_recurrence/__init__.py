@@ -125,18 +125,26 @@ def simple_rnn_recurrence(
     within the recurrence.
     """
     sizes = check_array("q", q, "B T H K")
-    check_array("key_bias", key_bias, "H K", FLOATING, sizes)
-    check_array("gate_bias", gate_bias, "H K", FLOATING, sizes)
+    sizes = check_array("v", v, "B T H V", FLOATING, sizes)
+    for name, x, axes in (
+        ("k", k, "B T H K"),
+        ("gate", gate, "B T H K"),
+        ("key_bias", key_bias, "H K"),
+        ("gate_bias", gate_bias, "H K"),
+        *([] if initial_state is None else [("initial_state", initial_state, "B H K V")]),
+    ):
+        check_array(name, x, axes, FLOATING, sizes)
     check_segment_ids(segment_ids, sizes)
     arrays = [jnp.asarray(x) for x in (q, k, v, gate, key_bias, gate_bias)]
     is_native = _choose(method, None, accumulator_dtype(*arrays)) == "fused" and on_one_device()
-    if not is_native or len({x.dtype for x in arrays}) > 1 or 0 in (*q.shape, v.shape[-1]):
+    is_native = is_native and all(x.dtype == jnp.float32 for x in arrays)
+    if not is_native or 0 in (*q.shape, v.shape[-1]):
         inputs = _from_projections(query_scale, *arrays)
         options: dict[str, Any] = {"segment_ids": segment_ids, "method": method}
         return gated_linear_recurrence(*inputs, initial_state=initial_state, **options)
-    state = initial_state
-    if state is None:
-        state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), q.dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), jnp.float32)
+    state = jnp.asarray(initial_state, jnp.float32)
     reset = [] if segment_ids is None else [segment_starts(segment_ids)]
     output, state = _simple_rnn_operation(query_scale, bool(reset))(*arrays, state, *reset)
     return output, state
