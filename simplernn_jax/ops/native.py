@@ -65,7 +65,7 @@ FUNCTIONS = (
     "simplernn_decode",
 )
 BFLOAT16_FUNCTIONS = ("simplernn_dense_forward", "simplernn_dense_backward")
-"""For processors with AMX or AVX-512 BF16."""
+"""Compiled where `has_fast_bfloat16`."""
 _FOLDER = Path(__file__).with_name("cpu")
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-trapping-math", "-shared", "-fPIC")
 """Without ``-fno-trapping-math``, gcc does not vectorize loops with comparisons of floats."""
@@ -122,8 +122,8 @@ def has_native_functions() -> bool:
 
 
 def has_native_bfloat16() -> bool:
-    """Return whether the C functions that multiply bfloat16 exist, and are faster than float32."""
-    return has_fast_bfloat16() and BFLOAT16_FUNCTIONS[0] in _native_functions()
+    """Return whether there are C functions that multiply bfloat16: where that is fast."""
+    return BFLOAT16_FUNCTIONS[0] in _native_functions()
 
 
 def _native_functions() -> tuple[str, ...]:
@@ -176,10 +176,14 @@ def _load(command: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(str(_compile(command, Path(work))))
 
 
+def _options() -> tuple[str, ...]:
+    return (*_OPTIONS, *(["-DFAST_BFLOAT16"] if has_fast_bfloat16() else []))
+
+
 def _compile(command: list[str], folder: Path) -> Path:
     target, failures = folder / "native.so", []
     for machine in _MACHINE_OPTIONS:
-        arguments = [*_OPTIONS, *machine, f"-I{jax.ffi.include_dir()}", *_files("c"), "-lm"]
+        arguments = [*_options(), *machine, f"-I{jax.ffi.include_dir()}", *_files("c"), "-lm"]
         try:
             _run([*command, *map(str, arguments), "-o", str(target)])
             return target
@@ -212,7 +216,7 @@ def native_fingerprint() -> str:
     headers = sorted(Path(jax.ffi.include_dir()).rglob("*.h"))
     for file in (*_files("c"), *_files("h"), *headers):
         digest.update(file.read_bytes())
-    options = (*_OPTIONS, *map(str, _MACHINE_OPTIONS))
+    options = (*_options(), *map(str, _MACHINE_OPTIONS))
     for text in (*command, *options, platform.machine(), platform.processor(), *processor_lines()):
         digest.update(os.fsencode(text) + b"\n")
     return digest.hexdigest()[:32]

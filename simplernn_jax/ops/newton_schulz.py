@@ -21,8 +21,8 @@ def newton_schulz(matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
     Singular values become 0.7 to 1.2, except those below about a thousandth of the norm. Each step
     of the iteration is ``X <- (a + b X X^T + c (X X^T)^2) X``, in the smaller dimension. On a CPU,
-    one C function computes all matrices; with AMX or AVX-512 BF16 its operands are rounded to
-    bfloat16.
+    one C function computes all matrices; where the processor multiplies bfloat16 fast, its operands
+    are rounded to it.
     """
     for matrix in matrices:
         check_array("matrix", matrix, "... m n")

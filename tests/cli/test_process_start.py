@@ -58,7 +58,11 @@ def run(*command: object, shell: str = "", **environment: str) -> subprocess.Com
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, process_start._TUNABLES),
+        (
+            {},
+            "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456"
+            ":glibc.malloc.trim_threshold=1073741824",
+        ),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
         ({process_start.HUGE_PAGES: "0"}, "None"),
     ],

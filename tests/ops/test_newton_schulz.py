@@ -1,14 +1,12 @@
 """Newton-Schulz iterations: the C function and XLA against float64, and their properties."""
 
-from pathlib import Path
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplernn_jax.ops.native import has_native_functions
+from simplernn_jax.ops.native import has_fast_bfloat16, has_native_functions
 from simplernn_jax.ops.newton_schulz import COEFFICIENTS, newton_schulz
 
 SHAPES = [(7, 11), (67, 13), (2, 3, 5, 2), (1, 1), (131, 257), (131, 263)]
@@ -16,8 +14,7 @@ SHAPES = [(7, 11), (67, 13), (2, 3, 5, 2), (1, 1), (131, 257), (131, 263)]
 second are at least twice as long as wide."""
 
 
-CPU = Path("/proc/cpuinfo")
-HAS_BFLOAT16 = CPU.exists() and "avx512_bf16" in CPU.read_text()
+HAS_BFLOAT16 = has_fast_bfloat16()
 """With it, operands have 8 bits in place of 24, and each iteration amplifies their rounding."""
 
 

@@ -267,7 +267,7 @@ static XLA_FFI_Error *share(Call *call, const Work *description) {
     helpers = 0;
   }
   work->parts = work->start != NULL || helpers < 1 ? 1 : least(1 + helpers, MOST_PARTS);
-  for (int64_t i = 0; i < MOST_PARTS; i++) atomic_init(&work->next[i], 0);
+  for (int64_t i = 0; i < work->parts; i++) atomic_init(&work->next[i], 0);
   atomic_init(&work->done, 0);
   atomic_init(&work->out_of_memory, 0);
   atomic_init(&work->has_waited, 0);

@@ -76,14 +76,8 @@ static void multiply(float *to, int64_t n, int64_t width, const Group *rows, int
   for (int64_t i = 0; i < TILE_ROWS; i++) memcpy(to + i * n, sums + i * COLUMNS, sizeof(float) * width);
 }
 
-INLINE __mmask16 lanes(int64_t n) { return n < LANES ? (1 << n) - 1 : -1; }
-
 INLINE __m512 widened(const uint16_t *from, __mmask16 inside) {
   return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, from)), 16);
-}
-
-INLINE void store_rounded(uint16_t *to, __m512 x, __mmask16 inside) {
-  _mm256_mask_storeu_epi16(to, inside, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 /* A tile of a result in bfloat16: its sums do not leave the first-level cache. */

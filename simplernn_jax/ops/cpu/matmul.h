@@ -7,7 +7,8 @@
 #ifndef SIMPLERNN_MATMUL_H
 #define SIMPLERNN_MATMUL_H
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+/* FAST_BFLOAT16: by `has_fast_bfloat16` in `native.py`, since not all processors gain by it. */
+#if defined(FAST_BFLOAT16) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_BFLOAT16 1
 #include <immintrin.h>
 #endif
@@ -49,16 +50,20 @@ static inline int64_t rounded_up(int64_t n, int64_t to) { return divided(n, to) 
 static inline int64_t groups_of(int64_t k) { return rounded_up(divided(k, GROUP), GROUPS); }
 
 #ifdef HAS_BFLOAT16
+INLINE __mmask16 lanes(int64_t n) { return n < LANES ? (1 << n) - 1 : -1; }
+
+INLINE void store_rounded(uint16_t *to, __m512 x, __mmask16 inside) {
+  _mm256_mask_storeu_epi16(to, inside, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
 /* Round a matrix, m x k, to rows of groups, `stride` groups apart, filled up with zeros. */
 static void round_rows(Group *to, int64_t stride, const float *from, int64_t m, int64_t k) {
   const int64_t groups = groups_of(k);
   for (int64_t i = 0; i < m; i++, from += k, to += stride) {
     memset(to + k / GROUP, 0, sizeof(Group) * (groups - k / GROUP));
     for (int64_t j = 0; j < k; j += LANES) {
-      const __mmask16 inside = k - j < LANES ? (1 << (k - j)) - 1 : -1;
-      const __m512 x = _mm512_maskz_loadu_ps(inside, from + j);
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
-      _mm256_mask_storeu_epi16((uint16_t *)to + j, inside, rounded);
+      const __mmask16 inside = lanes(k - j);
+      store_rounded((uint16_t *)to + j, _mm512_maskz_loadu_ps(inside, from + j), inside);
     }
   }
 }
