@@ -15,8 +15,8 @@ docs/benchmarks.md has a command for each:
     scaling    the techniques to scale training, A to F, and their effects
     attention  SimpleRNN against self-attention in six aspects, as a table with plots;
                --quick measures small sizes, --only a part of it
-    baselines  held-out loss against training time of configurations, --configs, and of nanoGPT's
-               architecture, an LSTM and a GRU, for --seconds each
+    baselines  held-out loss of configurations, --configs, and of nanoGPT's architecture, an LSTM
+               and a GRU, after each of --seconds of training
     completion the rest of a line at a cursor by runs of configs/complete.py, and the time of a
                keystroke
     minutes    held-out loss of the size of train.py --size=auto after --minutes of training, and of

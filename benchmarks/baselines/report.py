@@ -1,19 +1,14 @@
-"""Trainings of configurations and their baselines, and the tables and picture of their losses.
+"""Trainings of configurations and their baselines for some times, and the tables of their losses.
 
 Every training runs in its own process. A program that runs again replaces its results.
 """
 
-import itertools
-import math
 import os
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from simplernn_jax.cli import config_files
 from simplernn_jax.config import Config, validate
@@ -25,13 +20,6 @@ from ..tables import Curves, Row, Table
 from .trainers import LABELS, OURS, default_programs, train_timed
 
 TITLE = "baselines: "
-TARGETS = {
-    "shakespeare": ("tinyshakespeare.txt", 1.874),
-    "shakespeare_gpu_budget": ("tinyshakespeare.txt", 1.4697),
-    "base": ("stdlib", 1.62),
-    "hour": ("stdlib", 1.45),
-}
-"""Text and loss, in its unit, by configuration; the first two losses are nanoGPT's."""
 
 
 class Request(NamedTuple):
@@ -39,8 +27,8 @@ class Request(NamedTuple):
 
     name: str
     config: Config
-    seconds: float
-    """Training time of each program; 0: as many steps as its settings say."""
+    times: Sequence[float]
+    """Training times of each program, in seconds; 0: as many steps as its settings say."""
     seeds: int
     programs: Sequence[str]
     rate: float | None
@@ -50,7 +38,7 @@ class Request(NamedTuple):
 def make_requests(
     names: Sequence[str],
     source: str | None,
-    seconds: Sequence[float],
+    times: Sequence[float],
     seeds: int,
     programs: Sequence[str],
     rate: float | None,
@@ -58,13 +46,10 @@ def make_requests(
     """Check the flags of the command line, before hours of work.
 
     Raises:
-      UserError: seconds are neither one number of at least 0 nor one for each configuration; or a
-        configuration has no text, holds out none of it, or has no number of steps.
+      UserError: a configuration has no text, holds out none of it, or has no number of steps.
     """
-    if len(seconds) not in (1, len(names)) or not all(0 <= limit < math.inf for limit in seconds):
-        raise UserError("--seconds: give one number of 0 or more, or one for each configuration")
     requests = []
-    for name, limit in zip(names, itertools.cycle(seconds), strict=False):
+    for name in names:
         config = config_files.load_config(name)
         config.mesh.data = 1
         config.data.source = os.path.expanduser(source or config.data.source)
@@ -74,10 +59,10 @@ def make_requests(
         open_corpus(config.data)
         if not config.data.validation_fraction:
             raise UserError(f"{name}: holds out no text (data.validation_fraction); leave it out")
-        if not config.train.steps and not limit:
+        if not config.train.steps and 0 in times:
             raise UserError(f"{name}: has no number of steps; give it a time, such as --seconds=60")
         chosen = programs or default_programs(config.data.tokenizer)
-        requests.append(Request(name, config, limit, seeds, chosen, rate))
+        requests.append(Request(name, config, times, seeds, chosen, rate))
     return requests
 
 
@@ -95,74 +80,61 @@ def run(requests: Sequence[Request], kept: Mapping[str, Table]) -> Iterator[Tabl
         unit = "nats/char" if config.tokenizer == "char" else "bits/byte"
         data: Row = {"source": config.source, "unit": unit}
         data["runs"] = kept[title].data["runs"] if title in kept else []
-        seconds = f"{request.seconds:g} s each." if request.seconds else "Steps of its settings."
+        cases = [(limit, program) for limit in request.times for program in request.programs]
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            for program in request.programs:
+            for limit, program in cases:
                 try:
-                    runs = [train(program, request, folder, n) for n in range(request.seeds)]
+                    runs = [train(program, request, limit, folder, n) for n in range(request.seeds)]
                 except (subprocess.CalledProcessError, UserError) as error:
                     print(f"  {program}: {error}", flush=True)
                     failed.append(f"{program} of {request.name}")
                     continue
-                data["runs"] = [row for row in data["runs"] if row["program"] != program] + runs
-                rows, panels = summarize(request.name, data), panels_of(data)
+                others = [row for row in data["runs"] if case_of(row) != (limit, program)]
+                data["runs"] = others + runs
+                rows = summarize(data)
                 picture = f"baselines_{request.name}"
-                yield Table(title, rows, panels, "seconds", picture, seconds, dict(data))
+                yield Table(title, rows, panels_of(rows, unit), "seconds", picture, "", dict(data))
     if failed:
         raise UserError(f"failed, with the output above: {', '.join(failed)}")
 
 
-def train(program: str, request: Request, folder: str, seed: int) -> Row:
+def train(program: str, request: Request, limit: float, folder: str, seed: int) -> Row:
     """Train a program in its own process; return the row of `train_timed`."""
     rate = None if program == OURS else request.rate
     given: Row = {"config": request.config, "workdir": folder, "name": program, "rate": rate}
-    row: Row = call_isolated(train_timed, **given, seconds=request.seconds, seed=seed)
+    row: Row = call_isolated(train_timed, **given, limit=limit, seed=seed)
     steps = f"{row['steps']:,} steps in {row['seconds']:.1f} s"
     print(f"  {program}, rate {row['rate']}, seed {seed}: {steps}: {row['loss']:.4f}", flush=True)
     return row
 
 
-def seconds_until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Seconds when the loss first reaches `target`, interpolated; None if it never does."""
-    reached = next((at for at, (_, loss) in enumerate(curve) if loss <= target), None)
-    if reached is None:
-        return None
-    seconds, losses = zip(*reversed(curve[max(reached - 1, 0) : reached + 1]), strict=True)
-    return float(np.interp(target, losses, seconds))
+def case_of(run: Row) -> tuple[float, str]:
+    """Time and program of a run."""
+    return run["limit"], run["program"]
 
 
-def target_of(name: str, data: Row) -> float | None:
-    """Loss that a configuration is to reach on its own text."""
-    text, target = TARGETS.get(name, ("", None))
-    return target if Path(data["source"]).name == text else None
-
-
-def summarize(name: str, data: Row) -> list[Row]:
-    """Rows of a configuration's table, medians over seeds."""
-    unit, target = data["unit"], target_of(name, data)
+def summarize(data: Row) -> list[Row]:
+    """Rows of a configuration's table by time and program, medians over seeds."""
     rows: list[Row] = []
-    for program in dict.fromkeys(run["program"] for run in data["runs"]):
-        runs = [run for run in data["runs"] if run["program"] == program]
+    for limit, program in sorted({case_of(run): None for run in data["runs"]}, key=lambda c: c[0]):
+        runs = [run for run in data["runs"] if case_of(run) == (limit, program)]
         losses = [run["loss"] for run in runs]
-        row: Row = {"program": program} | {key: runs[0][key] for key in ("parameters", "rate")}
+        row: Row = {"time": limit} | {
+            key: runs[0][key] for key in ("program", "parameters", "rate")
+        }
         row["steps"] = round(statistics.median(run["steps"] for run in runs))
         row["seconds"] = statistics.median(run["seconds"] for run in runs)
-        row |= {unit: statistics.median(losses), "range": max(losses) - min(losses)}
-        if target is not None:
-            reached = [seconds_until(run["curve"], target) for run in runs]
-            times = [seconds for seconds in reached if seconds is not None]
-            complete = len(times) == len(reached)
-            row[f"seconds to {target}"] = statistics.median(times) if complete else None
-        rows.append(row)
+        rows.append(
+            row | {data["unit"]: statistics.median(losses), "range": max(losses) - min(losses)}
+        )
     return rows
 
 
-def panels_of(data: Row) -> dict[str, Curves]:
-    """Loss of the first seed of every program, by seconds of training."""
+def panels_of(rows: Sequence[Row], unit: str) -> dict[str, Curves]:
+    """Loss of every program by time, where there are several."""
+    if len({row["time"] for row in rows}) < 2:
+        return {}
     curves: dict[str, dict[str, float]] = {}
-    for run in data["runs"]:
-        seconds, losses = zip(*run["curve"], strict=True)
-        points = [2**n for n in range(16) if seconds[0] <= 2**n <= seconds[-1]]
-        curve = {str(x): float(np.interp(x, seconds, losses)) for x in points}
-        curves.setdefault(LABELS[run["program"]], curve)
-    return {data["unit"]: curves} if any(curves.values()) else {}
+    for row in rows:
+        curves.setdefault(LABELS[row["program"]], {})[f"{row['time']:g}"] = row[unit]
+    return {unit: curves}

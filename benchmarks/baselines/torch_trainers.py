@@ -70,19 +70,22 @@ class GPT(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """``torch.nn.LSTM`` or ``GRU`` between embedding and head."""
+    """``torch.nn.LSTM`` or ``GRU`` between embedding and head, and dropout around each layer."""
 
     def __init__(self, baseline: Baseline, vocab: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, baseline.width)
-        layers = nn.LSTM if baseline.model == "lstm" else nn.GRU
-        self.layers = layers(baseline.width, baseline.width, baseline.layers, batch_first=True)
+        self.dropout = nn.Dropout(baseline.dropout)
+        kind, width, between = baseline.model.upper(), baseline.width, baseline.dropout
+        between = between if baseline.layers > 1 else 0.0  # PyTorch warns otherwise
+        make = getattr(nn, kind)
+        self.layers = make(width, width, baseline.layers, batch_first=True, dropout=between)
         self.head = nn.Linear(baseline.width, vocab)
 
     def forward(self, tokens: Any, carry: Any = None) -> Any:
         """``[B, T]`` token ids to ``[B, T, vocab]`` logits, and the carry."""
-        x, carry = self.layers(self.embedding(tokens), carry)
-        return self.head(x), carry
+        x, carry = self.layers(self.dropout(self.embedding(tokens)), carry)
+        return self.head(self.dropout(x)), carry
 
 
 class TorchTrainer(Trainer):
@@ -102,7 +105,11 @@ class TorchTrainer(Trainer):
         self.parameters = sum(values.numel() for values in self._model.parameters())
         matrices = [values for values in self._model.parameters() if values.dim() == 2]
         others = [values for values in self._model.parameters() if values.dim() != 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+        decay = baseline.weight_decay
+        groups = [
+            {"params": matrices, "weight_decay": decay},
+            {"params": others, "weight_decay": 0},
+        ]
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
     def take(self, steps: int) -> None:

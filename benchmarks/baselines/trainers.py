@@ -17,6 +17,7 @@ from simplernn_jax.data.batches import make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.errors import UserError
 from simplernn_jax.training.evaluate import Evaluator
+from simplernn_jax.training.minutes import regularization
 from simplernn_jax.training.optimizer import make_optimizer
 from simplernn_jax.training.preparation import prepare
 from simplernn_jax.training.train_step import init_train_state, make_train_step
@@ -47,6 +48,7 @@ class Baseline(NamedTuple):
     rate: float
     """Peak learning rate."""
     dropout: float = 0.0
+    weight_decay: float = 0.1
     is_compiled: bool = False
     """True under ``torch.compile``."""
 
@@ -65,7 +67,7 @@ _CPU = Baseline("gpt", 4, 128, 4, 64, 12, 2000, 4e-3)
 _GPU = Baseline("gpt", 6, 384, 6, 256, 64, 5000, 1e-3, dropout=0.2)
 """Both from nanoGPT's README, for characters, except the learning rate of the first: its 1e-3 was
 not the best of those tried."""
-_RATES = {"gpt": (4e-3, 128), "lstm": (1.6e-2, 240), "gru": (8e-3, 272)}
+_RATES = {"gpt": (4e-3, 128), "lstm": (8e-3, 240), "gru": (8e-3, 272)}
 """The best of the rates tried on shakespeare, and the width there. Wider baselines get a
 proportionally lower rate, as muP has for matrices under Adam (arXiv:2203.03466)."""
 _COMPILED = "_compiled"
@@ -173,58 +175,47 @@ class OurTrainer(Trainer):
         return scored.nats_per_token
 
 
-POINTS = 16
-"""Evaluations of a training, denser at its beginning. While they have taken longer than training,
-all but the last are left out: attention scores overlapping contexts."""
-CURVE_TOKENS = 131_072
-"""Held-out tokens of each, or all if there are fewer."""
 CALIBRATION = 0.05
 """Part of the seconds in which steps are timed beforehand."""
 
 
 def train_timed(
-    config: Config, workdir: str, name: str, seconds: float, rate: float | None, seed: int
+    config: Config, workdir: str, name: str, limit: float, rate: float | None, seed: int
 ) -> Row:
     """Train `name`, one of `LABELS`, on the text of `config`; for `call_isolated`.
 
-    With `seconds` above 0, the time of all steps, their number is estimated from some timed
-    beforehand. `rate` replaces the peak learning rate of a baseline's settings.
+    With `limit` above 0, seconds of all steps, their number is estimated from some timed
+    beforehand, and `regularization` replaces the settings of ours. `rate` replaces the peak
+    learning rate of a baseline's settings.
 
     Returns:
-      Its sizes; ``loss`` of the whole held-out text, in nats/char for a text of characters, else in
-      bits/byte; and ``curve``, pairs of seconds of steps (without the first, which compiles, and
-      without evaluations) and loss of a part, shifted so that the last equals the whole's.
+      Its sizes; ``seconds`` of steps, without the first, which compiles; ``loss`` of the held-out
+      text, in nats/char for a text of characters, else in bits/byte.
     """
     config, corpus, _ = prepare(config, workdir)
     held_out: Any = corpus.validation
     baseline = None if name == OURS else find_baseline(name, config, rate)
     steps = config.train.steps if baseline is None else baseline.steps
-    if seconds:
+    if limit:
         trial = make_trainer(name, config, corpus, steps, rate, seed)
-        steps = max(2, int(seconds / seconds_per_step(trial, CALIBRATION * seconds)))
+        steps = max(2, int(limit / seconds_per_step(trial, CALIBRATION * limit)))
+    if limit and baseline is None:
+        tokens = steps * config.data.batch_size * config.data.sequence_length
+        config.model.dropout, config.optimizer.weight_decay = regularization(
+            tokens / len(corpus.train.tokens), count_parameters(config), corpus.train.num_bytes
+        )
     trainer = make_trainer(name, config, corpus, steps, rate, seed)
     trainer.take(1)
-    curve, trained, evaluating, taken = [], 0.0, 0.0, 1
-    for point in range(1, POINTS + 1):
-        until = max(2, round(steps * (point / POINTS) ** 1.5))
-        if until == taken:
-            continue
-        started = time.perf_counter()
-        trainer.take(until - taken)
-        trained, taken = trained + time.perf_counter() - started, until
-        if evaluating <= trained or point == POINTS:
-            started = time.perf_counter()
-            curve.append((trained, trainer.evaluate(CURVE_TOKENS)))
-            evaluating += time.perf_counter() - started
-    final, is_text = trainer.evaluate(), config.data.tokenizer != "char"
-    unit = held_out.num_predictions / held_out.num_bytes / math.log(2) if is_text else 1.0
-    shift = final - curve[-1][1]
-    shift = shift if math.isfinite(shift) else 0.0
+    started = time.perf_counter()
+    trainer.take(steps - 1)
+    seconds = time.perf_counter() - started
+    unit = 1.0
+    if config.data.tokenizer != "char":
+        unit = held_out.num_predictions / held_out.num_bytes / math.log(2)
     return {
-        **{"program": name, "seed": seed, "rate": baseline and baseline.rate},
-        **{"parameters": trainer.parameters, "steps": taken, "seconds": trained},
-        "loss": unit * final,
-        "curve": [(seconds, unit * (loss + shift)) for seconds, loss in curve],
+        **{"program": name, "limit": limit, "seed": seed, "rate": baseline and baseline.rate},
+        **{"parameters": trainer.parameters, "steps": steps, "seconds": seconds},
+        "loss": unit * trainer.evaluate(),
     }
 
 

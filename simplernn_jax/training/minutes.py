@@ -175,6 +175,13 @@ def choose(seconds: float, num_bytes: int, flops: float) -> Size:
     return [size for size in SIZES if size is SIZES[0] or size.parameters <= limit][-1]
 
 
+def regularization(passes: float, parameters: int, num_bytes: int) -> tuple[float, float]:
+    """Return dropout and weight decay for so many passes over a text of `num_bytes`."""
+    repetition = passes * parameters / max(num_bytes, 1)
+    found = next(rest for least, *rest in _REGULARIZATION if repetition >= least)
+    return found[0], found[1]
+
+
 def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
     """Set the fields of a new run that are not given to `size`, or to what `choose` finds.
 
@@ -194,8 +201,7 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
     tokens = seconds * flops / (6 * size.parameters)
     by_bytes = num_bytes < _BYTE_LEVEL
     passes = tokens * (1 if by_bytes else size.bytes_per_token) / max(num_bytes, 1)
-    repetition = passes * size.parameters / max(num_bytes, 1)
-    dropout, decay = next(rest for least, *rest in _REGULARIZATION if repetition >= least)
+    dropout, decay = regularization(passes, size.parameters, num_bytes)
     is_fast = has_fast_bfloat16() or jax.default_backend() != "cpu"
     chosen = {
         "hidden_dim": size.width,

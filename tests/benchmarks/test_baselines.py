@@ -96,54 +96,37 @@ def run(requests, out):
 
 
 def test_programs_are_measured_into_one_folder(small, falling, tmp_path):
-    request = report.Request("first", small[0], 0.0, 2, (OURS, "gru"), 0.2)
+    request = report.Request("first", small[0], [0.0], 2, (OURS, "gru"), 0.2)
     run([request._replace(seeds=1, programs=(OURS,))], tmp_path)
-    run([request, request._replace(name="second", seconds=1e-4, seeds=1, rate=None)], tmp_path)
-    kept = Results(tmp_path).tables
-    first, second = (kept[f"baselines: {name}"].data for name in ("first", "second"))
-    found = [(r["program"], r["rate"], r["seed"]) for r in first["runs"]]
+    timed = request._replace(name="second", times=[1.0, 2.0], seeds=1, rate=None)
+    run([request, timed], tmp_path)
+    run([timed._replace(times=[1.0])], tmp_path)
+    first, second = (Results(tmp_path).tables[f"baselines: {name}"] for name in ("first", "second"))
+    found = [(r["program"], r["rate"], r["seed"]) for r in first.data["runs"]]
     assert found == [(OURS, None, 0), (OURS, None, 1), ("gru", 0.2, 0), ("gru", 0.2, 1)]
     losses = [9 - 5 * 0.05, 10 - 5 * 0.05, 9 - 5 * 0.02, 10 - 5 * 0.02]
-    assert [r["loss"] for r in first["runs"]] == pytest.approx(losses)
-    assert second["runs"][1]["rate"] == find_baseline("gru", small[0]).rate
-    for each in (*first["runs"], *second["runs"]):
-        seconds, losses = zip(*each["curve"], strict=True)
-        assert list(seconds) == sorted(seconds)
-        assert losses[-1] == pytest.approx(each["loss"])
-
-
-def test_time_to_a_loss_is_interpolated_and_compared_with_nanogpt():
-    curve = [(1.0, 3.0), (3.0, 2.0), (4.0, 1.0)]
-    assert [report.seconds_until(curve, loss) for loss in (2.5, 3.5, 0.5)] == [2, 1, None]
-
-    def run(name, seed, curve):
-        row = dict.fromkeys(("parameters", "rate", "steps"), 1)
-        row |= {"program": name, "seed": seed, "seconds": curve[-1][0], "curve": curve}
-        return row | {"loss": curve[-1][1]}
-
-    slow = [(10.0, 2.874), (20.0, 1.874), (40.0, 1.8)]
-    runs = [run(OURS, 0, [(2.0, 1.874), (9.0, 1.5)]), run(OURS, 1, [(4.0, 1.874), (9.0, 1.6)])]
-    data = {"unit": "nats/char", "source": "/texts/tinyshakespeare.txt"}
-    data["runs"] = [*runs, run("gpt_cpu", 0, slow)]
-    ours, nanogpt = report.summarize("shakespeare", data)
-    assert (ours["nats/char"], ours["range"]) == (pytest.approx(1.55), pytest.approx(0.1))
-    assert [row["seconds to 1.874"] for row in (ours, nanogpt)] == [3, 20]
-    (curves,) = report.panels_of(data).values()
-    assert curves["SimpleRNN (ours)"] == pytest.approx(
-        {"2": 1.874, "4": 1.767, "8": 1.553}, abs=1e-3
-    )
+    assert [r["loss"] for r in first.data["runs"]] == pytest.approx(losses)
+    assert [(r["nats/char"], r["range"]) for r in first.rows] == [
+        (pytest.approx(sum(pair) / 2), pytest.approx(1)) for pair in (losses[:2], losses[2:])
+    ]
+    rows = [(row["time"], row["program"]) for row in second.rows]
+    assert rows == [(time, name) for time in (1, 2) for name in (OURS, "gru")]
+    assert second.rows[1]["rate"] == find_baseline("gru", small[0]).rate
+    curves = second.panels["nats/char"]
+    assert curves["GRU"] == {"1": second.rows[1]["nats/char"], "2": second.rows[3]["nats/char"]}
 
 
 def test_bad_requests_are_one_line(small, monkeypatch):
     source = small[0].data.source
 
-    def request(seconds, source=source):
-        return report.make_requests(("base", "tiny"), source, seconds, 1, (OURS,), None)
+    def request(times, source=source):
+        return report.make_requests(("base", "tiny"), source, times, 1, (OURS,), None)
 
-    found = request((1.0, 0.0))
-    assert [(each.name, each.seconds) for each in found] == [("base", 1.0), ("tiny", 0.0)]
-    with pytest.raises(UserError, match="--seconds: give one number of 0 or more, or one for"):
-        request((1.0, 2.0, 3.0))
+    found = request([1.0, 2.0])
+    assert [(each.name, each.times) for each in found] == [
+        ("base", [1.0, 2.0]),
+        ("tiny", [1.0, 2.0]),
+    ]
     monkeypatch.setattr(report.config_files, "load_config", lambda _: small_config())
     with pytest.raises(UserError, match="base: holds out no text"):
-        request((1.0,))
+        request([1.0])
