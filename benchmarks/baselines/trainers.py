@@ -86,13 +86,12 @@ LABELS = {
 
 
 def default_programs(tokenizer: str) -> tuple[str, ...]:
-    """Ours and the baselines of a configuration.
+    """Ours and the baselines of a configuration; nanoGPT's settings are for characters.
 
-    nanoGPT's settings are for characters. Those for GPUs run only if named: a CPU core takes 18 of
-    their steps in ten minutes.
+    Its settings for GPUs, of which a CPU core takes 18 steps in ten minutes, and compiled programs
+    run only if named.
     """
-    gpt = NANOGPT if tokenizer == "char" else "gpt_matched"
-    return OURS, gpt, f"{gpt}{_COMPILED}", "lstm", "gru"
+    return OURS, NANOGPT if tokenizer == "char" else "gpt_matched", "lstm", "gru"
 
 
 def find_baseline(name: str, config: Config, rate: float | None = None) -> Baseline:

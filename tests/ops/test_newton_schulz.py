@@ -15,7 +15,7 @@ second are at least twice as long as wide."""
 
 
 HAS_BFLOAT16 = has_fast_bfloat16()
-"""With it, operands have 8 bits in place of 24, and each iteration amplifies their rounding."""
+"""With it, matrices have 8 bits in place of 24, and each iteration amplifies their rounding."""
 
 
 def matrices_of(shapes, dtype=np.float32):
@@ -26,8 +26,7 @@ def matrices_of(shapes, dtype=np.float32):
 def by_hand(matrix):
     x = np.asarray(matrix, np.float64)
     x = x / np.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    a, b, c = COEFFICIENTS
-    for _ in range(5):
+    for a, b, c in COEFFICIENTS:
         product = x @ np.swapaxes(x, -1, -2)
         x = a * x + (b * product + c * product @ product) @ x
     return x
@@ -39,10 +38,11 @@ def test_c_function_and_xla_agree_with_float64():
     in_c = jax.jit(newton_schulz)(matrices)
     exported = jax.export.export(jax.jit(newton_schulz))(matrices)  # has no custom calls
     in_xla = jax.jit(exported.call)(matrices)
-    in_c_atol = 6e-2 if HAS_BFLOAT16 else 5e-6
+    # At a singular value of 1, as of [1, 1], the first iteration is steep: it amplifies rounding.
+    atols = (7e-2 if HAS_BFLOAT16 else 5e-6, 5e-6)
     for matrix, *results in zip(matrices, in_c, in_xla, strict=True):
         expected = by_hand(matrix)
-        for result, atol in zip(results, (in_c_atol, 5e-6), strict=True):
+        for result, atol in zip(results, atols, strict=True):
             chex.assert_shape(result, matrix.shape)
             np.testing.assert_allclose(result, expected, atol=atol)
 
@@ -53,7 +53,7 @@ def test_weak_directions_are_those_of_float64(shape):
     left, _, right = np.linalg.svd(matrices_of([shape])[0], full_matrices=False)
     matrix = (left * np.logspace(0, -6, min(shape))) @ right
     (result,) = newton_schulz([jnp.asarray(matrix, jnp.float32)])
-    np.testing.assert_allclose(result, by_hand(matrix), atol=1e-2 if HAS_BFLOAT16 else 2e-3)
+    np.testing.assert_allclose(result, by_hand(matrix), atol=2e-2 if HAS_BFLOAT16 else 2e-3)
 
 
 def test_a_result_does_not_depend_on_the_other_matrices():

@@ -69,13 +69,25 @@ static void round_rows(Group *to, int64_t stride, const float *from, int64_t m, 
 }
 #endif
 
-/* Rows of groups [m, groups_of(k)] of a matrix, m x k: in `memory`, or the matrix itself. */
-static inline Group *rows_of(Group *memory, const float *from, int64_t m, int64_t k) {
-#ifndef HAS_BFLOAT16
-  return (Group *)from;
+/* To rows of groups [m, groups_of(k)] from a matrix, m x k. */
+static inline void pack_rows(Group *to, const float *from, int64_t m, int64_t k) {
+#ifdef HAS_BFLOAT16
+  round_rows(to, groups_of(k), from, m, k);
 #else
-  round_rows(memory, groups_of(k), from, m, k);
-  return memory;
+  memcpy(to, from, sizeof(float) * m * k);
+#endif
+}
+
+/* And back. */
+static inline void unpack_rows(float *to, const Group *from, int64_t m, int64_t k) {
+#ifdef HAS_BFLOAT16
+  for (int64_t i = 0; i < m; i++, to += k, from += groups_of(k))
+    for (int64_t j = 0; j < k; j++) {
+      const uint32_t bits = (uint32_t)((const uint16_t *)from)[j] << 16;
+      memcpy(to + j, &bits, sizeof bits);
+    }
+#else
+  memcpy(to, from, sizeof(float) * m * k);
 #endif
 }
 
