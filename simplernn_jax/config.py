@@ -83,7 +83,8 @@ class ModelConfig(_Fields):
     tie_embeddings: bool = True
     """Use the embedding as the head (not of the plain block)."""
     dropout: float = _number(0.0, below=1)
-    """Dropout rate, elementwise, of each residual branch's output (not of the plain block)."""
+    """Dropout rate, elementwise, of each residual branch's output (not of the plain block), rounded
+    to a multiple of 1/256."""
     precision: str = _one_of(PRECISIONS, "float32")
     """Compute dtype of dense layers: ``float32`` or ``bfloat16``. Parameters, gates, accumulators,
     recurrent states, norms, softmax and loss are always float32; cached keys and values have this
