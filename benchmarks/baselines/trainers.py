@@ -5,6 +5,7 @@ Their held-out loss is measured against the seconds of their steps.
 
 import abc
 import dataclasses
+import functools
 import importlib.util
 import math
 import time
@@ -196,13 +197,14 @@ def train_timed(
     baseline = None if name == OURS else find_baseline(name, config, rate)
     steps = config.train.steps if baseline is None else baseline.steps
     if limit:
-        trial = make_trainer(name, config, corpus, steps, rate, seed)
-        steps = max(2, int(limit / seconds_per_step(trial, CALIBRATION * limit)))
-    if limit and baseline is None:
-        tokens = steps * config.data.batch_size * config.data.sequence_length
-        config.model.dropout, config.optimizer.weight_decay = regularization(
-            tokens / len(corpus.train.tokens), count_parameters(config), corpus.train.num_bytes
-        )
+        timed = functools.partial(_steps_in, limit, name, config, corpus, rate, seed)
+        steps = timed(steps)
+        if baseline is None:
+            tokens = steps * config.data.batch_size * config.data.sequence_length
+            config.model.dropout, config.optimizer.weight_decay = regularization(
+                tokens / len(corpus.train.tokens), count_parameters(config), corpus.train.num_bytes
+            )
+            steps = timed(steps)  # dropout takes time
     trainer = make_trainer(name, config, corpus, steps, rate, seed)
     trainer.take(1)
     started = time.perf_counter()
@@ -236,12 +238,21 @@ def make_trainer(
     return TorchTrainer(baseline, corpus, config.model.vocab_size, steps, seed)
 
 
-def seconds_per_step(trainer: Trainer, seconds: float) -> float:
-    """Mean time of the steps that begin within `seconds`, and at least of two, after the first."""
+def _steps_in(
+    limit: float,
+    name: str,
+    config: Config,
+    corpus: TokenizedCorpus,
+    rate: float | None,
+    seed: int,
+    steps: int,
+) -> int:
+    """Number of steps in `limit` seconds, by the mean time of some after the first."""
+    trainer = make_trainer(name, config, corpus, steps, rate, seed)
     trainer.take(1)
     started, taken = time.perf_counter(), 0
-    while taken < 2 or time.perf_counter() - started < seconds:
+    while taken < 2 or time.perf_counter() - started < CALIBRATION * limit:
         count = 2 if taken < 2 else 8  # in training, batches are made during steps
         trainer.take(count)
         taken += count
-    return (time.perf_counter() - started) / taken
+    return max(2, int(limit * taken / (time.perf_counter() - started)))
