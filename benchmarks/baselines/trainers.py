@@ -175,7 +175,7 @@ class OurTrainer(Trainer):
         return scored.nats_per_token
 
 
-CALIBRATION = 0.05
+CALIBRATION = 0.1
 """Part of the seconds in which steps are timed beforehand."""
 
 
@@ -247,9 +247,9 @@ def _steps_in(
     seed: int,
     steps: int,
 ) -> int:
-    """Number of steps in `limit` seconds, by the mean time of some after the first."""
+    """Number of steps in `limit` seconds, by the mean time of some after the first, slower ones."""
     trainer = make_trainer(name, config, corpus, steps, rate, seed)
-    trainer.take(1)
+    trainer.take(3)
     started, taken = time.perf_counter(), 0
     while taken < 2 or time.perf_counter() - started < CALIBRATION * limit:
         count = 2 if taken < 2 else 8  # in training, batches are made during steps
