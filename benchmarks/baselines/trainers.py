@@ -202,7 +202,7 @@ def train_timed(
         if baseline is None:
             tokens = steps * config.data.batch_size * config.data.sequence_length
             config.model.dropout, config.optimizer.weight_decay = regularization(
-                tokens / len(corpus.train.tokens), count_parameters(config), corpus.train.num_bytes
+                tokens / len(corpus.train.tokens), config.model.hidden_dim
             )
             steps = timed(steps)  # dropout takes time
     trainer = make_trainer(name, config, corpus, steps, rate, seed)

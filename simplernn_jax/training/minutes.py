@@ -161,9 +161,8 @@ _START_SECONDS = 20
 _PARAMETERS = 0.15
 """Most parameters per square root of the operations of a run. Compute-optimal sizes, with 1.5
 tokens per parameter, have 0.33; on a CPU, smaller ones were measured to be better."""
-_REGULARIZATION = ((12, 0.2, 0.3), (1.5, 0.1, 0.3), (0, 0.0, 0.1))
-"""Thresholds of passes over the text times parameters per byte of it, with dropout and weight decay
-from each on."""
+_FEW_PASSES, _MANY_PASSES = 4, 25
+"""Passes over the text from which dropout helps, and from which small models need more of it."""
 
 
 def choose(seconds: float, num_bytes: int, flops: float) -> Size:
@@ -175,11 +174,11 @@ def choose(seconds: float, num_bytes: int, flops: float) -> Size:
     return [size for size in SIZES if size is SIZES[0] or size.parameters <= limit][-1]
 
 
-def regularization(passes: float, parameters: int, num_bytes: int) -> tuple[float, float]:
-    """Return dropout and weight decay for so many passes over a text of `num_bytes`."""
-    repetition = passes * parameters / max(num_bytes, 1)
-    found = next(rest for least, *rest in _REGULARIZATION if repetition >= least)
-    return found[0], found[1]
+def regularization(passes: float, width: int) -> tuple[float, float]:
+    """Return dropout and weight decay for so many passes over a text (docs/notes.md)."""
+    if passes < _FEW_PASSES:
+        return 0.0, 0.1
+    return 0.1 if passes < _MANY_PASSES and width <= 128 else 0.2, 0.3
 
 
 def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
@@ -201,7 +200,7 @@ def auto_size(config: Config, workdir: str, size: Size | None = None) -> None:
     tokens = seconds * flops / (6 * size.parameters)
     by_bytes = num_bytes < _BYTE_LEVEL
     passes = tokens * (1 if by_bytes else size.bytes_per_token) / max(num_bytes, 1)
-    dropout, decay = regularization(passes, size.parameters, num_bytes)
+    dropout, decay = regularization(passes, size.width)
     is_fast = has_fast_bfloat16() or jax.default_backend() != "cpu"
     chosen = {
         "hidden_dim": size.width,

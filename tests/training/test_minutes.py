@@ -109,3 +109,4 @@ def test_an_automatic_size_keeps_what_is_given(tmp_path, monkeypatch):
     assert (config.model.hidden_dim, config.data.batch_size) == (24, 2)
     assert (config.model.num_layers, config.model.key_dim) == SIZES[0][:2]  # little text
     assert (config.optimizer.name, config.data.tokenizer) == ("muon", "byte")
+    assert (config.model.dropout, config.optimizer.weight_decay) == (0.2, 0.3)  # many passes
