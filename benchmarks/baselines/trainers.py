@@ -68,7 +68,7 @@ _CPU = Baseline("gpt", 4, 128, 4, 64, 12, 2000, 4e-3)
 _GPU = Baseline("gpt", 6, 384, 6, 256, 64, 5000, 1e-3, dropout=0.2)
 """Both from nanoGPT's README, for characters, except the learning rate of the first: its 1e-3 was
 not the best of those tried."""
-_RATES = {"gpt": (4e-3, 128), "lstm": (8e-3, 240), "gru": (8e-3, 272)}
+_RATES = {"gpt": (4e-3, 128), "lstm": (1.6e-2, 240), "gru": (8e-3, 272)}
 """The best of the rates tried on shakespeare, and the width there. Wider baselines get a
 proportionally lower rate, as muP has for matrices under Adam (arXiv:2203.03466)."""
 _COMPILED = "_compiled"
