@@ -180,7 +180,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, 
     monkeypatch.setattr("simplernn_jax.data.tokenization.PART_CHARACTERS", 1 << 20)
     block = b"a line of a large file that is never in memory whole\n" * 20_000
     peaks = []
-    for blocks in (13, 43):
+    for blocks in (18, 86):  # both by several processes, which may all be at a part of the text
         path = tmp_path / f"{blocks}.txt"
         path.write_bytes(block * blocks)
         tracemalloc.start()
@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, tokenizer, 
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert corpus.train.num_bytes + corpus.validation.num_bytes == blocks * len(block)
-    assert peaks[1] < peaks[0] + 8 * len(block), peaks
+    assert peaks[1] < peaks[0] + 16 * len(block), peaks
     assert peaks[1] < path.stat().st_size / 2, peaks
 
 
