@@ -25,6 +25,7 @@
 static const float COEFFICIENTS[ITERATIONS][3] = {
     {7.7080f, -20.4042f, 13.6695f}, {3.4634f, -2.3513f, 0.4204f}, {2.6613f, -1.9772f, 0.4526f}};
 #define ENTRIES_PER_THREAD 2048
+#define MIRRORED 256 /* rows of a symmetric matrix of bfloat16 of which half is computed */
 
 /* to = by_old old + by_product sums, of `width` entries, COLUMNS at most. */
 INLINE void combine(Group *to, const Group *old, const float *sums, int64_t width, float by_old, float by_product) {
@@ -42,14 +43,27 @@ INLINE void combine(Group *to, const Group *old, const float *sums, int64_t widt
 #endif
 }
 
+/* Copy the block of COLUMNS x `width` entries at row `i`, column `j` of a symmetric matrix to its mirror
+   image. */
+INLINE void mirror(Group *matrix, int64_t stride, int64_t i, int64_t j, int64_t width) {
+#ifdef HAS_BFLOAT16
+  uint16_t *from = (uint16_t *)matrix + i * stride + j, *to = (uint16_t *)matrix + j * stride + i;
+  for (int64_t column = 0; column < width; column++)
+    for (int64_t row = 0; row < COLUMNS; row++) to[column * stride + row] = from[row * stride + column];
+#else
+  float *from = (float *)matrix + i * stride + j, *to = (float *)matrix + j * stride + i;
+  transpose(to, stride, from, stride, COLUMNS, width);
+#endif
+}
+
 /* to = by_old old + by_product P Q, for rows of P, m x k, and panels of Q, k x n; `old` and `to` are rows
    of m x n, and the same or apart. If the product is symmetric, what is above the diagonal is computed
-   and mirrored; in bfloat16, to compute it all takes less time. */
+   and mirrored; of small matrices of bfloat16, to compute it all takes less time. */
 static void multiply(Group *to, const Group *old, float by_old, float by_product, const Group *p,
                      const Group *q, int64_t m, int64_t n, int64_t k, int is_symmetric, int tiles) {
   float sums[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
   const int64_t groups = groups_of(k), stride = groups_of(n), height = tiles ? TILE_ROWS : ROWS;
-  const int is_mirrored = is_symmetric && GROUP == 1;
+  const int is_mirrored = is_symmetric && (GROUP == 1 || n >= MIRRORED);
   for (int64_t column = 0; column < n; column += COLUMNS)
     for (int64_t row = 0; row < m; row += height) {
       if (is_mirrored && row >= column + COLUMNS) break;
@@ -62,8 +76,7 @@ static void multiply(Group *to, const Group *old, float by_old, float by_product
   if (is_mirrored) /* except the blocks of the diagonal, which are complete */
     for (int64_t row = 0; row < m; row += COLUMNS)
       for (int64_t column = row + COLUMNS; column < n; column += COLUMNS)
-        transpose((float *)to + column * n + row, n, (float *)to + row * n + column, n, COLUMNS,
-                  least(COLUMNS, n - column));
+        mirror(to, GROUP * stride, row, column, least(COLUMNS, n - column));
 }
 
 /* Groups of an operand m x k, as rows or panels, and beyond it what tiles may read. */
