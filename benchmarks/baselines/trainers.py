@@ -17,6 +17,7 @@ from simplernn_jax.config import Config, DataConfig, OptimizerConfig
 from simplernn_jax.data.batches import make_batches
 from simplernn_jax.data.token_store import TokenizedCorpus
 from simplernn_jax.errors import UserError
+from simplernn_jax.ops.native import has_fast_bfloat16
 from simplernn_jax.training.evaluate import Evaluator
 from simplernn_jax.training.minutes import regularization
 from simplernn_jax.training.optimizer import make_optimizer
@@ -185,8 +186,8 @@ def train_timed(
     """Train `name`, one of `LABELS`, on the text of `config`; for `call_isolated`.
 
     With `limit` above 0, seconds of all steps, their number is estimated from some timed
-    beforehand, and `regularization` replaces the settings of ours. `rate` replaces the peak
-    learning rate of a baseline's settings.
+    beforehand, and ours has the `regularization` and precision of ``--size=auto``. `rate` replaces
+    the peak learning rate of a baseline's settings.
 
     Returns:
       Its sizes; ``seconds`` of steps, without the first, which compiles; ``loss`` of the held-out
@@ -197,6 +198,8 @@ def train_timed(
     baseline = None if name == OURS else find_baseline(name, config, rate)
     steps = config.train.steps if baseline is None else baseline.steps
     if limit:
+        if has_fast_bfloat16():
+            config.model.precision = "bfloat16"
         timed = functools.partial(_steps_in, limit, name, config, corpus, rate, seed)
         steps = timed(steps)
         if baseline is None:
